@@ -1,0 +1,153 @@
+"""Every validator of the package and its message: "X must be …, got …"."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+CODES = (torch.int8, torch.int16)
+
+
+def integer(name: str, value: Any, low: int, high: int) -> int:
+    """``value`` as an int in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, Integral | np.integer):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+    return int(value)
+
+
+def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """``value`` as a finite float in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and low <= value <= high):
+        bounds = "finite" if math.isinf(low) and math.isinf(high) else f"finite and in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
+    return float(value)
+
+
+def choice(name: str, value: Any, choices: tuple) -> Any:
+    """``value`` if it is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> torch.Tensor:
+    """``value`` as a tensor of one of ``dtypes``, on ``device`` where one is given (that of ``x``)."""
+    wanted = " or ".join(_short(d) for d in dtypes)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a {wanted} tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be a {wanted} tensor, got {_short(value.dtype)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device}, where x is, got {value.device}")
+    return value
+
+
+def rng(value: Any, device: torch.device) -> torch.Tensor:
+    """``value`` as a random state: an int64 tensor of shape (3,) on ``device``."""
+    tensor("rng", value, (torch.int64,), device)
+    if value.shape != (3,):
+        raise ValueError(f"rng must have shape (3,): seed, stream, step; got {tuple(value.shape)}")
+    return value
+
+
+def quant_range(qmin: Any, qmax: Any) -> None:
+    """``qmin < qmax``, both in the range of 16-bit integers, signed or unsigned, and at most 2¹⁶ levels apart."""
+    integer("qmin", qmin, -(2**15), 2**16 - 1)
+    integer("qmax", qmax, -(2**15), 2**16 - 1)
+    if qmin >= qmax:
+        raise ValueError(f"qmin must be less than qmax, got qmin={qmin}, qmax={qmax}")
+    if qmax - qmin > 2**16 - 1:
+        raise ValueError(f"qmax - qmin must be at most {2**16 - 1}, got {qmax - qmin}")
+
+
+def code_range(qmin: int, qmax: int) -> torch.dtype:
+    """The dtype that holds the codes of a range: int8, else int16."""
+    if qmin < -(2**15) or qmax > 2**15 - 1:
+        raise ValueError(f"qmin and qmax must fit int16 for integer codes, got qmin={qmin}, qmax={qmax}")
+    return torch.int8 if qmin >= -128 and qmax <= 127 else torch.int16
+
+
+def bits(name: str, value: Any) -> int:
+    """``value`` as a bit width: 2 to 16."""
+    return integer(name, value, 2, 16)
+
+
+def axis_of(x: torch.Tensor, axis: Any) -> int | None:
+    """``axis`` counted from the front, or None."""
+    if axis is None:
+        return None
+    if isinstance(axis, bool) or not isinstance(axis, Integral):
+        raise TypeError(f"axis must be an int or None, got {type(axis).__name__}")
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis must be in [{-x.ndim}, {x.ndim - 1}] for a tensor of {x.ndim} dimensions, got {axis}")
+    return int(axis) % x.ndim
+
+
+def per_axis(name: str, value: Any, x: torch.Tensor, axis: int | None) -> torch.Tensor:
+    """``value`` as a float32 tensor of one element, or of ``x.shape[axis]`` elements, on the device of ``x``."""
+    tensor(name, value, (torch.float32,), x.device)
+    wanted = 1 if axis is None else x.shape[axis]
+    if value.numel() != wanted:
+        where = "" if axis is None else f", the length of axis {axis}"
+        raise ValueError(f"{name} must have {wanted} element{'' if wanted == 1 else 's'}{where}, got {value.numel()}")
+    return value
+
+
+def scale_values(name: str, scale: torch.Tensor) -> None:
+    """Positive and finite, on a CPU. Elsewhere a value is not read: the op yields NaN where the scale is neither."""
+    if scale.device.type != "cpu":
+        return
+    values = scale.detach().numpy()
+    wrong = ~((values > 0) & (values < np.inf))
+    if wrong.any():
+        raise ValueError(f"{name} must be positive and finite, got {values[wrong][0]}")
+
+
+def zero_point_values(zero_point: torch.Tensor | None) -> None:
+    """Integers, exact in float32, on a CPU. Elsewhere a value is not read."""
+    if zero_point is None or zero_point.device.type != "cpu":
+        return
+    values = zero_point.detach().numpy()
+    wrong = ~((np.abs(values) <= 2**16) & (values == np.rint(values)))
+    if wrong.any():
+        raise ValueError(f"zero_point must be an integer of magnitude at most {2**16}, got {values[wrong][0]}")
+
+
+def code_values(name: str, codes: torch.Tensor, qmin: int, qmax: int) -> None:
+    """Inside [qmin, qmax], on a CPU. Elsewhere a value is not read."""
+    if codes.device.type != "cpu" or codes.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(codes))
+    if low < qmin or high > qmax:
+        raise ValueError(f"{name} must be in [{qmin}, {qmax}], got [{low}, {high}]")
+
+
+def mixing_weights(weights: Any, count: int) -> tuple[float, ...]:
+    """``weights`` as ``count`` float32 numbers, not negative, that sum to 1; None stands for 1/count each."""
+    if weights is None:
+        return (float(np.float32(1 / count)),) * count
+    if len(weights) != count:
+        raise ValueError(f"weights must be as many as the models, {count}, got {len(weights)}")
+    values = [real(f"weights[{k}]", w, 0.0, 1.0) for k, w in enumerate(weights)]
+    if abs(sum(values) - 1) > 1e-6:
+        raise ValueError(f"weights must sum to 1, got {sum(values):g}")
+    return tuple(float(np.float32(w)) for w in values)
+
+
+def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Both have one shape."""
+    if value.shape != other.shape:
+        raise ValueError(f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

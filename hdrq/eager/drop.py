@@ -1,0 +1,23 @@
+"""QDrop's mixing, in plain PyTorch. Definition: :mod:`hdrq.reference.drop`."""
+
+from __future__ import annotations
+
+import torch
+
+from hdrq import rng as stream
+
+
+def keep_mask(shape: torch.Size, threshold: int, rng: torch.Tensor) -> torch.Tensor:
+    """True where the element's second word keeps it."""
+    seed, which, step = rng.unbind()
+    second = torch.stack((seed, which ^ stream.DROP_STREAM, step))
+    return ((stream.torch_words(second, shape.numel()) >> 8) < threshold).reshape(shape)
+
+
+def drop_mix(a, b, threshold, rng) -> torch.Tensor:
+    return torch.where(keep_mask(a.shape, threshold, rng), a, b)
+
+
+def drop_mix_backward(grad, threshold, rng) -> tuple[torch.Tensor, torch.Tensor]:
+    keep = keep_mask(grad.shape, threshold, rng)
+    return grad.masked_fill(~keep, 0), grad.masked_fill(keep, 0)

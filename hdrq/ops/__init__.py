@@ -1,0 +1,20 @@
+"""The ops: one contract each, four implementations, the same bits from all of them."""
+
+from hdrq.ops.distance import source_distance
+from hdrq.ops.drop import drop_mix
+from hdrq.ops.fakequant import dequantize, fake_quantize, quantize
+from hdrq.ops.merge import MergedTensor, merge
+from hdrq.ops.noise import noise_quantize
+from hdrq.ops.ranges import search_scale
+
+__all__ = [
+    "MergedTensor",
+    "dequantize",
+    "drop_mix",
+    "fake_quantize",
+    "merge",
+    "noise_quantize",
+    "quantize",
+    "search_scale",
+    "source_distance",
+]

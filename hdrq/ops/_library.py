@@ -1,0 +1,38 @@
+"""The ``torch.library`` namespace of hdrq: how an op is registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_LIBRARY = torch.library.Library("hdrq", "DEF")
+
+
+def register(schema: str, implementation: Callable, fake: Callable, *, no_vmap: str | None = None) -> Callable:
+    """Define an op on all devices, with its fake, and return it. ``no_vmap`` says why vmap refuses it, if it does."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hdrq::{name}", fake, lib=_LIBRARY)
+    if no_vmap is not None:
+
+        def refuse(info, in_dims, *args):
+            raise RuntimeError(f"hdrq::{name} must not be called under torch.func.vmap: {no_vmap}")
+
+        torch.library.register_vmap(f"hdrq::{name}", refuse, lib=_LIBRARY)
+    return getattr(torch.ops.hdrq, name)
+
+
+def differentiable(op: Callable, setup_context: Callable, backward: Callable) -> None:
+    """Give an op its gradient."""
+    torch.library.register_autograd(op.default, backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def not_differentiable(op: Callable, why: str) -> None:
+    """Make asking for an op's gradient an error that says why there is none."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{op.default} has no gradient: {why}")
+
+    torch.library.register_autograd(op.default, refuse, lib=_LIBRARY)

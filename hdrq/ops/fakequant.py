@@ -1,0 +1,215 @@
+"""Family ``fakequant``: fake-quantize with the straight-through gradient; integer codes and back."""
+
+from __future__ import annotations
+
+import torch
+
+from hdrq import checks
+from hdrq.backends import implementation
+from hdrq.ops._library import differentiable, not_differentiable, register
+
+NO_VMAP = "put the batch into x itself and name its channel with axis"
+
+
+def fake_quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    qmin: int,
+    qmax: int,
+    *,
+    zero_point: torch.Tensor | None = None,
+    axis: int | None = None,
+    grad_scale: float = 1.0,
+) -> torch.Tensor:
+    """Round to the grid and back, with the straight-through gradient and a learnable scale.
+
+    Equation, s and z the element's scale and zero point::
+
+        q = clamp(round_half_even(x/s) + z, qmin, qmax),  y = (q − z)·s
+
+    Gradients, upstream g, inside meaning ``qmin ≤ round(x/s) + z ≤ qmax``: ``∂x = g`` inside, else 0; ``∂scale =
+    grad_scale · Σ g·((q − z) − [inside]·x/s)``; none for z.
+
+    Args:
+        x: float32, bfloat16 or float16, any shape and strides. Half types are computed in float32 and rounded once.
+        scale: float32, one element, or ``x.shape[axis]`` elements. Positive and finite: a CPU raises; elsewhere no
+            value is read on the host, and a bad scale yields NaN.
+        qmin, qmax: the integer range.
+        zero_point: integer-valued float32, shaped as ``scale``; None for 0.
+        axis: the axis along which ``scale`` and ``zero_point`` vary; None for one of each.
+        grad_scale: factor on the gradient of ``scale``; LSQ uses ``1/sqrt(numel·qmax)``.
+
+    Returns:
+        A contiguous tensor like x, the same bits from every backend. A NaN stays NaN, at its element alone.
+
+    Raises:
+        TypeError, ValueError: "X must be …, got …".
+
+    Source: Esser et al., "Learned Step Size Quantization", ICLR 2020.
+
+    Example::
+
+        >>> import torch, hdrq
+        >>> x = torch.tensor([0.30, 0.75, 5.0], requires_grad=True)
+        >>> y = hdrq.ops.fake_quantize(x, torch.tensor(0.5), -4, 3)  # 0.75/0.5 is a tie: to even
+        >>> y.sum().backward(); y.detach(), x.grad
+        (tensor([0.5000, 1.0000, 1.5000]), tensor([1., 1., 0.]))
+    """
+    return _forward_op(x, scale, qmin, qmax, zero_point, axis, grad_scale)
+
+
+def quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    qmin: int,
+    qmax: int,
+    *,
+    zero_point: torch.Tensor | None = None,
+    axis: int | None = None,
+) -> torch.Tensor:
+    """The integer codes ``q = clamp(round_half_even(x/scale) + z, qmin, qmax)``.
+
+    Arguments as :func:`fake_quantize`; no gradient. A NaN has no code, so this op alone reads one number back from the
+    device.
+
+    Returns:
+        int8 where ``−128 ≤ qmin`` and ``qmax ≤ 127``, else int16; shaped as x, contiguous.
+
+    Raises:
+        ValueError: x holds a NaN, or the range does not fit int16; and as :func:`fake_quantize`.
+    """
+    codes, nan = _quantize_op(x, scale, qmin, qmax, zero_point, axis)
+    if not torch.compiler.is_compiling() and (count := int(nan)):
+        raise ValueError(f"x must hold no NaN to be quantized to integers, got {count} of {x.numel()} elements NaN")
+    return codes
+
+
+def dequantize(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    zero_point: torch.Tensor | None = None,
+    axis: int | None = None,
+) -> torch.Tensor:
+    """The values of integer codes, ``y = (q − z)·scale``, float32. No gradient.
+
+    Args:
+        codes: int8 or int16, any shape and strides.
+        scale, zero_point, axis: as :func:`fake_quantize`.
+
+    Raises:
+        TypeError, ValueError: "X must be …, got …".
+    """
+    return _dequantize_op(codes, scale, zero_point, axis)
+
+
+def _check(x, scale, qmin, qmax, zero_point, axis) -> int | None:
+    checks.tensor("x", x, checks.FLOATS)
+    checks.quant_range(qmin, qmax)
+    return _check_grid(x, scale, zero_point, axis)
+
+
+def _check_grid(x, scale, zero_point, axis) -> int | None:
+    axis = checks.axis_of(x, axis)
+    checks.per_axis("scale", scale, x, axis)
+    if zero_point is not None:
+        checks.per_axis("zero_point", zero_point, x, axis)
+    return axis
+
+
+def _check_values(scale, zero_point) -> None:
+    checks.scale_values("scale", scale)
+    checks.zero_point_values(zero_point)
+
+
+def _flat(values: torch.Tensor | None) -> torch.Tensor | None:
+    return None if values is None else values.flatten()
+
+
+def _forward(x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0) -> torch.Tensor:
+    axis = _check(x, scale, qmin, qmax, zero_point, axis)
+    checks.real("grad_scale", grad_scale)
+    _check_values(scale, zero_point)
+    run = implementation("fakequant", "fake_quantize", x)
+    return run(x.contiguous(), scale.flatten(), qmin, qmax, _flat(zero_point), axis).to(x.dtype)
+
+
+def _forward_fake(x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0) -> torch.Tensor:
+    _check(x, scale, qmin, qmax, zero_point, axis)
+    checks.real("grad_scale", grad_scale)
+    return x.new_empty(x.shape)
+
+
+def _backward(grad, x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0):
+    axis = _check(x, scale, qmin, qmax, zero_point, axis)
+    checks.same_shape("grad", grad, "x", x)
+    run = implementation("fakequant", "fake_quantize_backward", x)
+    args = (scale.flatten(), qmin, qmax, _flat(zero_point), axis, grad_scale)
+    grad_x, grad_s = run(grad.to(x.dtype).contiguous(), x.contiguous(), *args)
+    return grad_x.to(x.dtype), grad_s.reshape(scale.shape)
+
+
+def _backward_fake(grad, x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0):
+    return x.new_empty(x.shape), scale.new_empty(scale.shape)
+
+
+def _quantize(x, scale, qmin, qmax, zero_point=None, axis=None):
+    axis = _check(x, scale, qmin, qmax, zero_point, axis)
+    checks.code_range(qmin, qmax)
+    _check_values(scale, zero_point)
+    run = implementation("fakequant", "quantize", x)
+    return run(x.contiguous(), scale.flatten(), qmin, qmax, _flat(zero_point), axis)
+
+
+def _quantize_fake(x, scale, qmin, qmax, zero_point=None, axis=None):
+    _check(x, scale, qmin, qmax, zero_point, axis)
+    return x.new_empty(x.shape, dtype=checks.code_range(qmin, qmax)), x.new_empty(1, dtype=torch.int64)
+
+
+def _dequantize(codes, scale, zero_point=None, axis=None) -> torch.Tensor:
+    axis = _check_codes(codes, scale, zero_point, axis)
+    _check_values(scale, zero_point)
+    run = implementation("fakequant", "dequantize", codes)
+    return run(codes.contiguous(), scale.flatten(), _flat(zero_point), axis)
+
+
+def _dequantize_fake(codes, scale, zero_point=None, axis=None) -> torch.Tensor:
+    _check_codes(codes, scale, zero_point, axis)
+    return codes.new_empty(codes.shape, dtype=torch.float32)
+
+
+def _check_codes(codes, scale, zero_point, axis) -> int | None:
+    checks.tensor("codes", codes, checks.CODES)
+    return _check_grid(codes, scale, zero_point, axis)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, scale, ctx.qmin, ctx.qmax, zero_point, ctx.axis, ctx.grad_scale = inputs
+    ctx.save_for_backward(x, scale, zero_point)
+
+
+def _autograd(ctx, grad):
+    x, scale, zero_point = ctx.saved_tensors
+    grad_x, grad_s = _backward_op(grad, x, scale, ctx.qmin, ctx.qmax, zero_point, ctx.axis, ctx.grad_scale)
+    return grad_x, grad_s, None, None, None, None, None
+
+
+_GRID = "Tensor? zero_point=None, int? axis=None"
+_ARGS = f"Tensor x, Tensor scale, int qmin, int qmax, {_GRID}"
+_forward_op = register(
+    f"fake_quantize({_ARGS}, float grad_scale=1.0) -> Tensor", _forward, _forward_fake, no_vmap=NO_VMAP
+)
+_backward_op = register(
+    f"fake_quantize_backward(Tensor grad, {_ARGS}, float grad_scale=1.0) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    no_vmap=NO_VMAP,
+)
+_quantize_op = register(f"quantize({_ARGS}) -> (Tensor, Tensor)", _quantize, _quantize_fake, no_vmap=NO_VMAP)
+_dequantize_op = register(
+    f"dequantize(Tensor codes, Tensor scale, {_GRID}) -> Tensor", _dequantize, _dequantize_fake, no_vmap=NO_VMAP
+)
+differentiable(_forward_op, _setup, _autograd)
+not_differentiable(_backward_op, "second derivatives of a quantizer are not defined")
+not_differentiable(_quantize_op, "codes are integers; fake_quantize has the straight-through gradient")
+not_differentiable(_dequantize_op, "train through fake_quantize, whose gradient reaches the scale")

@@ -1,0 +1,24 @@
+"""The definition: every op in NumPy, in the order of its equation.
+
+All other implementations are checked against this one, bit for bit. Arguments are arrays; ``x`` is float32 (half types
+are widened before and rounded once, to nearest even, after); every arithmetic operation is a float32 operation,
+rounded by itself, unless the function says otherwise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def per_element(values: np.ndarray, ndim: int, axis: int | None) -> np.ndarray:
+    """A scale or zero point in the shape that broadcasts over a tensor of ``ndim`` dimensions along ``axis``."""
+    shape = [1] * ndim
+    if axis is not None:
+        shape[axis] = -1
+    return values.reshape(shape)
+
+
+def sum_but(values: np.ndarray, axis: int | None) -> np.ndarray:
+    """The float64 sum over all axes but ``axis``: one element for each element of the scale."""
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    return np.atleast_1d(values.sum(axis=others, dtype=np.float64))
