@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
+import numpy as np
 import torch
 
 PACKAGES = {
@@ -115,7 +116,8 @@ def _on_arrays(function: Callable) -> Callable:
 
     def call(*args):
         device = (args[0][0] if isinstance(args[0], list) else args[0]).device
-        results = function(*map(arrays, args))
+        with np.errstate(all="ignore"):  # infinities and NaN are inputs like others
+            results = function(*map(arrays, args))
         if isinstance(results, tuple):
             return tuple(torch.as_tensor(r, device=device) for r in results)
         return torch.as_tensor(results, device=device)

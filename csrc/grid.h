@@ -1,0 +1,90 @@
+// The scale of each element: one for a whole chunk where it can be, else one per element; and sums per channel.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace hdrq::HDRQ_ISA {
+
+// Scale and zero point of one chunk as vectors.
+class ChunkGrid {
+ public:
+  ChunkGrid() = default;
+  explicit ChunkGrid(const Grid& grid) : grid_(grid) {}
+
+  void seek(int64_t begin, int64_t n) {
+    const int64_t row = grid_.channels == 1 ? 0 : begin / grid_.inner;
+    constant_ = grid_.channels == 1 || (begin + n - 1) / grid_.inner == row;
+    if (constant_) {
+      const int64_t channel = row % grid_.channels;
+      scale_ = splat(grid_.scale[channel]);
+      zero_ = splat(grid_.zero_point ? grid_.zero_point[channel] : 0.0f);
+      return;
+    }
+    for (int64_t i = 0, r = row; i < n; ++r) {
+      const int64_t stop = min(n, (r + 1) * grid_.inner - begin), channel = r % grid_.channels;
+      fill(scales_ + i, stop - i, grid_.scale[channel]);
+      fill(zeros_ + i, stop - i, grid_.zero_point ? grid_.zero_point[channel] : 0.0f);
+      i = stop;
+    }
+  }
+
+  bool constant() const { return constant_; }
+  vf scale(int64_t i) const { return constant_ ? scale_ : read<vf>(scales_ + i, kLanes); }
+  vf zero(int64_t i) const { return constant_ ? zero_ : read<vf>(zeros_ + i, kLanes); }
+
+ private:
+  Grid grid_{};
+  bool constant_ = true;
+  vf scale_{}, zero_{};
+  alignas(HDRQ_VECTOR_BYTES) float scales_[kChunk]{}, zeros_[kChunk]{};
+};
+
+// Sums over the elements of each channel. A tile keeps its own; rows are consecutive inside it, so few slots suffice.
+class ChannelSums {
+ public:
+  ChannelSums(const Grid& grid, int64_t count)
+      : grid_(grid),
+        slots_(grid.channels == 1 ? 1 : min(grid.channels, kTile / (grid.inner < 1 ? 1 : grid.inner) + 2)),
+        partial_(tiles(count) * slots_) {}
+
+  // The terms of a chunk that begins at element `begin` of tile `tile`.
+  void add(int64_t tile, int64_t begin, int64_t n, const float* terms) {
+    double* sums = partial_.at(tile * slots_);
+    if (grid_.channels == 1) {
+      sums[0] += sum(terms, n);
+      return;
+    }
+    const int64_t first = tile * kTile / grid_.inner;
+    for (int64_t i = 0, r = begin / grid_.inner; i < n; ++r) {
+      const int64_t stop = min(n, (r + 1) * grid_.inner - begin);
+      sums[(r - first) % slots_modulus()] += sum(terms + i, stop - i);
+      i = stop;
+    }
+  }
+
+  void total(double* sums) const {
+    fill(sums, grid_.channels, 0.0);
+    const int64_t count = partial_.size() / slots_;
+    for (int64_t tile = 0; tile < count; ++tile) {
+      const int64_t first = grid_.channels == 1 ? 0 : tile * kTile / grid_.inner;
+      for (int64_t s = 0; s < slots_; ++s) sums[(first + s) % grid_.channels] += partial_[tile * slots_ + s];
+    }
+  }
+
+ private:
+  // Where every channel has its slot, rows share them in turn; else a tile has fewer rows than slots.
+  int64_t slots_modulus() const { return slots_ == grid_.channels ? grid_.channels : INT64_MAX; }
+
+  static double sum(const float* terms, int64_t n) {
+    Sum total;
+    for_vectors(n, [&](int64_t i, int count) { total.add(read<vf>(terms + i, count)); });
+    return total.total();
+  }
+
+  const Grid& grid_;
+  int64_t slots_;
+  Buffer<double> partial_;
+};
+
+}  // namespace hdrq::HDRQ_ISA

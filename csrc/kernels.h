@@ -1,0 +1,78 @@
+// What every instruction set implements, in plain types: the bindings see this table and nothing of the vectors.
+#pragma once
+
+#include <cstdint>
+
+namespace hdrq {
+
+enum class Float { f32, bf16, f16 };  // the order of hdrq.native.FLOATS
+enum class Code { i8, i16 };          // the order of hdrq.native.CODES
+
+// One scale (and zero point) for all elements, or the channel (e / inner) % channels for element e.
+struct Grid {
+  const float* scale;
+  const float* zero_point;  // null: 0
+  int64_t channels, inner;
+  float qmin, qmax;
+};
+
+struct Stream {
+  uint64_t seed;
+  uint32_t stream, step;
+};
+
+// Where the empirical noise's bins begin, as words: bin b takes the words above last[b], up to last[b + 1].
+struct Histogram {
+  static constexpr int kBins = 256;
+  static constexpr int kGuideShift = 20;
+  bool empty = false;
+  uint32_t last[kBins + 1];                    // the largest word below bin b; bin 0 is never asked for
+  uint8_t guide[1u << (32 - kGuideShift)];     // the bin of each run of 2^20 words' first word
+};
+
+// K tensors of codes to average.
+struct Merge {
+  enum class Noise { all, odd, none };
+  Code code;
+  int models;
+  const void* const* codes;
+  const float* const* scales;
+  const float* weights;
+  const float* merged_scale;
+  int64_t channels, inner;
+  float qmin, qmax;
+  Stream stream;
+  Noise noise;
+};
+
+struct Job {
+  int64_t count;  // elements
+  int threads;
+};
+
+struct Kernels {
+  const char* name;
+  void (*noise_quantize)(Job, Float, const void* x, void* y, Grid, Stream, const Histogram*);
+  void (*noise_quantize_backward)(Job, Float, const void* grad, const void* x, void* grad_x, double* grad_s, Grid, Stream,
+                                  const Histogram*);
+  void (*error_histogram)(Job, Float, const void* x, int64_t* counts, Grid);
+  void (*fake_quantize)(Job, Float, const void* x, void* y, Grid);
+  void (*fake_quantize_backward)(Job, Float, const void* grad, const void* x, void* grad_x, double* grad_s, Grid);
+  int64_t (*quantize)(Job, Float, const void* x, Code, void* codes, Grid);
+  void (*dequantize)(Job, Code, const void* codes, float* y, Grid);
+  void (*drop_mix)(Job, Float, const void* a, const void* b, void* y, uint32_t threshold, Stream);
+  void (*drop_mix_backward)(Job, Float, const void* grad, void* grad_a, void* grad_b, uint32_t threshold, Stream);
+  double (*squared_distance)(Job, Float, const void* w, const void* w_src);
+  void (*scaled_difference)(Job, Float, const void* w, const void* w_src, void* y, float factor);
+  void (*merge_score)(Job, const Merge&, int draws, double* sums);
+  void (*merge_codes)(Job, const Merge&, int draw, Code, void* codes);
+};
+
+const Kernels& portable_kernels();
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HDRQ_X86 1
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+}  // namespace hdrq

@@ -1,0 +1,185 @@
+// The bindings. Tensors come as addresses (see hdrq/native), so that no torch header is needed and one build serves
+// every torch version. The interpreter's lock is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace hdrq {
+namespace {
+
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> tables;
+#ifdef HDRQ_X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    tables.push_back(&avx512_kernels());
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) tables.push_back(&avx2_kernels());
+#endif
+  tables.push_back(&portable_kernels());
+  return tables;
+}
+
+// The instruction set in use: the widest that this machine has, or the one set with use_isa.
+const Kernels*& in_use() {
+  static const Kernels* kernels = available().front();
+  return kernels;
+}
+
+std::string use_isa(const std::string& name) {
+  std::string known;
+  for (const Kernels* kernels : available()) {
+    known += (known.empty() ? "" : ", ") + std::string(kernels->name);
+    if (name == kernels->name) {
+      const std::string previous = in_use()->name;
+      in_use() = kernels;
+      return previous;
+    }
+  }
+  throw std::invalid_argument("isa must be one of " + known + ", got " + name);
+}
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+struct GridArgs {
+  uintptr_t scale, zero_point;
+  int64_t channels, inner;
+  int qmin, qmax;
+  operator Grid() const {
+    return {at<float>(scale), at<float>(zero_point), channels, inner, float(qmin), float(qmax)};
+  }
+};
+
+struct MergeArgs {
+  std::vector<const void*> codes;
+  std::vector<const float*> scales;
+  std::vector<float> weights;
+  Merge rest;
+  Merge view() const {
+    Merge merge = rest;
+    merge.codes = codes.data(), merge.scales = scales.data(), merge.weights = weights.data();
+    return merge;
+  }
+};
+
+Stream stream_of(uintptr_t rng) {
+  const int64_t* state = at<int64_t>(rng);
+  return {uint64_t(state[0]), uint32_t(state[1]), uint32_t(state[2])};
+}
+
+// Bin b takes t ≥ C[b], t = (word·N) >> 32: word ≥ ceil(C[b]·2^32 / N), so word > that − 1.
+Histogram histogram_of(const int64_t* cumulative) {
+  Histogram h;
+  const uint64_t total = uint64_t(cumulative[Histogram::kBins]);
+  h.empty = total == 0;
+  if (h.empty) return h;
+  const auto first = [&](int b) {  // 2^32 where no word reaches the bin
+    return uint64_t((((unsigned __int128)cumulative[b] << 32) + total - 1) / total);
+  };
+  h.last[0] = 0;
+  for (int b = 1; b < Histogram::kBins; ++b) h.last[b] = first(b) == 0 ? 0 : uint32_t(first(b) - 1);
+  h.last[Histogram::kBins] = UINT32_MAX;
+  int b = 0;
+  for (uint64_t cell = 0; cell < sizeof(h.guide); ++cell) {
+    while (b + 1 < Histogram::kBins && first(b + 1) <= cell << Histogram::kGuideShift) ++b;
+    h.guide[cell] = uint8_t(b);
+  }
+  return h;
+}
+
+using Released = py::call_guard<py::gil_scoped_release>;
+
+void bind(py::module_& m) {
+  py::class_<GridArgs>(m, "Grid").def(
+      py::init([](uintptr_t scale, uintptr_t zero_point, int64_t channels, int64_t inner, int qmin, int qmax) {
+        return GridArgs{scale, zero_point, channels, inner, qmin, qmax};
+      }));
+  py::class_<Job>(m, "Job").def(py::init([](int64_t count, int threads) { return Job{count, threads}; }));
+
+  m.def("isa", [] { return in_use()->name; }, "The instruction set in use.");
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : available()) names.emplace_back(kernels->name);
+    return names;
+  }, "The instruction sets that run on this machine, widest first.");
+  m.def("use_isa", &use_isa, "Use one of isas(); returns the one used before. No choice changes a bit.");
+
+  m.def("noise_quantize", [](Job j, int f, uintptr_t x, uintptr_t y, const GridArgs& g, uintptr_t rng, uintptr_t c) {
+    const Histogram h = c ? histogram_of(at<int64_t>(c)) : Histogram{};
+    in_use()->noise_quantize(j, Float(f), at<void>(x), at<void>(y), g, stream_of(rng), c ? &h : nullptr);
+  }, Released());
+  m.def("noise_quantize_backward", [](Job j, int f, uintptr_t grad, uintptr_t x, uintptr_t grad_x, uintptr_t grad_s,
+                                      const GridArgs& g, uintptr_t rng, uintptr_t c) {
+    const Histogram h = c ? histogram_of(at<int64_t>(c)) : Histogram{};
+    in_use()->noise_quantize_backward(j, Float(f), at<void>(grad), at<void>(x), at<void>(grad_x), at<double>(grad_s), g,
+                                      stream_of(rng), c ? &h : nullptr);
+  }, Released());
+  m.def("error_histogram", [](Job j, int f, uintptr_t x, uintptr_t counts, const GridArgs& g) {
+    in_use()->error_histogram(j, Float(f), at<void>(x), at<int64_t>(counts), g);
+  }, Released());
+
+  m.def("fake_quantize", [](Job j, int f, uintptr_t x, uintptr_t y, const GridArgs& g) {
+    in_use()->fake_quantize(j, Float(f), at<void>(x), at<void>(y), g);
+  }, Released());
+  m.def("fake_quantize_backward", [](Job j, int f, uintptr_t grad, uintptr_t x, uintptr_t grad_x, uintptr_t grad_s,
+                                     const GridArgs& g) {
+    in_use()->fake_quantize_backward(j, Float(f), at<void>(grad), at<void>(x), at<void>(grad_x), at<double>(grad_s), g);
+  }, Released());
+  m.def("quantize", [](Job j, int f, uintptr_t x, int code, uintptr_t codes, const GridArgs& g) {
+    return in_use()->quantize(j, Float(f), at<void>(x), Code(code), at<void>(codes), g);
+  }, Released());
+  m.def("dequantize", [](Job j, int code, uintptr_t codes, uintptr_t y, const GridArgs& g) {
+    in_use()->dequantize(j, Code(code), at<void>(codes), at<float>(y), g);
+  }, Released());
+
+  m.def("drop_mix", [](Job j, int f, uintptr_t a, uintptr_t b, uintptr_t y, uint32_t threshold, uintptr_t rng) {
+    in_use()->drop_mix(j, Float(f), at<void>(a), at<void>(b), at<void>(y), threshold, stream_of(rng));
+  }, Released());
+  m.def("drop_mix_backward", [](Job j, int f, uintptr_t grad, uintptr_t grad_a, uintptr_t grad_b, uint32_t threshold,
+                                uintptr_t rng) {
+    in_use()->drop_mix_backward(j, Float(f), at<void>(grad), at<void>(grad_a), at<void>(grad_b), threshold,
+                                stream_of(rng));
+  }, Released());
+
+  m.def("squared_distance", [](Job j, int f, uintptr_t w, uintptr_t w_src) {
+    return in_use()->squared_distance(j, Float(f), at<void>(w), at<void>(w_src));
+  }, Released());
+  m.def("scaled_difference", [](Job j, int f, uintptr_t w, uintptr_t w_src, uintptr_t y, float factor) {
+    in_use()->scaled_difference(j, Float(f), at<void>(w), at<void>(w_src), at<void>(y), factor);
+  }, Released());
+
+  py::class_<MergeArgs>(m, "Merge")
+      .def(py::init([](int code, const std::vector<uintptr_t>& codes, const std::vector<uintptr_t>& scales,
+                       uintptr_t merged_scale, std::vector<float> weights, int64_t channels, int64_t inner, int qmin,
+                       int qmax, uintptr_t rng, int noise) {
+        MergeArgs args{{}, {}, std::move(weights), {}};
+        for (const uintptr_t c : codes) args.codes.push_back(at<void>(c));
+        for (const uintptr_t s : scales) args.scales.push_back(at<float>(s));
+        args.rest = {Code(code), int(codes.size()), nullptr, nullptr, nullptr, at<float>(merged_scale), channels, inner,
+                     float(qmin), float(qmax), stream_of(rng), Merge::Noise(noise)};
+        return args;
+      }));
+  m.def("merge_score", [](Job j, const MergeArgs& merge, int draws, uintptr_t sums) {
+    in_use()->merge_score(j, merge.view(), draws, at<double>(sums));
+  }, Released());
+  m.def("merge_codes", [](Job j, const MergeArgs& merge, int draw, int code, uintptr_t codes) {
+    in_use()->merge_codes(j, merge.view(), draw, Code(code), at<void>(codes));
+  }, Released());
+}
+
+}  // namespace
+}  // namespace hdrq
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The C++ path of hdrq, for CPU tensors.";
+  hdrq::bind(m);
+}

@@ -1,0 +1,116 @@
+// Family `noise`: quantize, inject noise and clamp. Definition: hdrq/reference/noise.py.
+#pragma once
+
+#include "grid.h"
+#include "philox.h"
+
+namespace hdrq::HDRQ_ISA {
+
+// The noise of a chunk: n = m·2^-24 − 0.5, from one 24-bit integer m per element.
+class ChunkNoise {
+ public:
+  ChunkNoise(Stream stream, const Histogram* histogram) : philox_(stream), histogram_(histogram) {}
+
+  void seek(int64_t begin, int64_t n) {
+    philox_.fill(m_, begin, n);
+    if (!histogram_) {
+      for_vectors(n, [&](int64_t i, int) { write(read<vu>(m_ + i, kLanes) >> 8, m_ + i, kLanes); });
+    } else if (histogram_->empty) {
+      fill(m_, n, 1u << 23);  // n = 0
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        const uint32_t word = m_[i];
+        uint32_t bin = histogram_->guide[word >> Histogram::kGuideShift];
+        while (bin + 1 < Histogram::kBins && word > histogram_->last[bin + 1]) ++bin;
+        m_[i] = (bin << 16) | (word & 0xffff);
+      }
+    }
+  }
+
+  vf at(int64_t i) const {
+    return __builtin_convertvector(bits<vi>(read<vu>(m_ + i, kLanes)), vf) * 0x1p-24f - 0.5f;
+  }
+
+ private:
+  Philox philox_;
+  const Histogram* histogram_;
+  alignas(HDRQ_VECTOR_BYTES) uint32_t m_[kChunk];
+};
+
+template <class T>
+void noise_quantize(Job job, const typename T::type* x, typename T::type* y, const Grid& grid, Stream stream,
+                    const Histogram* histogram) {
+  for_tiles(job, [&](int64_t, int64_t tile_begin, int64_t tile_end) {
+    ChunkGrid chunk(grid);
+    ChunkNoise noise(stream, histogram);
+    for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
+      chunk.seek(begin, n);
+      noise.seek(begin, n);
+      for_vectors(n, [&](int64_t i, int count) {
+        const vf s = chunk.scale(i), v = T::load(x + begin + i, count);
+        const vf above = s * grid.qmax, below = s * grid.qmin;
+        vf result = v + noise.at(i) * s;
+        result = v >= above ? above : result;
+        result = v <= below ? below : result;
+        T::store(result, y + begin + i, count);
+      });
+    });
+  });
+}
+
+template <class T>
+void noise_quantize_backward(Job job, const typename T::type* grad, const typename T::type* x,
+                             typename T::type* grad_x, double* grad_s, const Grid& grid, Stream stream,
+                             const Histogram* histogram) {
+  ChannelSums sums(grid, job.count);
+  for_tiles(job, [&](int64_t tile, int64_t tile_begin, int64_t tile_end) {
+    ChunkGrid chunk(grid);
+    ChunkNoise noise(stream, histogram);
+    alignas(HDRQ_VECTOR_BYTES) float terms[kChunk];
+    for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
+      chunk.seek(begin, n);
+      noise.seek(begin, n);
+      for_vectors(n, [&](int64_t i, int count) {
+        const vf s = chunk.scale(i), v = T::load(x + begin + i, count), g = T::load(grad + begin + i, count);
+        const vf above = s * grid.qmax, below = s * grid.qmin;
+        const auto inside = (v < above) & (v > below);
+        vf slope = inside ? noise.at(i) : vf{};
+        slope = v >= above ? splat(grid.qmax) : slope;
+        slope = v <= below ? splat(grid.qmin) : slope;
+        write(g * slope, terms + i, kLanes);
+        T::store(inside ? g : vf{}, grad_x + begin + i, count);
+      });
+      sums.add(tile, begin, n, terms);
+    });
+  });
+  sums.total(grad_s);
+}
+
+// Counts, cumulative: counts[0] = 0, counts[256] = N.
+template <class T>
+void error_histogram(Job job, const typename T::type* x, int64_t* counts, const Grid& grid) {
+  constexpr int kBins = Histogram::kBins;
+  Buffer<uint32_t> all(tiles(job.count) * kBins);
+  for_tiles(job, [&](int64_t tile, int64_t tile_begin, int64_t tile_end) {
+    ChunkGrid chunk(grid);
+    alignas(HDRQ_VECTOR_BYTES) int32_t bin[kChunk];
+    uint32_t own[4][kBins + 1] = {};  // four tables: neighbouring elements often share a bin; the last takes what is clipped
+    for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
+      chunk.seek(begin, n);
+      for_vectors(n, [&](int64_t i, int count) {
+        const vf s = chunk.scale(i), x_i = T::load(x + begin + i, count);
+        const auto inside = (x_i < s * grid.qmax) & (x_i > s * grid.qmin);
+        const vf v = x_i / s, r = round_even(v) - v;
+        const vf position = inside ? clamp((r + 0.5f) * float(kBins), 0.0f, float(kBins - 1)) : splat(kBins);
+        write(__builtin_convertvector(position, vi), bin + i, kLanes);
+      });
+      for (int64_t i = 0; i < n; ++i) ++own[i & 3][bin[i]];
+    });
+    for (int b = 0; b < kBins; ++b) all[tile * kBins + b] = own[0][b] + own[1][b] + own[2][b] + own[3][b];
+  });
+  fill<int64_t>(counts, kBins + 1, 0);
+  for (int64_t i = 0; i < all.size(); ++i) counts[i % kBins + 1] += all[i];
+  for (int b = 0; b < kBins; ++b) counts[b + 1] += counts[b];
+}
+
+}  // namespace hdrq::HDRQ_ISA

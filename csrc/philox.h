@@ -1,0 +1,68 @@
+// Philox4x32-10 (Salmon et al., SC 2011) over vectors, four neighbouring elements to a counter; see hdrq/rng.py.
+#pragma once
+
+#include "simd.h"
+
+namespace hdrq::HDRQ_ISA {
+
+// The product of the low 32 bits of each 64-bit lane.
+inline vu64 multiply_low(vu64 a, vu64 b) {
+#if defined(HDRQ_AVX512)
+  return (vu64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(HDRQ_AVX2)
+  return (vu64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (vu64)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// One counter to a 64-bit lane. Only the low half of a lane counts: what a round leaves in the high half is never read,
+// which spares the masks. Lanes are numbered so that interleaving 64-bit halves puts the words in order.
+class Philox {
+ public:
+  explicit Philox(Stream s) : stream_(vu64{} + s.stream), step_(vu64{} + s.step) {
+    uint32_t k0 = uint32_t(s.seed), k1 = uint32_t(s.seed >> 32);
+    for (int r = 0; r < kRounds; ++r, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) key_[r][0] = k0, key_[r][1] = k1;
+    for (int lane = 0; lane < kGroups; ++lane) lane_[lane] = (lane >> 1) + (lane & 1) * (kGroups / 2);
+  }
+
+  // The words of the elements from `first` (a multiple of 4) on; writes up to the next multiple of 2·kLanes.
+  void fill(uint32_t* words, int64_t first, int64_t count) const {
+    uint64_t group = uint64_t(first) >> 2;
+    for (int64_t i = 0; i < count; i += 4 * kGroups, group += kGroups) {
+      const vu64 counter = lane_ + group;
+      vu64 c0 = counter, c1 = counter >> 32, c2 = stream_, c3 = step_;
+      for (int r = 0; r < kRounds; ++r) {
+        const vu64 p0 = multiply_low(c0, vu64{} + 0xD2511F53u), p1 = multiply_low(c2, vu64{} + 0xCD9E8D57u);
+        c0 = (p1 >> 32) ^ c1 ^ (vu64{} + key_[r][0]);
+        c2 = (p0 >> 32) ^ c3 ^ (vu64{} + key_[r][1]);
+        c1 = p1;
+        c3 = p0;
+      }
+      const vu64 first_two = (c0 & 0xffffffffu) | (c1 << 32), last_two = (c2 & 0xffffffffu) | (c3 << 32);
+      const vu64 ordered[2] = {interleave_low(first_two, last_two), interleave_high(first_two, last_two)};
+      __builtin_memcpy(words + i, ordered, sizeof(ordered));
+    }
+  }
+
+ private:
+  static constexpr int kRounds = 10, kGroups = HDRQ_VECTOR_BYTES / 8;
+
+#if defined(HDRQ_AVX512)
+  static vu64 interleave_low(vu64 a, vu64 b) { return (vu64)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b); }
+  static vu64 interleave_high(vu64 a, vu64 b) { return (vu64)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b); }
+#elif defined(HDRQ_AVX2)
+  static vu64 interleave_low(vu64 a, vu64 b) { return (vu64)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b); }
+  static vu64 interleave_high(vu64 a, vu64 b) { return (vu64)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b); }
+#else
+  static vu64 interleave_low(vu64 a, vu64 b) { return vu64{a[0], b[0]}; }
+  static vu64 interleave_high(vu64 a, vu64 b) { return vu64{a[1], b[1]}; }
+#endif
+
+  vu64 lane_{}, stream_, step_;
+  uint64_t key_[kRounds][2];
+};
+
+}  // namespace hdrq::HDRQ_ISA

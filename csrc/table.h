@@ -1,0 +1,95 @@
+// The table of this translation unit's instruction set.
+#pragma once
+
+#include "distance.h"
+#include "drop.h"
+#include "fakequant.h"
+#include "merge.h"
+#include "noise.h"
+
+namespace hdrq {
+namespace HDRQ_ISA {
+
+inline Kernels table(const char* name) {
+  Kernels k;
+  k.name = name;
+  k.noise_quantize = [](Job j, Float f, const void* x, void* y, Grid g, Stream s, const Histogram* h) {
+    with_float(f, [&](auto t) {
+      using T = decltype(t);
+      noise_quantize<T>(j, T::in(x), T::out(y), g, s, h);
+    });
+  };
+  k.noise_quantize_backward = [](Job j, Float f, const void* grad, const void* x, void* grad_x, double* grad_s, Grid g,
+                                 Stream s, const Histogram* h) {
+    with_float(f, [&](auto t) {
+      using T = decltype(t);
+      noise_quantize_backward<T>(j, T::in(grad), T::in(x), T::out(grad_x), grad_s, g, s, h);
+    });
+  };
+  k.error_histogram = [](Job j, Float f, const void* x, int64_t* counts, Grid g) {
+    with_float(f, [&](auto t) {
+      using T = decltype(t);
+      error_histogram<T>(j, T::in(x), counts, g);
+    });
+  };
+  k.fake_quantize = [](Job j, Float f, const void* x, void* y, Grid g) {
+    with_float(f, [&](auto t) {
+      using T = decltype(t);
+      fake_quantize<T>(j, T::in(x), T::out(y), g);
+    });
+  };
+  k.fake_quantize_backward = [](Job j, Float f, const void* grad, const void* x, void* grad_x, double* grad_s, Grid g) {
+    with_float(f, [&](auto t) {
+      using T = decltype(t);
+      fake_quantize_backward<T>(j, T::in(grad), T::in(x), T::out(grad_x), grad_s, g);
+    });
+  };
+  k.quantize = [](Job j, Float f, const void* x, Code code, void* codes, Grid g) {
+    int64_t nan = 0;
+    with_float(f, [&](auto t) {
+      using T = decltype(t);
+      nan = code == Code::i8 ? quantize<T>(j, T::in(x), (vi8*)nullptr, codes, g)
+                                         : quantize<T>(j, T::in(x), (vi16*)nullptr, codes, g);
+    });
+    return nan;
+  };
+  k.dequantize = [](Job j, Code code, const void* codes, float* y, Grid g) {
+    if (code == Code::i8) dequantize(j, (vi8*)nullptr, codes, y, g);
+    else dequantize(j, (vi16*)nullptr, codes, y, g);
+  };
+  k.drop_mix = [](Job j, Float f, const void* a, const void* b, void* y, uint32_t threshold, Stream s) {
+    with_float(f, [&](auto t) {
+      using T = decltype(t);
+      drop_mix<T>(j, T::in(a), T::in(b), T::out(y), threshold, s);
+    });
+  };
+  k.drop_mix_backward = [](Job j, Float f, const void* grad, void* grad_a, void* grad_b, uint32_t threshold, Stream s) {
+    with_float(f, [&](auto t) {
+      using T = decltype(t);
+      drop_mix_backward<T>(j, T::in(grad), T::out(grad_a), T::out(grad_b), threshold, s);
+    });
+  };
+  k.squared_distance = [](Job j, Float f, const void* w, const void* w_src) {
+    double sum = 0;
+    with_float(f, [&](auto t) {
+      using T = decltype(t);
+      sum = squared_distance<T>(j, T::in(w), T::in(w_src));
+    });
+    return sum;
+  };
+  k.scaled_difference = [](Job j, Float f, const void* w, const void* w_src, void* y, float factor) {
+    with_float(f, [&](auto t) {
+      using T = decltype(t);
+      scaled_difference<T>(j, T::in(w), T::in(w_src), T::out(y), factor);
+    });
+  };
+  k.merge_score = [](Job j, const Merge& m, int draws, double* sums) { merge_score(j, m, draws, sums); };
+  k.merge_codes = [](Job j, const Merge& m, int draw, Code code, void* codes) {
+    if (code == Code::i8) merge_codes(j, m, draw, (vi8*)nullptr, codes);
+    else merge_codes(j, m, draw, (vi16*)nullptr, codes);
+  };
+  return k;
+}
+
+}  // namespace HDRQ_ISA
+}  // namespace hdrq

@@ -1,0 +1,33 @@
+"""The C++ path, for CPU tensors: thin wrappers that allocate results and hand addresses to ``hdrq._C``.
+
+The same signatures and the same bits as :mod:`hdrq.reference`. Work is split over ``torch.get_num_threads()`` threads.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hdrq import _C
+
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Float of csrc/kernels.h
+CODES = {torch.int8: 0, torch.int16: 1}  # enum Code
+
+
+def job(x: torch.Tensor) -> _C.Job:
+    """How many elements, over how many threads."""
+    return _C.Job(x.numel(), torch.get_num_threads())
+
+
+def layout(x: torch.Tensor, axis: int | None) -> tuple[int, int]:
+    """Channels, and how many consecutive elements share one: element e has the channel ``(e // inner) % channels``."""
+    return (1, x.numel()) if axis is None else (x.shape[axis], x.shape[axis + 1 :].numel())
+
+
+def grid(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, qmin: int, qmax: int, axis) -> _C.Grid:
+    """The scale of each element, and the range. The tensors must outlive the call that takes it."""
+    return _C.Grid(scale.data_ptr(), address(zero_point), *layout(x, axis), qmin, qmax)
+
+
+def address(x: torch.Tensor | None) -> int:
+    """Where a tensor's elements are; 0 for none."""
+    return 0 if x is None else x.data_ptr()

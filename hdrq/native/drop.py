@@ -1,0 +1,21 @@
+"""Family ``drop`` in C++ (csrc/drop.h)."""
+
+from __future__ import annotations
+
+import torch
+
+from hdrq import _C
+from hdrq.native import FLOATS, address, job
+
+
+def drop_mix(a, b, threshold, rng) -> torch.Tensor:
+    y = torch.empty_like(a)
+    _C.drop_mix(job(a), FLOATS[a.dtype], address(a), address(b), address(y), threshold, address(rng))
+    return y
+
+
+def drop_mix_backward(grad, threshold, rng) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_a, grad_b = torch.empty_like(grad), torch.empty_like(grad)
+    tensors = (address(grad), address(grad_a), address(grad_b))
+    _C.drop_mix_backward(job(grad), FLOATS[grad.dtype], *tensors, threshold, address(rng))
+    return grad_a, grad_b

@@ -1,0 +1,30 @@
+"""Family ``noise`` in C++ (csrc/noise.h)."""
+
+from __future__ import annotations
+
+import torch
+
+from hdrq import _C
+from hdrq.native import FLOATS, address, grid, job
+
+
+def noise_quantize(x, scale, qmin, qmax, rng, cumulative, axis) -> torch.Tensor:
+    y = torch.empty_like(x)
+    on = grid(x, scale, None, qmin, qmax, axis)
+    _C.noise_quantize(job(x), FLOATS[x.dtype], address(x), address(y), on, address(rng), address(cumulative))
+    return y
+
+
+def noise_quantize_backward(grad, x, scale, qmin, qmax, rng, cumulative, axis, grad_scale) -> tuple:
+    grad_x, total = torch.empty_like(x), torch.empty(scale.numel(), dtype=torch.float64)
+    tensors = (address(grad), address(x), address(grad_x), address(total))
+    on = grid(x, scale, None, qmin, qmax, axis)
+    _C.noise_quantize_backward(job(x), FLOATS[x.dtype], *tensors, on, address(rng), address(cumulative))
+    return grad_x, (total * grad_scale).float()
+
+
+def error_histogram(x, scale, qmin, qmax, axis) -> torch.Tensor:
+    cumulative = torch.empty(257, dtype=torch.int64)
+    on = grid(x, scale, None, qmin, qmax, axis)
+    _C.error_histogram(job(x), FLOATS[x.dtype], address(x), address(cumulative), on)
+    return cumulative
