@@ -17,7 +17,7 @@ void fake_quantize(Job job, const typename T::type* x, typename T::type* y, cons
     ChunkGrid chunk(grid);
     for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
       chunk.seek(begin, n);
-      for_vectors(n, [&](int64_t i, int count) {
+      for_vectors(n, [&](int64_t i, auto count) {
         const vf s = chunk.scale(i), z = chunk.zero(i);
         const Rounded r(T::load(x + begin + i, count), s, z);
         T::store((clamp(r.shifted, grid.qmin, grid.qmax) - z) * s, y + begin + i, count);
@@ -35,7 +35,7 @@ void fake_quantize_backward(Job job, const typename T::type* grad, const typenam
     alignas(HDRQ_VECTOR_BYTES) float terms[kChunk];
     for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
       chunk.seek(begin, n);
-      for_vectors(n, [&](int64_t i, int count) {
+      for_vectors(n, [&](int64_t i, auto count) {
         const vf z = chunk.zero(i), g = T::load(grad + begin + i, count);
         const Rounded r(T::load(x + begin + i, count), chunk.scale(i), z);
         const auto inside = (r.shifted >= grid.qmin) & (r.shifted <= grid.qmax);
@@ -60,7 +60,7 @@ int64_t quantize(Job job, const typename T::type* x, V*, void* codes, const Grid
     for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
       chunk.seek(begin, n);
       vi wrong{};
-      for_vectors(n, [&](int64_t i, int count) {
+      for_vectors(n, [&](int64_t i, auto count) {
         vf x_i = T::load(x + begin + i, count);
         const vf q = clamp(Rounded(x_i, chunk.scale(i), chunk.zero(i)).shifted, grid.qmin, grid.qmax);
         wrong += count == kLanes ? bits<vi>(q != q) : vi{};
@@ -84,7 +84,7 @@ void dequantize(Job job, V*, const void* codes, float* y, const Grid& grid) {
     ChunkGrid chunk(grid);
     for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
       chunk.seek(begin, n);
-      for_vectors(n, [&](int64_t i, int count) {
+      for_vectors(n, [&](int64_t i, auto count) {
         const vf value = __builtin_convertvector(read<V>(q + begin + i, count), vf);
         F32::store((value - chunk.zero(i)) * chunk.scale(i), y + begin + i, count);
       });

@@ -78,7 +78,7 @@ class ChannelSums {
 
   static double sum(const float* terms, int64_t n) {
     Sum total;
-    for_vectors(n, [&](int64_t i, int count) { total.add(read<vf>(terms + i, count)); });
+    for_vectors(n, [&](int64_t i, auto count) { total.add(read<vf>(terms + i, count)); });
     return total.total();
   }
 

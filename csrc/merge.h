@@ -23,7 +23,7 @@ class MergeChunk {
     merged_step_.seek(begin, n);
     for (int k = 0; k < merge_.models; ++k) {
       steps_[k].seek(begin, n);
-      for_vectors(n, [&](int64_t i, int count) {
+      for_vectors(n, [&](int64_t i, auto count) {
         write(code(k, i, count) * steps_[k].scale(i), values_.at(k * kChunk + i), kLanes);
       });
     }
@@ -104,7 +104,7 @@ inline void merge_score(Job job, const Merge& merge, int draws, double* sums) {
         for (int k = 0; k < models; ++k) *own++ += dots[k].total(), dots[k] = Sum{};
       };
       chunk.seek(begin, n);
-      for_vectors(n, [&](int64_t i, int count) {
+      for_vectors(n, [&](int64_t i, auto count) {
         const vf middle = chunk.midpoint(i);
         for (int k = 0; k < models; ++k) {
           const vf d = only(middle - chunk.value(k, i), count);
@@ -115,7 +115,7 @@ inline void merge_score(Job job, const Merge& merge, int draws, double* sums) {
       for (int draw = 0; draw < draws; ++draw) {
         chunk.draw(draw);
         Sum rr;
-        for_vectors(n, [&](int64_t i, int count) {
+        for_vectors(n, [&](int64_t i, auto count) {
           const vf middle = chunk.midpoint(i);
           const vf r = only(chunk.merged(i, count) * chunk.merged_step(i) - middle, count);
           rr.add_product(r, r);
@@ -138,7 +138,7 @@ void merge_codes(Job job, const Merge& merge, int draw, V*, void* codes) {
     for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
       chunk.seek(begin, n);
       chunk.draw(draw);
-      for_vectors(n, [&](int64_t i, int count) {
+      for_vectors(n, [&](int64_t i, auto count) {
         write(__builtin_convertvector(__builtin_convertvector(chunk.merged(i, count), vi), V), out + begin + i, count);
       });
     });

@@ -14,7 +14,7 @@ class ChunkNoise {
   void seek(int64_t begin, int64_t n) {
     philox_.fill(m_, begin, n);
     if (!histogram_) {
-      for_vectors(n, [&](int64_t i, int) { write(read<vu>(m_ + i, kLanes) >> 8, m_ + i, kLanes); });
+      for_vectors(n, [&](int64_t i, auto) { write(read<vu>(m_ + i, kLanes) >> 8, m_ + i, kLanes); });
     } else if (histogram_->empty) {
       fill(m_, n, 1u << 23);  // n = 0
     } else {
@@ -46,7 +46,7 @@ void noise_quantize(Job job, const typename T::type* x, typename T::type* y, con
     for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
       chunk.seek(begin, n);
       noise.seek(begin, n);
-      for_vectors(n, [&](int64_t i, int count) {
+      for_vectors(n, [&](int64_t i, auto count) {
         const vf s = chunk.scale(i), v = T::load(x + begin + i, count);
         const vf above = s * grid.qmax, below = s * grid.qmin;
         vf result = v + noise.at(i) * s;
@@ -70,7 +70,7 @@ void noise_quantize_backward(Job job, const typename T::type* grad, const typena
     for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
       chunk.seek(begin, n);
       noise.seek(begin, n);
-      for_vectors(n, [&](int64_t i, int count) {
+      for_vectors(n, [&](int64_t i, auto count) {
         const vf s = chunk.scale(i), v = T::load(x + begin + i, count), g = T::load(grad + begin + i, count);
         const vf above = s * grid.qmax, below = s * grid.qmin;
         const auto inside = (v < above) & (v > below);
@@ -97,7 +97,7 @@ void error_histogram(Job job, const typename T::type* x, int64_t* counts, const 
     uint32_t own[4][kBins + 1] = {};  // four tables: neighbouring elements often share a bin; the last takes what is clipped
     for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
       chunk.seek(begin, n);
-      for_vectors(n, [&](int64_t i, int count) {
+      for_vectors(n, [&](int64_t i, auto count) {
         const vf s = chunk.scale(i), x_i = T::load(x + begin + i, count);
         const auto inside = (x_i < s * grid.qmax) & (x_i > s * grid.qmin);
         const vf v = x_i / s, r = round_even(v) - v;

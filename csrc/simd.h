@@ -196,11 +196,12 @@ struct Sum {
   }
 };
 
-// body(i, count): vectors of a run of n elements, the last one maybe partial.
+// body(i, count): vectors of a run of n elements, the last one maybe partial. A whole vector's count is a constant of
+// its type, so its loads and stores are single instructions whatever the compiler inlines.
 template <class Body>
 inline void for_vectors(int64_t n, const Body& body) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
+  for (; i + kLanes <= n; i += kLanes) body(i, std::integral_constant<int, kLanes>{});
   if (i < n) body(i, int(n - i));
 }
 
