@@ -1,0 +1,1 @@
+"""Digits: four domains, a small ResNet trained on one and adapted to three, and what quantizes and merges them."""

@@ -1,0 +1,148 @@
+"""Train the demo's four networks: `python -m hdrq.demo.train [--out DIR]`.
+
+The source network learns rendered digits with labels. A copy of it then adapts to each target domain without labels and
+without the source data, as SHOT does (Liang et al. 2020, "Do we really need to access the source data?").
+"""
+
+import argparse
+import copy
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from hdrq.demo.data import SOURCE, TARGETS, load
+from hdrq.demo.model import WEIGHTS, ResNet, resnet
+
+BATCH = 64
+
+
+def batches(count: int) -> list[Tensor]:
+    """Indices 0..count-1 in random order, in batches of equal size; the rest is left out."""
+    return list(torch.randperm(count).split(BATCH))[: count // BATCH]
+
+
+def train_source(images: Tensor, labels: Tensor, epochs: int = 15, rate: float = 4e-3) -> ResNet:
+    """Supervised training with label smoothing 0.1, which SHOT asks of its source model."""
+    model = resnet().train()
+    steps = epochs * (len(images) // BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for _ in track(range(epochs), "source"):
+        for index in batches(len(images)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[index]), labels[index], label_smoothing=0.1).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def information_maximization(logits: Tensor) -> Tensor:
+    """Mean entropy of the predictions less the entropy of their mean: SHOT Eq. 3; certain and diverse is low."""
+    p = logits.softmax(1)
+    mean = p.mean(0)
+    return -(p * logits.log_softmax(1)).sum(1).mean() + (mean * mean.log()).sum()
+
+
+@torch.no_grad()
+def pseudo_labels(model: ResNet, images: Tensor) -> Tensor:
+    """Class (N,) of the nearest centroid, in cosine distance: SHOT Eqs. 4 to 6.
+
+    The centroids are means of the features, first weighted by the predicted probabilities, then by the labels these
+    centroids gave.
+    """
+    model.eval()
+    features = model.features(images)
+    weights = model.head(features).softmax(1)
+    features = F.normalize(features)
+    for _ in range(2):
+        centroids = F.normalize(weights.T @ features)
+        labels = (features @ centroids.T).argmax(1)
+        weights = F.one_hot(labels, weights.shape[1]).float()
+    return labels
+
+
+def adapt(source: ResNet, images: Tensor, epochs: int = 30, rate: float = 1e-3, beta: float = 0.3) -> ResNet:
+    """SHOT: the head is frozen, the rest minimises information maximization + beta * cross-entropy to pseudo-labels."""
+    model = copy.deepcopy(source)
+    model.head.requires_grad_(False)
+    steps = epochs * (len(images) // BATCH)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in track(range(epochs), "adapt"):
+        labels = pseudo_labels(model, images)
+        model.train()
+        for index in batches(len(images)):
+            optimizer.zero_grad()
+            logits = model(images[index])
+            (information_maximization(logits) + beta * F.cross_entropy(logits, labels[index])).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A copy with every BatchNorm folded into the convolution that is registered right before it."""
+    model = copy.deepcopy(model).eval()
+    for parent in list(model.modules()):
+        for (name, conv), (bn_name, bn) in pairwise(parent.named_children()):
+            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(conv, bn))
+                setattr(parent, bn_name, nn.Identity())
+    return model
+
+
+def average(models: list[nn.Module]) -> nn.Module:
+    """A model whose every parameter is the mean of the models'."""
+    merged = copy.deepcopy(models[0])
+    states = [model.state_dict() for model in models]
+    merged.load_state_dict({name: torch.stack([s[name] for s in states]).mean(0) for name in states[0]})
+    return merged
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, domain: str) -> float:
+    """Percentage of the domain's test images that the model classifies correctly."""
+    images, labels = load(domain, "test")
+    return (model(images).argmax(1) == labels).float().mean().item() * 100
+
+
+def report(source: ResNet, adapted: dict[str, ResNet]) -> Table:
+    """Accuracy on the test splits of the source model, each adapted model, and the merge of the adapted ones."""
+    merged = average([fold(model) for model in adapted.values()])
+    rows = {
+        "source only": [accuracy(source, domain) for domain in adapted],
+        "adapted": [accuracy(model, domain) for domain, model in adapted.items()],
+        "merged": [accuracy(merged, domain) for domain in adapted],
+    }
+    table = Table("", *adapted, "harmonic mean", title=f"test accuracy, %; {SOURCE} {accuracy(source, SOURCE):.1f}")
+    for name, row in rows.items():
+        harmonic_mean = len(row) / sum(1 / value for value in row)
+        table.add_row(name, *(f"{value:.1f}" for value in (*row, harmonic_mean)))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the four safetensors files")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # one order of summation: the same weights at every run
+    source = train_source(*load(SOURCE, "train"))
+    adapted = {domain: adapt(source, load(domain, "train")[0]) for domain in TARGETS}
+    for name, model in {"source": source, **adapted}.items():
+        save_file(model.state_dict(), out / f"{name}.safetensors")
+    Console().print(report(source, adapted))
+
+
+if __name__ == "__main__":
+    main()
