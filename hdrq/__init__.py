@@ -1,9 +1,21 @@
 """Fused quantizers for reconstruction loops, and a merge of quantized models that works on their integers."""
 
-from hdrq import ops
+from hdrq import evaluate, ops, recipes
 from hdrq.backends import BackendError, backends, use_backend
+from hdrq.merging import merge
+from hdrq.reconstruct import quantize
 from hdrq.rng import rng_state
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "backends", "ops", "rng_state", "use_backend"]
+__all__ = [
+    "BackendError",
+    "backends",
+    "evaluate",
+    "merge",
+    "ops",
+    "quantize",
+    "recipes",
+    "rng_state",
+    "use_backend",
+]

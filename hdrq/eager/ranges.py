@@ -21,7 +21,7 @@ def search_scale(x, qmin, qmax, norm, candidates, axis) -> torch.Tensor:
     scale = torch.ones_like(extent)
     for i in range(1, candidates + 1):
         trial = (extent * (i / candidates) / levels).clamp(min=SMALLEST)
-        error = sum_but((fake_quantize(x, trial, qmin, qmax, None, axis) - x).abs().double() ** norm, axis)
+        error = sum_but((fake_quantize(x, trial, qmin, qmax, None, axis) - x).abs_().pow_(norm), axis)
         better = (error < best) & (extent > 0)
         best, scale = torch.where(better, error, best), torch.where(better, trial, scale)
     return scale

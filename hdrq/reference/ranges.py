@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hdrq.reference import sum_but
 from hdrq.reference.fakequant import fake_quantize
 
 SMALLEST = np.float32(2**-126)
@@ -13,7 +14,7 @@ def search_scale(x, qmin, qmax, norm=2.4, candidates=100, axis=None) -> np.ndarr
     """Of ``s_i = (i/candidates)·max|x|/h``, i = 1 … candidates, the first with the least ``Σ |fake_quantize(x, s_i) − x|ᵖ``.
 
     ``h = (qmax − qmin)/2`` where qmin < 0, else qmax: the threshold ``s_i·h`` is where clipping starts. Unsigned ranges
-    take their maximum over x itself. A constant zero gives s = 1; every scale is at least 2⁻¹²⁶. The errors are summed in
+    take their maximum over x itself. A constant zero gives s = 1; every scale is at least 2⁻¹²⁶. Powers are float32, their sums
     float64, so near-ties may fall either way between implementations.
     """
     others = tuple(i for i in range(x.ndim) if i != axis)
@@ -23,8 +24,8 @@ def search_scale(x, qmin, qmax, norm=2.4, candidates=100, axis=None) -> np.ndarr
     scale = np.ones(extent.shape, np.float32)
     for i in range(1, candidates + 1):
         trial = np.maximum(extent * np.float32(i / candidates) / levels, SMALLEST).astype(np.float32)
-        error = np.abs(fake_quantize(x, trial, qmin, qmax, None, axis) - x).astype(np.float64) ** norm
-        error = np.atleast_1d(error.sum(axis=others))
+        error = np.abs(fake_quantize(x, trial, qmin, qmax, None, axis) - x) ** np.float32(norm)
+        error = sum_but(error, axis)
         better = (error < best) & (extent > 0)
         best, scale = np.where(better, error, best), np.where(better, trial, scale)
     return scale.astype(np.float32)

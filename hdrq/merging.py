@@ -1,0 +1,114 @@
+"""Merging whole quantized models, on their integers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from hdrq import checks, ops
+from hdrq.model import quantized_layers
+from hdrq.rng import rng_state
+
+
+@torch.no_grad()
+def merge(
+    models: Sequence[nn.Module],
+    *,
+    weights: Sequence[float] | None = None,
+    draws: int = 30,
+    seed: int = 0,
+    noise: str = "all",
+) -> nn.Module:
+    """Average quantized models into one, with no data and no training; only integers, scales and biases are read.
+
+    Each weight is merged by :func:`hdrq.ops.merge`, layer by layer. Scales of activations, biases and every other
+    floating-point parameter and buffer are averaged with the same weights λ, in float64, rounded once; integer buffers
+    must agree.
+
+    Args:
+        models: two or more results of :func:`hdrq.quantize`, of one architecture and one bit policy; left as they are.
+        weights: λ, not negative, summing to 1; None for equal ones.
+        draws: roundings tried for each weight, of which the best aligned is kept.
+        seed: of the noise; stream 64·i serves the i-th layer.
+        noise: ``"all"``, ``"odd"`` (two models, equal weights) or ``"none"`` (round half to even).
+
+    Returns:
+        A model of the class of the first.
+
+    Raises:
+        TypeError, ValueError: "X must be …, got …"; models that differ are refused with what differs.
+    """
+    models = list(models)
+    checks.integer("the number of models", len(models), 2, 64)
+    checks.integer("seed", seed, 0, 2**63 - 1)
+    lam = checks.mixing_weights(weights, len(models))
+    _check_alike(models)
+    merged = copy.deepcopy(models[0])
+    _average_floats(merged, models, lam)
+    layers = [quantized_layers(model) for model in models]
+    for i, (name, target) in enumerate(quantized_layers(merged).items()):
+        inputs = [each[name] for each in layers]
+        quantizer = target.weight_quantizer
+        result = ops.merge(
+            [layer.weight_quantizer.codes(layer.latent) for layer in inputs],
+            [layer.weight_quantizer.scale for layer in inputs],
+            quantizer.qmin,
+            quantizer.qmax,
+            rng_state(seed, stream=64 * i, device=quantizer.scale.device),
+            weights=lam,
+            draws=draws,
+            noise=noise,
+            axis=quantizer.axis,
+        )
+        quantizer.scale.copy_(result.scale.reshape(quantizer.scale.shape))
+        target.latent.copy_(quantizer.values(result.codes))
+    return merged
+
+
+@torch.no_grad()
+def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> nn.Module:
+    """The plain weighted average of full-precision models whose BatchNorm is folded: what merging aims at."""
+    models = list(models)
+    lam = checks.mixing_weights(weights, len(models))
+    merged = copy.deepcopy(models[0])
+    _average_floats(merged, models, lam)
+    return merged
+
+
+def _average_floats(merged: nn.Module, models: list[nn.Module], lam: Sequence[float]) -> None:
+    states = [model.state_dict() for model in models]
+    for name, value in merged.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(sum(w * state[name].double() for w, state in zip(lam, states, strict=True)))
+
+
+def _check_alike(models: list[nn.Module]) -> None:
+    first = _description(models[0])
+    if not quantized_layers(models[0]):
+        raise ValueError("models must be quantized, got one without quantizers; hdrq.quantize makes one")
+    for k, model in enumerate(models[1:], start=1):
+        other = _description(model)
+        wrong = [
+            f"{name} ({first.get(name, 'missing')} in the first, {other.get(name, 'missing')} in number {k})"
+            for name in dict.fromkeys((*first, *other))
+            if first.get(name) != other.get(name)
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+            raise ValueError(f"models must be alike to be merged, got {'; '.join(wrong[:10])}{more}")
+
+
+def _description(model: nn.Module) -> dict:
+    """What must agree between models: shapes, ranges, and integer buffers."""
+    facts: dict = {
+        name: tuple(value.shape) if value.is_floating_point() else (tuple(value.shape), value.flatten()[:4].tolist())
+        for name, value in model.state_dict().items()
+    }
+    for name, layer in quantized_layers(model).items():
+        weight, activation = layer.quantizers
+        facts[f"{name}: weight range"] = (weight.qmin, weight.qmax, weight.axis)
+        facts[f"{name}: input range"] = (activation.qmin, activation.qmax)
+    return facts

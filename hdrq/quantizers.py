@@ -1,0 +1,74 @@
+"""Weight and activation quantizers: modules that hold a scale, a range and a mode, and leave the maths to the ops."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from hdrq import checks, ops
+from hdrq.rng import rng_state
+
+MODES = ("float", "noise", "round")  # pass through; noise in place of rounding; fake-quantize
+
+
+def integer_range(bits: int, signed: bool) -> tuple[int, int]:
+    """``(−2^(b−1), 2^(b−1) − 1)``, or ``(0, 2^b − 1)``."""
+    checks.bits("bits", bits)
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+class Quantizer(nn.Module):
+    """A scale, learned with LSQ's gradient factor, an integer range, and the random stream of its noise.
+
+    Args:
+        scale: float32, one element, or one for each index of ``axis``.
+        qmin, qmax: the integer range.
+        axis: the axis along which ``scale`` varies; None for one scale.
+    """
+
+    def __init__(self, scale: torch.Tensor, qmin: int, qmax: int, axis: int | None = None) -> None:
+        super().__init__()
+        checks.quant_range(qmin, qmax)
+        self.scale = nn.Parameter(scale)
+        self.qmin, self.qmax, self.axis = qmin, qmax, axis
+        self.mode = "round"
+        self.noise = "uniform"
+        self.rng = rng_state(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        checks.choice("mode", self.mode, MODES)
+        if self.mode == "float":
+            return x
+        options = {"axis": self.axis, "grad_scale": 1 / math.sqrt(max(x.numel(), 1) * self.qmax)}
+        if self.mode == "noise":
+            return ops.noise_quantize(x, self.scale, self.qmin, self.qmax, self.rng, noise=self.noise, **options)
+        return ops.fake_quantize(x, self.scale, self.qmin, self.qmax, **options)
+
+    def codes(self, x: torch.Tensor) -> torch.Tensor:
+        """The integers that ``x`` rounds to."""
+        return ops.quantize(x, self.scale, self.qmin, self.qmax, axis=self.axis)
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """What integers stand for."""
+        return ops.dequantize(codes, self.scale, axis=self.axis)
+
+    def extra_repr(self) -> str:
+        return f"range=[{self.qmin}, {self.qmax}], axis={self.axis}, mode={self.mode}"
+
+
+class WeightQuantizer(Quantizer):
+    """The parametrization of a layer's weight (:mod:`torch.nn.utils.parametrize`)."""
+
+
+class ActivationQuantizer(Quantizer):
+    """The quantizer of a layer's input. While a block is reconstructed it leaves each element as it is with
+    probability ``1 − keep`` (QDrop, Wei et al., ICLR 2022); the mask draws from the stream of the noise.
+    """
+
+    keep = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y if self.keep == 1.0 or self.mode == "float" else ops.drop_mix(y, x, self.keep, self.rng)
