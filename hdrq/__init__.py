@@ -2,6 +2,7 @@
 
 from hdrq import evaluate, ops, recipes
 from hdrq.backends import BackendError, backends, use_backend
+from hdrq.checkpoint import load, save
 from hdrq.merging import merge
 from hdrq.reconstruct import quantize
 from hdrq.rng import rng_state
@@ -12,10 +13,12 @@ __all__ = [
     "BackendError",
     "backends",
     "evaluate",
+    "load",
     "merge",
     "ops",
     "quantize",
     "recipes",
     "rng_state",
+    "save",
     "use_backend",
 ]

@@ -47,6 +47,11 @@ def merge(
     lam = checks.mixing_weights(weights, len(models))
     _check_alike(models)
     merged = copy.deepcopy(models[0])
+    merged.hdrq_origin = {
+        "folded": models[0].hdrq_origin["folded"],
+        "merge": {"weights": lam, "draws": draws, "seed": seed, "noise": noise},
+        "models": [model.hdrq_origin for model in models],
+    }
     _average_floats(merged, models, lam)
     layers = [quantized_layers(model) for model in models]
     for i, (name, target) in enumerate(quantized_layers(merged).items()):

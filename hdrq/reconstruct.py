@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -94,13 +94,14 @@ def quantize(
     if learns and plan.distance > 0 and source is None:
         raise ValueError("source must be the model before its adaptation where distance > 0, got None; or distance=0")
 
-    full, _ = prepare_float(model, batches)
+    full, folded = prepare_float(model, batches)
     quantized = copy.deepcopy(full)
     searched = {"norm": plan.norm, "candidates": plan.candidates, "per_channel": plan.per_channel}
     attach_quantizers(quantized, run_all(first_samples(batches, plan.range_samples)), bits, **searched)
     if learns:
         pull = source_weights(source, quantized, batches) if plan.distance > 0 else {}
         _reconstruct(quantized, full, batches, plan, pull, seed, progress)
+    quantized.hdrq_origin = {"folded": folded, "recipe": asdict(plan), "bits": bits, "seed": seed}
     return _finish(quantized)
 
 
@@ -160,6 +161,11 @@ def prepare_float(model: nn.Module, batches: list[Call]) -> tuple[nn.Module, dic
     full = copy.deepcopy(model).requires_grad_(False)
     folded = fold_batchnorm(full, run_all(batches[:1]))
     return full, folded
+
+
+def fold(model: nn.Module, example) -> nn.Module:
+    """A copy of a model, in full precision, with its BatchNorm folded; ``example`` is data that it runs on."""
+    return prepare_float(model, calibration_calls(example))[0]
 
 
 def source_weights(source: nn.Module, model: nn.Module, batches: list[Call]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,73 @@
+"""The command line. It parses, shows progress and prints; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+except ImportError as error:
+    sys.exit(f'hdrq: the command line needs {error.name}; pip install "hdrq[demo]"')
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console()
+
+
+@app.callback()
+def hdrq() -> None:
+    """Quantizers for reconstruction loops, and a merge of quantized models that works on their integers."""
+
+
+@app.command()
+def info() -> None:
+    """Print versions, backends (and why one is missing), processor, threads and GPU."""
+    from hdrq.info import facts
+
+    for name, value in facts().items():
+        console.print(f"[bold]{name:>20}[/bold]  {value}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    bits: Annotated[str, typer.Option(help="Bits of weights and activations.")] = "W3A3",
+    seed: Annotated[int, typer.Option(help="Of batches, noise and draws; the same seed repeats the table.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for table, figure and merged model.")] = None,
+) -> None:
+    """Quantize models adapted to three domains of digits, merge their integers, and compare."""
+    from hdrq import checks
+    from hdrq.model import Bits
+
+    try:
+        Bits.parse(bits)
+        checks.integer("seed", seed, 0, 2**63 - 1)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+    from hdrq.demo import data
+    from hdrq.demo.run import run, save
+    from hdrq.report import table
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        total = bars.add_task("quantizing", total=len(data.TARGETS))
+
+        def show(domain: str, step) -> None:
+            done = data.TARGETS.index(domain) + (step.index + step.iteration / step.iterations) / step.blocks
+            text = f"{domain}: block {step.index + 1} of {step.blocks}, loss {step.loss:.3g}"
+            bars.update(total, completed=done, description=text)
+
+        result = run(bits, seed, show)
+    console.print(table(result.rows, f"Accuracy (%) on three domains, {bits}, seed {seed}"))
+    if out is not None:
+        save(result, out, bits, seed)
+        console.print(f"table.csv, table.json, figure.png and merged.safetensors are in {out}")
+
+
+if __name__ == "__main__":
+    app()
