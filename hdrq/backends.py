@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -91,11 +92,20 @@ def implements(name: str, family: str) -> bool:
 
 
 def _preferences(device_type: str) -> tuple[str, ...]:
-    if device_type == "cpu" and _missing_cpp() is None:
-        return ("cpp", "torch")
+    if device_type == "cpu":
+        return ("cpp", "torch") if _have_cpp() else ("torch",)
     if device_type == "cuda" and _missing_triton() is None:
         return ("triton", "torch")
     return ("torch",)
+
+
+@cache
+def _have_cpp() -> bool:
+    """Whether CPU tensors have the C++ path; says so, once, where they have not."""
+    missing = _missing_cpp()
+    if missing is not None:
+        warnings.warn(f"CPU tensors run in plain PyTorch: {missing}", stacklevel=2)
+    return missing is None
 
 
 @cache

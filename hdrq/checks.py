@@ -51,6 +51,14 @@ def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], device: torch
     return value
 
 
+def finite(name: str, value: torch.Tensor) -> torch.Tensor:
+    """``value`` without NaN and infinity; read on any device."""
+    wrong = int((~value.isfinite()).sum())
+    if wrong:
+        raise ValueError(f"{name} must be finite, got {wrong} of {value.numel()} elements that are not")
+    return value
+
+
 def rng(value: Any, device: torch.device) -> torch.Tensor:
     """``value`` as a random state: an int64 tensor of shape (3,) on ``device``."""
     tensor("rng", value, (torch.int64,), device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -46,12 +47,17 @@ def demo(
         checks.integer("seed", seed, 0, 2**63 - 1)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
+            if not os.access(out, os.W_OK):
+                raise PermissionError(f"out must be a folder that can be written to, got {out}")
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
 
-    from hdrq.demo import data
-    from hdrq.demo.run import run, save
-    from hdrq.report import table
+    try:
+        from hdrq.demo import data
+        from hdrq.demo.run import run, save
+        from hdrq.report import table
+    except ImportError as error:
+        sys.exit(f'hdrq: the demo needs {error.name}; pip install "hdrq[demo]"')
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:

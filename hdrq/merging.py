@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hdrq import checks, ops
-from hdrq.model import quantized_layers
+from hdrq.model import input_quantizers, quantized_layers
 from hdrq.rng import rng_state
 
 
@@ -26,7 +26,7 @@ def merge(
 
     Each weight is merged by :func:`hdrq.ops.merge`, layer by layer. Scales of activations, biases and every other
     floating-point parameter and buffer are averaged with the same weights λ, in float64, rounded once; integer buffers
-    must agree.
+    must agree, but for BatchNorm's count of batches.
 
     Args:
         models: two or more results of :func:`hdrq.quantize`, of one architecture and one bit policy; left as they are.
@@ -43,7 +43,7 @@ def merge(
     """
     models = list(models)
     checks.integer("the number of models", len(models), 2, 64)
-    checks.integer("seed", seed, 0, 2**63 - 1)
+    seed = checks.integer("seed", seed, 0, 2**63 - 1)
     lam = checks.mixing_weights(weights, len(models))
     _check_alike(models)
     merged = copy.deepcopy(models[0])
@@ -77,6 +77,7 @@ def merge(
 def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> nn.Module:
     """The plain weighted average of full-precision models whose BatchNorm is folded: what merging aims at."""
     models = list(models)
+    checks.integer("the number of models", len(models), 1, 64)
     lam = checks.mixing_weights(weights, len(models))
     merged = copy.deepcopy(models[0])
     _average_floats(merged, models, lam)
@@ -91,9 +92,14 @@ def _average_floats(merged: nn.Module, models: list[nn.Module], lam: Sequence[fl
 
 
 def _check_alike(models: list[nn.Module]) -> None:
+    for k, model in enumerate(models):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"models must be torch.nn.Modules, got {type(model).__name__} as number {k}")
+        if not quantized_layers(model) or not hasattr(model, "hdrq_origin"):
+            raise ValueError(
+                f"models must be results of hdrq.quantize, got a plain {type(model).__name__} as number {k}"
+            )
     first = _description(models[0])
-    if not quantized_layers(models[0]):
-        raise ValueError("models must be quantized, got one without quantizers; hdrq.quantize makes one")
     for k, model in enumerate(models[1:], start=1):
         other = _description(model)
         wrong = [
@@ -101,19 +107,29 @@ def _check_alike(models: list[nn.Module]) -> None:
             for name in dict.fromkeys((*first, *other))
             if first.get(name) != other.get(name)
         ]
+        theirs = _integers(model)
+        wrong += [
+            f"{name} (other integers)"
+            for name, value in _integers(models[0]).items()
+            if name in theirs and not torch.equal(value, theirs[name])
+        ]
         if wrong:
             more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
             raise ValueError(f"models must be alike to be merged, got {'; '.join(wrong[:10])}{more}")
 
 
+def _integers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What cannot be averaged, but for BatchNorm's count of batches, which nothing reads here."""
+    state = model.state_dict().items()
+    return {n: v for n, v in state if not v.is_floating_point() and not n.endswith("num_batches_tracked")}
+
+
 def _description(model: nn.Module) -> dict:
-    """What must agree between models: shapes, ranges, and integer buffers."""
-    facts: dict = {
-        name: tuple(value.shape) if value.is_floating_point() else (tuple(value.shape), value.flatten()[:4].tolist())
-        for name, value in model.state_dict().items()
-    }
+    """What must agree between models: shapes, dtypes and ranges."""
+    facts: dict = {name: f"{tuple(v.shape)} {v.dtype}" for name, v in model.state_dict().items()}
     for name, layer in quantized_layers(model).items():
-        weight, activation = layer.quantizers
+        weight = layer.weight_quantizer
         facts[f"{name}: weight range"] = (weight.qmin, weight.qmax, weight.axis)
+    for name, activation in input_quantizers(model).items():
         facts[f"{name}: input range"] = (activation.qmin, activation.qmax)
     return facts

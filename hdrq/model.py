@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, ValuesView
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -55,22 +55,20 @@ class QuantizedLayer:
     def weight_quantizer(self) -> WeightQuantizer:
         return self.module.parametrizations.weight[0]
 
-    @property
-    def input_quantizer(self) -> ActivationQuantizer:
-        return self.module.input_quantizer
-
-    @property
-    def quantizers(self) -> tuple[WeightQuantizer, ActivationQuantizer]:
-        return self.weight_quantizer, self.input_quantizer
-
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """The layers of a model that carry quantizers, by name, in the order of the module tree."""
+    """The layers of a model whose weights are quantized, by name, in the order of the module tree."""
     return {
         name: QuantizedLayer(name, module)
         for name, module in model.named_modules()
-        if parametrize.is_parametrized(module, "weight") and hasattr(module, "input_quantizer")
+        if parametrize.is_parametrized(module, "weight")
+        and isinstance(module.parametrizations.weight[0], WeightQuantizer)
     }
+
+
+def input_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The quantizers of what modules read, by the name of the module."""
+    return {n: m.input_quantizer for n, m in model.named_modules() if hasattr(m, "input_quantizer")}
 
 
 @contextmanager
@@ -89,6 +87,17 @@ def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
 
 
+def check_float(name: str, model: nn.Module) -> None:
+    """``model`` is a module whose convolutions and linear layers hold their weights themselves."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
+    for layer, module in weighted_layers(model).items():
+        if "weight" not in module._parameters:
+            raise ValueError(
+                f"{name} must have plain weights, got a parametrized one (quantized already?) in {layer!r}"
+            )
+
+
 # --- BatchNorm ---------------------------------------------------------------------------------------------------
 
 
@@ -97,7 +106,7 @@ def fold_batchnorm(model: nn.Module, run) -> dict[str, str]:
     """Fold each BatchNorm into the layer whose output it reads, in place; ``run(model)`` executes the model.
 
     The pairs are found by running the model, so it does not matter how the modules are nested. A BatchNorm that reads
-    no weighted layer's output directly stays as it is.
+    no weighted layer's output, channel by channel and unchanged, stays as it is.
 
     Returns:
         What was folded: the names of the BatchNorms, each with the name of its layer.
@@ -110,7 +119,9 @@ def fold_batchnorm(model: nn.Module, run) -> dict[str, str]:
     for norm_name, layer_name in pairs.items():
         layer, norm = modules[layer_name], modules[norm_name]
         fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
-        statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
+        shift = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
+        statistics = (norm.running_mean, norm.running_var, norm.eps, gain, shift)
         layer.weight, layer.bias = fuse(layer.weight, layer.bias, *statistics)
         replace_module(model, norm_name, nn.Identity())
     after = run(model)
@@ -127,29 +138,29 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def _batchnorm_pairs(model: nn.Module, run) -> tuple[dict[str, str], object]:
-    made_by: dict[int, tuple[str, torch.Tensor]] = {}  # the tensors are kept alive, so that no id is used twice
+    made_by: dict[int, tuple[str, torch.Tensor, int]] = {}  # tensors are kept alive, so that no id is used twice
     calls: Counter[str] = Counter()
     pairs: dict[str, str] = {}
 
     def layer_hook(name):
         def hook(module, args, output):
             calls[name] += 1
-            made_by[id(output)] = (name, output)
+            if output.ndim == 2 or not isinstance(module, nn.Linear):  # channels on axis 1, where BatchNorm has them
+                made_by[id(output)] = (name, output, output._version)
 
         return hook
 
     def norm_hook(name):
         def hook(module, args, output):
             calls[name] += 1
-            if id(args[0]) in made_by and module.track_running_stats:
-                pairs[name] = made_by[id(args[0])][0]
+            layer, _, version = made_by.get(id(args[0]), (None, None, None))
+            if layer is not None and args[0]._version == version and module.track_running_stats:
+                pairs[name] = layer
 
         return hook
 
     handles = [m.register_forward_hook(layer_hook(n)) for n, m in weighted_layers(model).items()]
-    handles += [
-        m.register_forward_hook(norm_hook(n)) for n, m in model.named_modules() if isinstance(m, BATCHNORM)
-    ]
+    handles += [m.register_forward_hook(norm_hook(n)) for n, m in model.named_modules() if isinstance(m, BATCHNORM)]
     with hooks(handles):
         outputs = run(model)
     return {n: layer for n, layer in pairs.items() if calls[n] == 1 and calls[layer] == 1}, outputs
@@ -160,10 +171,11 @@ def _tensors(outputs) -> list[torch.Tensor]:
         return [outputs]
     if isinstance(outputs, Mapping):
         outputs = outputs.values()
-    return [t for item in outputs for t in _tensors(item)] if isinstance(outputs, Iterable) else []
+    return [t for item in outputs for t in _tensors(item)] if isinstance(outputs, tuple | list | ValuesView) else []
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.double(), b.double()
     return float((a - b).norm() / b.norm().clamp(min=1e-12))
 
 
@@ -176,8 +188,11 @@ def bit_policy(layers: list[str], bits: str | Mapping[str, str]) -> dict[str, Bi
     A string is the pattern ``"*"``; then the first and the last layer take 8 bits. Patterns are those of a shell.
 
     Raises:
+        TypeError: ``bits`` is neither a string nor a mapping.
         ValueError: a pattern matches no layer, or a layer no pattern.
     """
+    if not isinstance(bits, str | Mapping):
+        raise TypeError(f'bits must be a string like "W4A4" or a mapping from patterns, got {type(bits).__name__}')
     if isinstance(bits, str):
         edge = Bits(EDGE_BITS, EDGE_BITS)
         inner = Bits.parse(bits)
@@ -185,7 +200,8 @@ def bit_policy(layers: list[str], bits: str | Mapping[str, str]) -> dict[str, Bi
     patterns = {pattern: Bits.parse(text) for pattern, text in bits.items()}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in layers):
-            raise ValueError(f"bits must have patterns that match a layer, got {pattern!r}; layers: {', '.join(layers)}")
+            known = ", ".join(layers)
+            raise ValueError(f"bits must have patterns that match a layer, got {pattern!r}; layers: {known}")
     policy = {}
     for name in layers:
         chosen = next((p for p in patterns if fnmatchcase(name, p)), None)
@@ -197,46 +213,64 @@ def bit_policy(layers: list[str], bits: str | Mapping[str, str]) -> dict[str, Bi
 
 @torch.no_grad()
 def attach_quantizers(model: nn.Module, run, bits, *, norm: float, candidates: int, per_channel: bool) -> None:
-    """Give every weighted layer that ``run(model)`` reaches a quantizer for its weight and one for its input, in place.
+    """Give every weighted layer that ``run(model)`` reaches quantizers for its weight and for its input, in place.
 
-    Scales are searched: a weight's on the weight, an input's on what the layer reads in ``run``. An input that is
-    nowhere negative is quantized unsigned, any other signed.
+    Tensors are quantized where they enter: a block (:func:`find_blocks`) quantizes what it reads, once for all its
+    branches, so that a residual is quantized too, as in QDrop; inside it, a layer that reads anything else has a
+    quantizer of its own. Scales are searched: a weight's on the weight, an input's on what is read in ``run``. An input
+    that is nowhere negative is quantized unsigned, any other signed.
     """
-    inputs = layer_inputs(model, run)
-    policy = bit_policy(list(inputs), bits)
-    for name, x in inputs.items():
-        layer, width = model.get_submodule(name), policy[name]
-        search = {"norm": norm, "candidates": candidates}
-
-        qmin, qmax = integer_range(width.weight, signed=True)
-        axis = 0 if per_channel else None
+    blocks = find_blocks(model, run)
+    readers = dict.fromkeys([*blocks, *weighted_layers(model)])
+    inputs = module_inputs(model, run, list(readers))
+    layers = [name for name in inputs if name in weighted_layers(model)]
+    if not layers:
+        raise ValueError("model must run at least one convolution or linear layer on calibration, got none")
+    policy = bit_policy(layers, bits)
+    search = {"norm": norm, "candidates": candidates}
+    for name in layers:
+        qmin, qmax = integer_range(policy[name].weight, signed=True)
+        layer, axis = model.get_submodule(name), 0 if per_channel else None
+        checks.finite(f"weight of {name}", layer.weight)
         scale = ops.search_scale(layer.weight, qmin, qmax, axis=axis, **search)
         parametrize.register_parametrization(layer, "weight", WeightQuantizer(scale, qmin, qmax, axis))
-
-        qmin, qmax = integer_range(width.activation, signed=bool((x < 0).any()))
-        attach_input_quantizer(layer, ActivationQuantizer(ops.search_scale(x, qmin, qmax, **search), qmin, qmax))
-
-
-def attach_input_quantizer(layer: nn.Module, quantizer: ActivationQuantizer) -> None:
-    """Quantize the first input of a layer."""
-    layer.input_quantizer = quantizer
-    layer.register_forward_pre_hook(_quantize_input)
-
-
-def _quantize_input(layer: nn.Module, args: tuple) -> tuple:
-    return (layer.input_quantizer(args[0]), *args[1:])
+    for name, parts in inputs.items():
+        block = next((b for b in blocks if name.startswith(f"{b}.")), None)
+        if block is not None and inputs[block][0] is parts[0]:
+            continue  # the block's own quantizer serves it
+        first = next(layer for layer in layers if layer == name or layer.startswith(f"{name}."))
+        x = torch.cat([part.flatten() for part in parts])
+        checks.finite(f"input of {name}", x)
+        qmin, qmax = integer_range(policy[first].activation, signed=bool((x < 0).any()))
+        quantizer = ActivationQuantizer(ops.search_scale(x, qmin, qmax, **search), qmin, qmax)
+        attach_input_quantizer(model.get_submodule(name), quantizer)
 
 
-def layer_inputs(model: nn.Module, run) -> dict[str, torch.Tensor]:
-    """What each weighted layer reads while ``run(model)``, in execution order."""
+def attach_input_quantizer(module: nn.Module, quantizer: ActivationQuantizer) -> None:
+    """Quantize the first input of a module."""
+    module.input_quantizer = quantizer
+    module.register_forward_pre_hook(_quantize_input)
+
+
+def _quantize_input(module: nn.Module, args: tuple) -> tuple:
+    return (module.input_quantizer(args[0]), *args[1:])
+
+
+def module_inputs(model: nn.Module, run, names: list[str]) -> dict[str, list[torch.Tensor]]:
+    """The first argument of modules at each of their calls while ``run(model)``, in execution order."""
     seen: dict[str, list[torch.Tensor]] = {}
 
     def hook(name):
-        return lambda module, args: seen.setdefault(name, []).append(args[0].detach())
+        def keep(module, args):
+            if not args:
+                raise ValueError(f"{name} must be called with its input as a positional argument, got keywords only")
+            seen.setdefault(name, []).append(args[0])
 
-    with hooks(m.register_forward_pre_hook(hook(n)) for n, m in weighted_layers(model).items()):
+        return keep
+
+    with hooks(model.get_submodule(n).register_forward_pre_hook(hook(n)) for n in names):
         run(model)
-    return {name: torch.cat([x.flatten() for x in parts]) for name, parts in seen.items()}
+    return seen
 
 
 # --- Blocks ------------------------------------------------------------------------------------------------------
@@ -246,9 +280,9 @@ def find_blocks(model: nn.Module, run) -> list[str]:
     """The units of reconstruction, in execution order.
 
     A block is the smallest module of a class of the model's own (not one of torch's) that occurs more than once and
-    holds at least two quantized layers; layers outside every block are units by themselves.
+    holds at least two weighted layers; layers outside every block are units by themselves.
     """
-    layers = set(quantized_layers(model))
+    layers = list(weighted_layers(model))
     holds = {
         name: sum(layer == name or layer.startswith(f"{name}.") for layer in layers)
         for name, _ in model.named_modules()

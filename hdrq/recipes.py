@@ -41,13 +41,20 @@ class Recipe:
         checks.integer("candidates", self.candidates, 1, 2**16)
         checks.integer("range_samples", self.range_samples, 1, 2**31)
         checks.choice("noise", self.noise, ("uniform", "empirical"))
+        for name in ("noise_activations", "per_channel"):
+            checks.choice(name, getattr(self, name), (False, True))
         for name in ("tail", "warmup", "input_keep", "activation_keep"):
             checks.real(name, getattr(self, name), 0.0, 1.0)
-        for name in ("weight_lr", "activation_lr", "distance"):
+        for name in ("weight_lr", "activation_lr", "distance", "norm"):
             checks.real(name, getattr(self, name), 0.0)
 
 
-_OFFICIAL = {"tail": 0.2, "noise": "empirical", "noise_activations": True, "weight_lr": 1e-4}
+_PRESETS = {
+    ("hdrq", "paper"): Recipe("hdrq"),
+    ("hdrq", "official"): Recipe("hdrq", tail=0.2, noise="empirical", noise_activations=True, weight_lr=1e-4),
+    ("rtn", "paper"): Recipe("rtn", iterations=0),
+    ("rtn", "official"): Recipe("rtn", iterations=0),
+}
 
 
 def recipe(name: str | Recipe, preset: str = "paper", **knobs) -> Recipe:
@@ -61,8 +68,8 @@ def recipe(name: str | Recipe, preset: str = "paper", **knobs) -> Recipe:
     else:
         checks.choice("recipe", name, NAMES)
         checks.choice("preset", preset, PRESETS)
-        base = Recipe(name, iterations=0) if name == "rtn" else Recipe(name, **(_OFFICIAL if preset == "official" else {}))
-    known = [f.name for f in fields(Recipe) if f.name != "name"]
+        base = _PRESETS[name, preset]
+    known = tuple(f.name for f in fields(Recipe) if f.name != "name")
     for knob in knobs:
-        checks.choice("knob", knob, tuple(known))
+        checks.choice("knob", knob, known)
     return replace(base, **knobs)

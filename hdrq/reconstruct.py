@@ -5,13 +5,24 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
 from hdrq import checks, ops
-from hdrq.model import QuantizedLayer, attach_quantizers, find_blocks, fold_batchnorm, hooks, quantized_layers
+from hdrq.model import (
+    QuantizedLayer,
+    attach_quantizers,
+    check_float,
+    find_blocks,
+    fold_batchnorm,
+    hooks,
+    input_quantizers,
+    quantized_layers,
+)
+from hdrq.quantizers import ActivationQuantizer
 from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
 from hdrq.rng import rng_state
@@ -58,7 +69,8 @@ def quantize(
 ) -> nn.Module:
     """Quantize a model after training, from unlabelled data.
 
-    BatchNorm is folded; every convolution and linear layer gets a quantizer for its weight and one for its input; then,
+    BatchNorm is folded; every convolution and linear layer gets a quantizer for its weight and one for its input
+    (:func:`hdrq.model.attach_quantizers` says where); then,
     block by block in forward order, weights and scales are learned so that the block's output stays that of the
     full-precision model: ``mean over batch and positions of Σ_channels (B_q(x) − B(x))²  +  λ·Σ ‖W − W_src‖₂``.
 
@@ -76,7 +88,7 @@ def quantize(
         knobs: any other field of the recipe.
 
     Returns:
-        A model of the same class. Its weights lie on the grid; :func:`hdrq.model.quantized_layers` lists its quantizers.
+        A model of the same class, its weights on the grid; :func:`hdrq.model.quantized_layers` lists its quantizers.
 
     Raises:
         TypeError, ValueError: "X must be …, got …".
@@ -87,7 +99,7 @@ def quantize(
     if iterations is not None:
         knobs["iterations"] = iterations
     plan = make_recipe(recipe, preset, **knobs)
-    checks.integer("seed", seed, 0, 2**63 - 1)
+    seed = checks.integer("seed", seed, 0, 2**63 - 1)
     check_module("model", model)
     batches = calibration_calls(calibration)
     learns = plan.iterations > 0
@@ -101,14 +113,14 @@ def quantize(
     if learns:
         pull = source_weights(source, quantized, batches) if plan.distance > 0 else {}
         _reconstruct(quantized, full, batches, plan, pull, seed, progress)
-    quantized.hdrq_origin = {"folded": folded, "recipe": asdict(plan), "bits": bits, "seed": seed}
+    policy = bits if isinstance(bits, str) else dict(bits)
+    quantized.hdrq_origin = {"folded": folded, "recipe": asdict(plan), "bits": policy, "seed": seed}
     return _finish(quantized)
 
 
 def check_module(name: str, model: nn.Module) -> None:
-    """``model`` is a module in evaluation mode."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
+    """``model`` is a module in full precision and in evaluation mode."""
+    check_float(name, model)
     if model.training:
         raise ValueError(f"{name} must be in evaluation mode, got training mode; call {name}.eval()")
 
@@ -116,7 +128,9 @@ def check_module(name: str, model: nn.Module) -> None:
 def calibration_calls(calibration) -> list[Call]:
     """Calibration data as calls of the model."""
     if isinstance(calibration, torch.Tensor):
-        calibration = calibration.split(256)
+        calibration = calibration.split(256) if calibration.ndim else [calibration]
+    if not isinstance(calibration, Iterable):
+        raise TypeError(f"calibration must be a tensor or an iterable of batches, got {type(calibration).__name__}")
     calls = []
     for batch in calibration:
         if isinstance(batch, Mapping):
@@ -127,7 +141,9 @@ def calibration_calls(calibration) -> list[Call]:
         if not tensors or any(t.is_floating_point() and not t.isfinite().all() for t in tensors):
             what = "a batch without a tensor" if not tensors else "NaN or infinity"
             raise ValueError(f"calibration must be batches of finite tensors, got {what} in batch {len(calls)}")
-        if tensors[0].shape[0] > 0:
+        if tensors[0].ndim == 0:
+            raise ValueError(f"calibration must have samples along the first axis, got a scalar in batch {len(calls)}")
+        if len(tensors[0]) > 0:
             calls.append(call)
     if not calls:
         raise ValueError("calibration must have at least one sample, got none")
@@ -190,16 +206,20 @@ def source_weights(source: nn.Module, model: nn.Module, batches: list[Call]) -> 
 def _reconstruct(model, full, batches, plan: Recipe, pull, seed: int, progress) -> None:
     blocks = find_blocks(model, run_all(batches[:1]))
     streams = iter(range(2**31))
-    layers = quantized_layers(model)
-    for layer in layers.values():
-        for quantizer in layer.quantizers:
-            quantizer.rng = rng_state(seed, next(streams), device=quantizer.scale.device)
+    layers, inputs = quantized_layers(model), input_quantizers(model)
+    for quantizer in (*(layer.weight_quantizer for layer in layers.values()), *inputs.values()):
+        quantizer.rng = rng_state(seed, next(streams), device=quantizer.scale.device)
+
+    def within(block: str, named: Mapping) -> list:
+        return [value for name, value in named.items() if name == block or name.startswith(f"{block}.")]
+
     for index, name in enumerate(blocks):
-        own = [layer for n, layer in layers.items() if n == name or n.startswith(f"{name}.")]
+        own = within(name, layers)
         x_fp, target = _capture(full, name, batches)
         x_q, _ = _capture(model, name, batches)
         mix = rng_state(seed, next(streams), device=own[0].latent.device)
-        block = Block(name, model.get_submodule(name), own, {layer.name: pull[layer.name] for layer in own if pull})
+        source = {layer.name: pull[layer.name] for layer in own if pull}
+        block = Block(name, model.get_submodule(name), own, within(name, inputs), source)
 
         def tell(iteration: int, loss: float, name=name, index=index) -> None:
             if progress is not None:
@@ -223,10 +243,8 @@ def _capture(model: nn.Module, name: str, batches: list[Call]) -> tuple[Call, to
 
     with hooks([model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)]), torch.no_grad():
         for call in batches:
-            try:
+            with suppress(_Stop):
                 call(model)
-            except _Stop:
-                pass
     args = tuple(_joined(values) for values in zip(*(c.args for c in calls), strict=True))
     kwargs = {key: _joined([c.kwargs[key] for c in calls]) for key in calls[0].kwargs}
     return Call(args, kwargs), torch.cat(outputs)
@@ -239,18 +257,19 @@ def _joined(values):
 
 @dataclass(frozen=True)
 class Block:
-    """A unit of reconstruction: a module, its quantized layers, and the source's weights for them."""
+    """A unit of reconstruction: a module, its quantizers, and the source's weights for its layers."""
 
     name: str
     module: nn.Module
     layers: list[QuantizedLayer]
+    activations: list[ActivationQuantizer]
     source: Mapping[str, torch.Tensor]
 
     def reconstruct(self, x_q: Call, x_fp: Call, target: torch.Tensor, plan: Recipe, mix, generator, tell) -> None:
         """Learn weights and scales so that the block's output on quantized inputs is ``target``."""
         weights = [p for layer in self.layers for p in (layer.latent, layer.weight_quantizer.scale)]
-        steps = [layer.input_quantizer.scale for layer in self.layers]
-        quantizers = [q for layer in self.layers for q in layer.quantizers]
+        steps = [activation.scale for activation in self.activations]
+        quantizers = [*(layer.weight_quantizer for layer in self.layers), *self.activations]
         for parameter in (*weights, *steps):
             parameter.requires_grad_(True)
         groups = [{"params": weights, "lr": plan.weight_lr}, {"params": steps, "lr": plan.activation_lr}]
@@ -267,6 +286,8 @@ class Block:
             output = output if isinstance(output, torch.Tensor) else output[0]
             error = reconstruction_loss(output, target[index])
             loss = error + plan.distance * self._distance() if self.source else error
+            if loss.device.type == "cpu":  # elsewhere reading it would wait for the device
+                self._check_loss(i + 1, float(loss.detach()))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -277,26 +298,28 @@ class Block:
                 for rng in (mix, *(q.rng for q in quantizers)):
                     rng[2] += 1
             if (i + 1) % LOG_EVERY == 0 or i + 1 == plan.iterations:
-                self._report(i + 1, float(error.detach()), tell)
+                self._check_loss(i + 1, float(loss.detach()))
+                tell(i + 1, float(error.detach()))
         for quantizer in quantizers:
-            quantizer.mode, quantizer.keep = "round", 1.0
+            quantizer.mode = "round"
+        for activation in self.activations:
+            activation.keep = 1.0
         for parameter in (*weights, *steps):
             parameter.requires_grad_(False)
 
     def _set_modes(self, mode: str, plan: Recipe) -> None:
         for layer in self.layers:
-            weight, activation = layer.quantizers
-            weight.mode, weight.noise = mode, plan.noise
+            layer.weight_quantizer.mode, layer.weight_quantizer.noise = mode, plan.noise
+        for activation in self.activations:
             activation.mode, activation.noise = (mode if plan.noise_activations else "round"), plan.noise
             activation.keep = plan.activation_keep
 
     def _distance(self) -> torch.Tensor:
         return sum(ops.source_distance(layer.latent, self.source[layer.name]) for layer in self.layers)
 
-    def _report(self, iteration: int, loss: float, tell) -> None:
+    def _check_loss(self, iteration: int, loss: float) -> None:
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss of block {self.name} must be finite, got {loss} at iteration {iteration}")
-        tell(iteration, loss)
 
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

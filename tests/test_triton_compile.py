@@ -1,7 +1,8 @@
 """The Triton kernels as machine code, for GPUs that are not here: what they must and must not contain.
 
-Every launch that the ops make is caught with its arguments, compiled for each target as Triton would specialise it, and
-read. Other tests interpret the kernels, and Triton decides between the two once in a process, so each target has its own.
+Every launch that the ops make is caught with its arguments, compiled for each target as Triton would specialise it,
+and read. Other tests interpret the kernels, and Triton decides which of the two it does once in a process: each target
+has a process of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pytest
 
 CUDA = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 TARGETS = (*CUDA, "gfx942")
+PARKED = 8  # bytes of stack: one pointer, which some releases of ptxas set aside to fit more threads
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -164,21 +166,21 @@ def _nvidia(compiled) -> tuple[list[str], int, dict]:
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", listing)}
-    problems += [f"must not spill, got {k} {resources[k]}" for k in ("STACK", "LOCAL") if resources[k]]
+    problems += [f"must not spill, got {k} {resources[k]}" for k in ("STACK", "LOCAL") if resources[k] > PARKED]
     return problems, sum(w for w in widths if w >= 16), resources
 
 
 def _amd(compiled) -> tuple[list[str], int, dict]:
-    """As :func:`_nvidia`. The machine code of an IEEE division holds fused multiply-adds, so LLVM's IR is read for those."""
+    """As :func:`_nvidia`. A division, of floats or integers, takes fused multiply-adds in machine code: there they are
+    looked for where LLVM's IR divides nothing, and in the IR what would allow one."""
     code, ir = compiled.asm["amdgcn"], compiled.asm["llir"]
     forbidden = r"llvm\.fma\w*|\bcontract\b|\breassoc\b|\bfast\b|\bafn\b|\barcp\b|!fpmath|preserve-sign"
     problems = [f"LLVM IR must not contain {found}" for found in sorted(set(re.findall(forbidden, ir)))]
-    resources = {
-        name: int(value)
-        for name, value in re.findall(
-            r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s*(\d+)", code
-        )
-    }
+    if not re.search(r"\b(?:fdiv|[su]div|[su]rem)\b", ir):
+        fused = r"\bv_(?:pk_)?(?:fma|fmac|mac|mad)\w*_f(?:16|32|64)\w*"
+        problems += [f"code must not contain {found}" for found in sorted(set(re.findall(fused, code)))]
+    wanted = r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)"  # scalars spill to registers
+    resources = {name: int(value) for name, value in re.findall(wanted, code)}
     problems += [f"must not spill, got {k} {v}" for k, v in resources.items() if k != "vgpr_count" and v]
     return problems, 16 * len(re.findall(r"\b(?:buffer|global)_(?:load|store)_dwordx4\b", code)), resources
 

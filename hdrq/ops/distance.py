@@ -25,6 +25,7 @@ def source_distance(w: torch.Tensor, w_src: torch.Tensor) -> torch.Tensor:
 
     Source: HDRQ (Shin et al., ICML 2025), Section 4.2.
     """
+    _check(w, w_src)
     return _forward_op(w, w_src)
 
 

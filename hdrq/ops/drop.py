@@ -30,6 +30,7 @@ def drop_mix(a: torch.Tensor, b: torch.Tensor, p: float, rng: torch.Tensor) -> t
     Source: QDrop (Wei et al., ICLR 2022).
     """
     threshold = round(checks.real("p", p, 0.0, 1.0) * 2**24)
+    _check(a, b, threshold, rng)
     return _forward_op(a, b, threshold, rng)
 
 

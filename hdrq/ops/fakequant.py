@@ -55,6 +55,7 @@ def fake_quantize(
         >>> y.sum().backward(); y.detach(), x.grad
         (tensor([0.5000, 1.0000, 1.5000]), tensor([1., 1., 0.]))
     """
+    _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale)
     return _forward_op(x, scale, qmin, qmax, zero_point, axis, grad_scale)
 
 
@@ -78,6 +79,7 @@ def quantize(
     Raises:
         ValueError: x holds a NaN, or the range does not fit int16; and as :func:`fake_quantize`.
     """
+    _check(x, scale, qmin, qmax, zero_point, axis)
     codes, nan = _quantize_op(x, scale, qmin, qmax, zero_point, axis)
     if not torch.compiler.is_compiling() and (count := int(nan)):
         raise ValueError(f"x must hold no NaN to be quantized to integers, got {count} of {x.numel()} elements NaN")
@@ -100,6 +102,7 @@ def dequantize(
     Raises:
         TypeError, ValueError: "X must be …, got …".
     """
+    _check_codes(codes, scale, zero_point, axis)
     return _dequantize_op(codes, scale, zero_point, axis)
 
 
@@ -107,6 +110,11 @@ def _check(x, scale, qmin, qmax, zero_point, axis) -> int | None:
     checks.tensor("x", x, checks.FLOATS)
     checks.quant_range(qmin, qmax)
     return _check_grid(x, scale, zero_point, axis)
+
+
+def _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale) -> int | None:
+    checks.real("grad_scale", grad_scale)
+    return _check(x, scale, qmin, qmax, zero_point, axis)
 
 
 def _check_grid(x, scale, zero_point, axis) -> int | None:
@@ -127,16 +135,14 @@ def _flat(values: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _forward(x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0) -> torch.Tensor:
-    axis = _check(x, scale, qmin, qmax, zero_point, axis)
-    checks.real("grad_scale", grad_scale)
+    axis = _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale)
     _check_values(scale, zero_point)
     run = implementation("fakequant", "fake_quantize", x)
     return run(x.contiguous(), scale.flatten(), qmin, qmax, _flat(zero_point), axis).to(x.dtype)
 
 
 def _forward_fake(x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0) -> torch.Tensor:
-    _check(x, scale, qmin, qmax, zero_point, axis)
-    checks.real("grad_scale", grad_scale)
+    _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale)
     return x.new_empty(x.shape)
 
 

@@ -67,7 +67,9 @@ def merge(
     checks.choice("noise", noise, NOISES)
     if noise == "odd" and (count != 2 or lam != (0.5, 0.5)):
         raise ValueError(f'noise must be "all" or "none" but for two tensors of equal weight, got "odd" for λ = {lam}')
-    return MergedTensor(*_merge_op(list(codes), list(scales), qmin, qmax, rng, list(lam), draws, noise, axis))
+    codes, scales = list(codes), list(scales)
+    _check(codes, scales, qmin, qmax, rng, lam, draws, noise, axis)
+    return MergedTensor(*_merge_op(codes, scales, qmin, qmax, rng, list(lam), draws, noise, axis))
 
 
 def _check(codes, scales, qmin, qmax, rng, weights, draws, noise, axis) -> int | None:

@@ -60,6 +60,7 @@ def noise_quantize(
         (tensor([True, True]), tensor(1.5000))
     """
     checks.choice("noise", noise, ("uniform", "empirical"))
+    _check_random(x, scale, qmin, qmax, rng, None, axis, grad_scale)
     cumulative = None
     if noise == "empirical":
         cumulative = _error_histogram_op(x.detach(), scale.detach(), qmin, qmax, axis)

@@ -33,6 +33,7 @@ def search_scale(
 
     Source: BRECQ (Li et al., ICLR 2021) and the released code of HDRQ, which take p = 2.4 over 100 thresholds.
     """
+    _check(x, qmin, qmax, norm, candidates, axis)
     return _search_op(x.detach(), qmin, qmax, norm, candidates, axis)
 
 

@@ -1,0 +1,95 @@
+"""The numerical contract (DESIGN: random stream, noise, quantize, merge) once more, one element at a time.
+
+Written from the text of the contract alone, in Python integers and float32 scalars: it shares no line with
+``hdrq.reference``, so a mistake there does not hide here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+f32 = np.float32
+
+
+def word(seed: int, stream: int, step: int, e: int) -> int:
+    """The 32-bit word of element e."""
+    group = e // 4
+    c = [group % 2**32, group // 2**32 % 2**32, stream, step]
+    k = [seed % 2**32, seed // 2**32 % 2**32]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b % 2**32, (a >> 32) ^ c[3] ^ k[1], a % 2**32]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c[e % 4]
+
+
+def unit(m: int) -> np.float32:
+    return f32(m / 2**24 - 0.5)
+
+
+def uniform(state, e: int) -> np.float32:
+    return unit(word(*state, e) >> 8)
+
+
+def empirical(state, e: int, counts: list[int]) -> np.float32:
+    """``counts`` of the 256 bins."""
+    total = sum(counts)
+    if total == 0:
+        return f32(0)
+    w = word(*state, e)
+    t, b = (w * total) >> 32, 0
+    while t >= counts[b]:
+        t -= counts[b]
+        b += 1
+    return unit((b << 16) | (w & 0xFFFF))
+
+
+def histogram(x, s, qmin: int, qmax: int) -> list[int]:
+    """Counts of the rounding error of the elements strictly inside the range. ``x`` and ``s``: float32, alike long."""
+    counts = [0] * 256
+    for x_e, s_e in zip(x, s, strict=True):
+        if f32(qmin) * s_e < x_e < f32(qmax) * s_e:
+            v = x_e / s_e
+            r = nearest_even(v) - v
+            counts[min(max(math.floor((r + f32(0.5)) * f32(256)), 0), 255)] += 1
+    return counts
+
+
+def noise_quantize(x, s, n, qmin: int, qmax: int) -> np.float32:
+    if x >= f32(qmax) * s:
+        return f32(qmax) * s
+    if x <= f32(qmin) * s:
+        return f32(qmin) * s
+    return x + n * s
+
+
+def nearest_even(v: np.float32) -> np.float32:
+    if not np.isfinite(v) or abs(v) >= 2**23:
+        return v
+    return f32(round(float(v)))  # Python rounds ties to even
+
+
+def code(x, s, z, qmin: int, qmax: int) -> np.float32:
+    q = nearest_even(x / s) + z
+    return q if np.isnan(q) else f32(min(max(q, qmin), qmax))
+
+
+def fake_quantize(x, s, z, qmin: int, qmax: int) -> np.float32:
+    return (code(x, s, z, qmin, qmax) - z) * s
+
+
+def keeps(state, e: int, p: float) -> bool:
+    seed, stream, step = state
+    return word(seed, stream ^ 0x80000000, step, e) >> 8 < round(p * 2**24)
+
+
+def merged_code(codes, deltas, weights, noises, qmin: int, qmax: int) -> int:
+    """One element of Eq. 12: integers, steps, λ and noise of each model."""
+    total = step = None
+    for i, delta, weight, n in zip(codes, deltas, weights, noises, strict=True):
+        term = weight * (f32(i) * delta + n * delta)
+        total = term if total is None else total + term
+        step = weight * delta if step is None else step + weight * delta
+    return int(min(max(nearest_even(total / step), qmin), qmax))

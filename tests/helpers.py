@@ -1,0 +1,82 @@
+"""What the tests share: backends as parameters, the comparison of bits, inputs with every kind of element."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import hdrq
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MISSING = hdrq.backends()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def backend_params(*, only=None):
+    """The backends as test parameters; one that is missing here is skipped with its reason."""
+    return [
+        pytest.param(name, marks=pytest.mark.skipif(why is not None, reason=f"{name}: {why}"))
+        for name, why in MISSING.items()
+        if only is None or name in only
+    ]
+
+
+def device_of(backend: str) -> str:
+    """Where a backend's tensors must be."""
+    return DEVICE if backend == "triton" else "cpu"
+
+
+def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Every bit equal (a NaN is a NaN, whatever its payload); says how many differ and where first."""
+    got, want = got.detach().cpu(), want.detach().cpu()
+    assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    if got.is_floating_point():
+        nan = got.isnan() & want.isnan()
+        same = ((got == want) & (got.signbit() == want.signbit())) | nan
+    else:
+        same = got == want
+    if not same.all():
+        wrong = (~same).flatten().nonzero().flatten()
+        first = int(wrong[0])
+        values = f"{got.flatten()[first].item()!r}, not {want.flatten()[first].item()!r}"
+        raise AssertionError(f"{len(wrong)} of {got.numel()} elements differ, first at {first}: {values}")
+
+
+def sample(shape, dtype=torch.float32, *, scale=1.0, seed=0, special=True) -> torch.Tensor:
+    """Normal values, with NaN, infinities, ties, zeros of both signs and a huge value among the first elements."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    if special:
+        extremes = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.125, 0.375, -0.125, 0.0, -0.0, 3e38, 1e-40])
+        flat = x.view(-1)
+        flat[: min(len(extremes), flat.numel() // 2)] = extremes[: flat.numel() // 2]
+    return x.to(dtype)
+
+
+def scales(count: int, seed: int = 0) -> torch.Tensor:
+    """Positive scales, the first of them ¼: so that eighths are ties."""
+    s = torch.rand(count, generator=torch.Generator().manual_seed(seed)) * 0.3 + 0.02
+    s[:1] = 0.25
+    return s
+
+
+def length(x: torch.Tensor, axis: int | None) -> int:
+    """How many scales a tensor has."""
+    return 1 if axis is None else x.shape[axis]
+
+
+SHAPES = [  # with the axis of the scales
+    ((1,), None),
+    ((), None),
+    ((0,), None),
+    ((7,), None),
+    ((1029,), None),
+    ((3, 0, 2), 0),
+    ((6, 3, 3, 3), 0),
+    ((5, 4, 3), 1),
+    ((9, 70), -1),
+    ((2, 1100), 0),
+]
+RANGES = [(-2, 1), (-8, 7), (0, 15), (-128, 127), (0, 255)]
+CASES = list(itertools.product(SHAPES, RANGES[1:3])) + [(((6, 3, 3, 3), 0), r) for r in RANGES]

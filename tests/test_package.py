@@ -1,0 +1,56 @@
+"""The wheel, built and run outside the tree; and the install of a machine with no compiler."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pybind11")
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not run from a source tree")
+
+
+def build_and_install(tmp_path, **environment):
+    """The folder of the installed wheel, and what the build printed."""
+    tmp_path.mkdir(exist_ok=True)
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", wheels, ROOT]
+    built = subprocess.run(build, env=os.environ | environment, capture_output=True, text=True, cwd=tmp_path)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = wheels.glob("hdrq-*.whl")
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--target", site, wheel], check=True, cwd=tmp_path)
+    return site, built.stdout + built.stderr
+
+
+def run_installed(site, tmp_path, script):
+    """What a script prints that imports the installed package, far from the tree."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+SCRIPT = """
+import torch, hdrq, importlib.util
+from hdrq.demo.model import load_model
+print(hdrq.__file__, hdrq.backends()["cpp"] is None, importlib.util.find_spec("hdrq.kernels.noise") is not None)
+x = torch.linspace(-1, 1, 1000)
+print(hdrq.ops.noise_quantize(x, torch.ones(1), -8, 7, hdrq.rng_state(1)).double().sum().item())
+print(load_model("source")(torch.zeros(1, 3, 32, 32)).shape[1])
+"""
+
+
+def test_the_wheel_runs_outside_the_tree(tmp_path):
+    site, _ = build_and_install(tmp_path)
+    where, compiled, kernels, total, classes = run_installed(site, tmp_path, SCRIPT)
+    assert Path(where).is_relative_to(site)
+    assert (compiled, kernels, classes) == ("True", "True", "10")
+
+    # The same number in plain PyTorch, from a machine that has no compiler.
+    site, printed = build_and_install(tmp_path / "plain", CC="no-such-compiler", CXX="no-such-compiler")
+    assert printed.count("hdrq: the C++ path is missing") == 1
+    _, compiled, _, plain_total, _ = run_installed(site, tmp_path, SCRIPT)
+    assert (compiled, plain_total) == ("False", total)
