@@ -37,6 +37,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         checks.integer("iterations", self.iterations, 0, 2**31)
+        if self.name == "rtn" and self.iterations:
+            raise ValueError(f'iterations must be 0 for recipe "rtn", got {self.iterations}')
         checks.integer("batch_size", self.batch_size, 1, 2**31)
         checks.integer("candidates", self.candidates, 1, 2**16)
         checks.integer("range_samples", self.range_samples, 1, 2**31)

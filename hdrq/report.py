@@ -28,7 +28,7 @@ def table(rows: Sequence[Row], title: str):
     from rich.table import Table
 
     result = Table(title=title)
-    result.add_column("merged model")
+    result.add_column("model")
     for domain in rows[0].accuracies:
         result.add_column(domain, justify="right")
     result.add_column("harmonic mean", justify="right", style="bold")

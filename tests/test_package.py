@@ -1,6 +1,7 @@
 """The wheel, built and run outside the tree; and the install of a machine with no compiler."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not ru
 
 
 def build_and_install(tmp_path, **environment):
-    """The folder of the installed wheel, and what the build printed."""
-    tmp_path.mkdir(exist_ok=True)
-    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    """The folder of the wheel, built from a copy of the tree and installed, and what the build printed."""
+    source, wheels, site = (tmp_path / name for name in ("source", "wheels", "site"))
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=left_out)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", wheels, ROOT]
+    build = [*pip, "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", wheels, source]
     built = subprocess.run(build, env=os.environ | environment, capture_output=True, text=True, cwd=tmp_path)
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = wheels.glob("hdrq-*.whl")

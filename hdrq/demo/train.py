@@ -6,7 +6,6 @@ without the source data, as SHOT does (Liang et al. 2020, "Do we really need to 
 
 import argparse
 import copy
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -15,11 +14,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 
 from hdrq.demo.data import SOURCE, TARGETS, load
 from hdrq.demo.model import WEIGHTS, ResNet, resnet
+from hdrq.evaluate import accuracy
+from hdrq.merging import average
+from hdrq.reconstruct import fold
+from hdrq.report import Row, table
 
 BATCH = 64
 
@@ -88,45 +90,16 @@ def adapt(source: ResNet, images: Tensor, epochs: int = 30, rate: float = 1e-3, 
     return model.eval()
 
 
-def fold(model: nn.Module) -> nn.Module:
-    """A copy with every BatchNorm folded into the convolution that is registered right before it."""
-    model = copy.deepcopy(model).eval()
-    for parent in list(model.modules()):
-        for (name, conv), (bn_name, bn) in pairwise(parent.named_children()):
-            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
-                setattr(parent, name, fuse_conv_bn_eval(conv, bn))
-                setattr(parent, bn_name, nn.Identity())
-    return model
-
-
-def average(models: list[nn.Module]) -> nn.Module:
-    """A model whose every parameter is the mean of the models'."""
-    merged = copy.deepcopy(models[0])
-    states = [model.state_dict() for model in models]
-    merged.load_state_dict({name: torch.stack([s[name] for s in states]).mean(0) for name in states[0]})
-    return merged
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, domain: str) -> float:
-    """Percentage of the domain's test images that the model classifies correctly."""
-    images, labels = load(domain, "test")
-    return (model(images).argmax(1) == labels).float().mean().item() * 100
-
-
 def report(source: ResNet, adapted: dict[str, ResNet]) -> Table:
     """Accuracy on the test splits of the source model, each adapted model, and the merge of the adapted ones."""
-    merged = average([fold(model) for model in adapted.values()])
-    rows = {
-        "source only": [accuracy(source, domain) for domain in adapted],
-        "adapted": [accuracy(model, domain) for domain, model in adapted.items()],
-        "merged": [accuracy(merged, domain) for domain in adapted],
-    }
-    table = Table("", *adapted, "harmonic mean", title=f"test accuracy, %; {SOURCE} {accuracy(source, SOURCE):.1f}")
-    for name, row in rows.items():
-        harmonic_mean = len(row) / sum(1 / value for value in row)
-        table.add_row(name, *(f"{value:.1f}" for value in (*row, harmonic_mean)))
-    return table
+    tests = {domain: load(domain, "test") for domain in (SOURCE, *adapted)}
+    merged = average([fold(model, tests[SOURCE][0][:32]) for model in adapted.values()])
+    rows = [
+        Row("source only", {domain: accuracy(source, *tests[domain]) for domain in adapted}),
+        Row("adapted", {domain: accuracy(model, *tests[domain]) for domain, model in adapted.items()}),
+        Row("merged", {domain: accuracy(merged, *tests[domain]) for domain in adapted}),
+    ]
+    return table(rows, f"Test accuracy (%), full precision; {SOURCE} {accuracy(source, *tests[SOURCE]):.1f}")
 
 
 def main() -> None:
