@@ -39,7 +39,14 @@ setup(
             depends=sorted(glob.glob("csrc/*.h")),
             cxx_std=17,
             # No fused multiply-add and no reordering: the bits are part of the contract (docs/decisions.md).
-            extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"],
+            extra_compile_args=[
+                "-O3",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-Wall",
+                "-Wno-psabi",
+                "-Wno-maybe-uninitialized",
+            ],
         )
     ],
     cmdclass={"build_ext": optional_build_ext},

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +20,10 @@ from hdrq.model import (
     attach_input_quantizer,
     check_float,
     input_quantizers,
+    origin,
     quantized_layers,
     replace_module,
+    set_origin,
 )
 from hdrq.quantizers import ActivationQuantizer, WeightQuantizer
 
@@ -38,7 +41,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     """
     from safetensors.torch import save as serialize
 
-    if not isinstance(model, nn.Module) or not quantized_layers(model) or not hasattr(model, "hdrq_origin"):
+    if not isinstance(model, nn.Module) or not quantized_layers(model) or not origin(model):
         raise ValueError(f"model must be quantized, by hdrq.quantize or hdrq.merge, got a plain {type(model).__name__}")
     held = _quantizer_state(model)
     tensors = {n: v for n, v in model.state_dict().items() if n not in held}
@@ -48,10 +51,10 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         tensors[f"{name}.weight.codes"] = quantizer.codes(layer.latent)
         tensors[f"{name}.weight.scale"] = quantizer.scale
         weights[name] = [quantizer.qmin, quantizer.qmax, quantizer.axis]
-    for name, quantizer in input_quantizers(model).items():
-        tensors[f"{name}.input.scale"] = quantizer.scale
-        inputs[name] = [quantizer.qmin, quantizer.qmax]
-    manifest = {"format": FORMAT, "weights": weights, "inputs": inputs, **model.hdrq_origin}
+    for name, activation in input_quantizers(model).items():
+        tensors[f"{name}.input.scale"] = activation.scale
+        inputs[name] = [activation.qmin, activation.qmax]
+    manifest = {"format": FORMAT, "weights": weights, "inputs": inputs, **origin(model)}
     text = json.dumps(manifest, sort_keys=True, default=lambda number: number.item())  # a knob may be NumPy's
     own = {n: v.detach().cpu().clone(memory_format=torch.contiguous_format) for n, v in tensors.items()}  # untied
     data = serialize(own, {"hdrq": text})
@@ -132,7 +135,7 @@ def _restore(model: nn.Module, manifest: dict, tensors: dict[str, torch.Tensor])
 
     for norm, name in manifest["folded"].items():
         replace_module(model, norm, nn.Identity())
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         if layer.bias is None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]), requires_grad=False)
     device = next(model.parameters()).device
@@ -151,14 +154,14 @@ def _restore(model: nn.Module, manifest: dict, tensors: dict[str, torch.Tensor])
     held = _quantizer_state(model)
     _check_state({n: v for n, v in model.state_dict().items() if n not in held}, tensors)
     model.load_state_dict(tensors, strict=False)
-    model.hdrq_origin = {key: value for key, value in manifest.items() if key not in ("format", "weights", "inputs")}
+    set_origin(model, {key: value for key, value in manifest.items() if key not in ("format", "weights", "inputs")})
     return model.requires_grad_(False)
 
 
 def _check_modules(model: nn.Module, manifest: dict) -> None:
     """Every module that the manifest names is in the model, and of its kind."""
     modules = dict(model.named_modules())
-    wanted = [(name, BATCHNORM) for name in manifest["folded"]]
+    wanted: list[tuple[str, tuple[type, ...] | type]] = [(name, BATCHNORM) for name in manifest["folded"]]
     wanted += [(name, WEIGHTED) for name in (*manifest["folded"].values(), *manifest["weights"])]
     wanted += [(name, nn.Module) for name in manifest["inputs"]]
     wrong = dict.fromkeys(name for name, kind in wanted if not isinstance(modules.get(name), kind))

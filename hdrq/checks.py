@@ -17,7 +17,7 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
     """``value`` as an int in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, Integral | np.integer):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not low <= value <= high:
+    if not low <= int(value) <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
     return int(value)
 
@@ -26,7 +26,7 @@ def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) 
     """``value`` as a finite float in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and low <= value <= high):
+    if not (math.isfinite(value) and low <= float(value) <= high):
         bounds = "finite" if math.isinf(low) and math.isinf(high) else f"finite and in [{low:g}, {high:g}]"
         raise ValueError(f"{name} must be {bounds}, got {value}")
     return float(value)
@@ -95,7 +95,7 @@ def axis_of(x: torch.Tensor, axis: Any) -> int | None:
         return None
     if isinstance(axis, bool) or not isinstance(axis, Integral):
         raise TypeError(f"axis must be an int or None, got {type(axis).__name__}")
-    if not -x.ndim <= axis < x.ndim:
+    if not -x.ndim <= int(axis) < x.ndim:
         raise ValueError(f"axis must be in [{-x.ndim}, {x.ndim - 1}] for a tensor of {x.ndim} dimensions, got {axis}")
     return int(axis) % x.ndim
 

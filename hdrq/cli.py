@@ -10,6 +10,7 @@ from typing import Annotated
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 except ImportError as error:
     sys.exit(f'hdrq: the command line needs {error.name}; pip install "hdrq[demo]"')
@@ -29,7 +30,7 @@ def info() -> None:
     from hdrq.info import facts
 
     for name, value in facts().items():
-        console.print(f"[bold]{name:>20}[/bold]  {value}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{name:>20}[/bold]  {escape(value)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -72,7 +73,7 @@ def demo(
     console.print(table(result.rows, f"Accuracy (%) on three domains, {bits}, seed {seed}"))
     if out is not None:
         save(result, out, bits, seed)
-        console.print(f"table.csv, table.json, figure.png and merged.safetensors are in {out}")
+        console.print(f"table.csv, table.json, figure.png and merged.safetensors are in {escape(str(out))}")
 
 
 if __name__ == "__main__":

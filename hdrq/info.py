@@ -33,7 +33,7 @@ def facts() -> dict[str, str]:
     result["processor"] = _processor()
     result["processor features"] = " ".join(_features()) or "none of those looked for"
     if importlib.util.find_spec("hdrq._C"):
-        from hdrq import _C
+        import hdrq._C as _C
 
         result["vectors in use"] = _C.isa()
     result["threads"] = str(torch.get_num_threads())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hdrq import checks, ops
-from hdrq.model import input_quantizers, quantized_layers
+from hdrq.model import input_quantizers, origin, quantized_layers, set_origin
 from hdrq.rng import rng_state
 
 
@@ -47,11 +47,12 @@ def merge(
     lam = checks.mixing_weights(weights, len(models))
     _check_alike(models)
     merged = copy.deepcopy(models[0])
-    merged.hdrq_origin = {
-        "folded": models[0].hdrq_origin["folded"],
+    how = {
+        "folded": origin(models[0])["folded"],
         "merge": {"weights": lam, "draws": draws, "seed": seed, "noise": noise},
-        "models": [model.hdrq_origin for model in models],
+        "models": [origin(model) for model in models],
     }
+    set_origin(merged, how)
     _average_floats(merged, models, lam)
     layers = [quantized_layers(model) for model in models]
     for i, (name, target) in enumerate(quantized_layers(merged).items()):
@@ -95,7 +96,7 @@ def _check_alike(models: list[nn.Module]) -> None:
     for k, model in enumerate(models):
         if not isinstance(model, nn.Module):
             raise TypeError(f"models must be torch.nn.Modules, got {type(model).__name__} as number {k}")
-        if not quantized_layers(model) or not hasattr(model, "hdrq_origin"):
+        if not quantized_layers(model) or not origin(model):
             raise ValueError(
                 f"models must be results of hdrq.quantize, got a plain {type(model).__name__} as number {k}"
             )

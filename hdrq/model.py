@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, ValuesView
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from hdrq import checks, ops
 from hdrq.quantizers import ActivationQuantizer, WeightQuantizer, integer_range
+from hdrq.recipes import Recipe
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -44,7 +46,7 @@ class QuantizedLayer:
     """A layer with its quantizers attached."""
 
     name: str
-    module: nn.Module
+    module: Any
 
     @property
     def latent(self) -> nn.Parameter:
@@ -69,6 +71,16 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 def input_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     """The quantizers of what modules read, by the name of the module."""
     return {n: m.input_quantizer for n, m in model.named_modules() if hasattr(m, "input_quantizer")}
+
+
+def origin(model: nn.Module) -> dict:
+    """How a quantized model was made, as its checkpoint's manifest says it."""
+    return model.__dict__.get("hdrq_origin", {})
+
+
+def set_origin(model: nn.Module, facts: dict) -> None:
+    """Say how a model was made."""
+    model.__dict__["hdrq_origin"] = facts
 
 
 @contextmanager
@@ -212,7 +224,7 @@ def bit_policy(layers: list[str], bits: str | Mapping[str, str]) -> dict[str, Bi
 
 
 @torch.no_grad()
-def attach_quantizers(model: nn.Module, run, bits, *, norm: float, candidates: int, per_channel: bool) -> None:
+def attach_quantizers(model: nn.Module, run, bits, plan: Recipe) -> None:
     """Give every weighted layer that ``run(model)`` reaches quantizers for its weight and for its input, in place.
 
     Tensors are quantized where they enter: a block (:func:`find_blocks`) quantizes what it reads, once for all its
@@ -227,12 +239,12 @@ def attach_quantizers(model: nn.Module, run, bits, *, norm: float, candidates: i
     if not layers:
         raise ValueError("model must run at least one convolution or linear layer on calibration, got none")
     policy = bit_policy(layers, bits)
-    search = {"norm": norm, "candidates": candidates}
     for name in layers:
         qmin, qmax = integer_range(policy[name].weight, signed=True)
-        layer, axis = model.get_submodule(name), 0 if per_channel else None
+        layer: Any = model.get_submodule(name)
+        axis = 0 if plan.per_channel else None
         checks.finite(f"weight of {name}", layer.weight)
-        scale = ops.search_scale(layer.weight, qmin, qmax, axis=axis, **search)
+        scale = ops.search_scale(layer.weight, qmin, qmax, norm=plan.norm, candidates=plan.candidates, axis=axis)
         parametrize.register_parametrization(layer, "weight", WeightQuantizer(scale, qmin, qmax, axis))
     for name, parts in inputs.items():
         block = next((b for b in blocks if name.startswith(f"{b}.")), None)
@@ -242,8 +254,8 @@ def attach_quantizers(model: nn.Module, run, bits, *, norm: float, candidates: i
         x = torch.cat([part.flatten() for part in parts])
         checks.finite(f"input of {name}", x)
         qmin, qmax = integer_range(policy[first].activation, signed=bool((x < 0).any()))
-        quantizer = ActivationQuantizer(ops.search_scale(x, qmin, qmax, **search), qmin, qmax)
-        attach_input_quantizer(model.get_submodule(name), quantizer)
+        scale = ops.search_scale(x, qmin, qmax, norm=plan.norm, candidates=plan.candidates)
+        attach_input_quantizer(model.get_submodule(name), ActivationQuantizer(scale, qmin, qmax))
 
 
 def attach_input_quantizer(module: nn.Module, quantizer: ActivationQuantizer) -> None:
@@ -252,7 +264,7 @@ def attach_input_quantizer(module: nn.Module, quantizer: ActivationQuantizer) ->
     module.register_forward_pre_hook(_quantize_input)
 
 
-def _quantize_input(module: nn.Module, args: tuple) -> tuple:
+def _quantize_input(module: Any, args: tuple) -> tuple:
     return (module.input_quantizer(args[0]), *args[1:])
 
 
@@ -280,24 +292,21 @@ def find_blocks(model: nn.Module, run) -> list[str]:
     """The units of reconstruction, in execution order.
 
     A block is the smallest module of a class of the model's own (not one of torch's) that occurs more than once and
-    holds at least two weighted layers; layers outside every block are units by themselves.
+    holds at least two weighted layers that ``run(model)`` reaches; layers outside every block are units by themselves.
     """
-    layers = list(weighted_layers(model))
-    holds = {
-        name: sum(layer == name or layer.startswith(f"{name}.") for layer in layers)
-        for name, _ in model.named_modules()
-    }
-    own = {n: m for n, m in model.named_modules() if n and not type(m).__module__.startswith("torch.") and holds[n] > 1}
-    kinds = Counter(type(m) for m in own.values())
-    repeated = [n for n, m in own.items() if kinds[type(m)] > 1]
-    blocks = [n for n in repeated if not any(other.startswith(f"{n}.") for other in repeated)]
-    units = blocks + [n for n in layers if not any(n.startswith(f"{block}.") for block in blocks)]
-
+    weighted = weighted_layers(model)
+    own = {n: m for n, m in model.named_modules() if n and not type(m).__module__.startswith("torch.")}
     order: dict[str, None] = {}
 
     def hook(name):
         return lambda module, args: order.setdefault(name)
 
-    with hooks(model.get_submodule(n).register_forward_pre_hook(hook(n)) for n in units):
+    with hooks(model.get_submodule(n).register_forward_pre_hook(hook(n)) for n in {**own, **weighted}):
         run(model)
-    return list(order)
+    layers = [n for n in order if n in weighted]
+    own = {n: own[n] for n in order if n in own and sum(layer.startswith(f"{n}.") for layer in layers) > 1}
+    kinds = Counter(type(m) for m in own.values())
+    repeated = [n for n, m in own.items() if kinds[type(m)] > 1]
+    blocks = [n for n in repeated if not any(other.startswith(f"{n}.") for other in repeated)]
+    alone = [n for n in layers if not any(n.startswith(f"{block}.") for block in blocks)]
+    return [n for n in order if n in blocks or n in alone]

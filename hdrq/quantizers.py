@@ -41,10 +41,11 @@ class Quantizer(nn.Module):
         checks.choice("mode", self.mode, MODES)
         if self.mode == "float":
             return x
-        options = {"axis": self.axis, "grad_scale": 1 / math.sqrt(max(x.numel(), 1) * self.qmax)}
+        grid = (x, self.scale, self.qmin, self.qmax)
+        factor = 1 / math.sqrt(max(x.numel(), 1) * self.qmax)
         if self.mode == "noise":
-            return ops.noise_quantize(x, self.scale, self.qmin, self.qmax, self.rng, noise=self.noise, **options)
-        return ops.fake_quantize(x, self.scale, self.qmin, self.qmax, **options)
+            return ops.noise_quantize(*grid, self.rng, noise=self.noise, axis=self.axis, grad_scale=factor)
+        return ops.fake_quantize(*grid, axis=self.axis, grad_scale=factor)
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """The integers that ``x`` rounds to."""

@@ -21,6 +21,7 @@ from hdrq.model import (
     hooks,
     input_quantizers,
     quantized_layers,
+    set_origin,
 )
 from hdrq.quantizers import ActivationQuantizer
 from hdrq.recipes import Recipe
@@ -54,6 +55,8 @@ class Call:
         return module(*self.args, **self.kwargs)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def quantize(
     model: nn.Module,
     calibration: torch.Tensor | Iterable,
@@ -69,10 +72,11 @@ def quantize(
 ) -> nn.Module:
     """Quantize a model after training, from unlabelled data.
 
-    BatchNorm is folded; every convolution and linear layer gets a quantizer for its weight and one for its input
-    (:func:`hdrq.model.attach_quantizers` says where); then,
-    block by block in forward order, weights and scales are learned so that the block's output stays that of the
-    full-precision model: ``mean over batch and positions of Σ_channels (B_q(x) − B(x))²  +  λ·Σ ‖W − W_src‖₂``.
+    BatchNorm is folded; weights and inputs of every convolution and linear layer get quantizers
+    (:func:`hdrq.model.attach_quantizers` says where); then, block by block in forward order, weights and scales are
+    learned so that the block's output stays that of the full-precision model::
+
+        mean over batch and positions of Σ_channels (B_q(x) − B(x))²  +  λ·Σ_layers ‖W − W_src‖₂
 
     Args:
         model: in evaluation mode; it is left as it was.
@@ -108,13 +112,12 @@ def quantize(
 
     full, folded = prepare_float(model, batches)
     quantized = copy.deepcopy(full)
-    searched = {"norm": plan.norm, "candidates": plan.candidates, "per_channel": plan.per_channel}
-    attach_quantizers(quantized, run_all(first_samples(batches, plan.range_samples)), bits, **searched)
+    attach_quantizers(quantized, run_all(first_samples(batches, plan.range_samples)), bits, plan)
     if learns:
-        pull = source_weights(source, quantized, batches) if plan.distance > 0 else {}
+        pull = {} if source is None or plan.distance == 0 else source_weights(source, quantized, batches)
         _reconstruct(quantized, full, batches, plan, pull, seed, progress)
     policy = bits if isinstance(bits, str) else dict(bits)
-    quantized.hdrq_origin = {"folded": folded, "recipe": asdict(plan), "bits": policy, "seed": seed}
+    set_origin(quantized, {"folded": folded, "recipe": asdict(plan), "bits": policy, "seed": seed})
     return _finish(quantized)
 
 
@@ -131,7 +134,7 @@ def calibration_calls(calibration) -> list[Call]:
         calibration = calibration.split(256) if calibration.ndim else [calibration]
     if not isinstance(calibration, Iterable):
         raise TypeError(f"calibration must be a tensor or an iterable of batches, got {type(calibration).__name__}")
-    calls = []
+    calls: list[Call] = []
     for batch in calibration:
         if isinstance(batch, Mapping):
             call = Call((), dict(batch))
@@ -234,7 +237,8 @@ class _Stop(Exception):
 
 def _capture(model: nn.Module, name: str, batches: list[Call]) -> tuple[Call, torch.Tensor]:
     """The arguments with which a block is called, and its output, over all batches."""
-    calls, outputs = [], []
+    calls: list[Call] = []
+    outputs: list[torch.Tensor] = []
 
     def hook(module, args, kwargs, output):
         calls.append(Call(args, kwargs))
@@ -315,7 +319,7 @@ class Block:
             activation.keep = plan.activation_keep
 
     def _distance(self) -> torch.Tensor:
-        return sum(ops.source_distance(layer.latent, self.source[layer.name]) for layer in self.layers)
+        return torch.stack([ops.source_distance(layer.latent, self.source[layer.name]) for layer in self.layers]).sum()
 
     def _check_loss(self, iteration: int, loss: float) -> None:
         if not math.isfinite(loss):

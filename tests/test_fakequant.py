@@ -100,7 +100,7 @@ def test_nan_stays_at_its_element_and_has_no_code(backend):
     x[13] = torch.nan
     with hdrq.use_backend(backend):
         assert hdrq.ops.fake_quantize(x, s, -8, 7).isnan().nonzero().flatten().tolist() == [13]
-        with pytest.raises(ValueError, match="x must hold no NaN .*, got 1 of 40"):
+        with pytest.raises(ValueError, match=r"x must hold no NaN .*, got 1 of 40"):
             hdrq.ops.quantize(x, s, -8, 7)
 
 

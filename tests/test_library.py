@@ -100,9 +100,7 @@ def test_autocast_leaves_dtype_and_bits_alone(dtype):
 
 def test_second_derivatives_are_refused():
     x, scale = tensors()
-    (gradient,) = torch.autograd.grad(
-        hdrq.ops.fake_quantize(x, scale, -8, 7).square().sum(), scale, create_graph=True
-    )
+    (gradient,) = torch.autograd.grad(hdrq.ops.fake_quantize(x, scale, -8, 7).square().sum(), scale, create_graph=True)
     with pytest.raises(RuntimeError, match="has no gradient: second derivatives"):
         gradient.sum().backward()
 
@@ -203,7 +201,7 @@ class TestNative:
                     assert_same_bits(fine, OPS.fake_quantize(x, one * 0.3, -32768, 32767))
 
     def test_an_unknown_instruction_set_is_refused(self, restore):
-        with pytest.raises(ValueError, match="isa must be one of .*portable, got mmx"):
+        with pytest.raises(ValueError, match=r"isa must be one of .*portable, got mmx"):
             restore.use_isa("mmx")
 
 

@@ -54,9 +54,7 @@ def test_codes_have_the_bits_of_the_contract(backend, count, weights, qmin, qmax
 @pytest.mark.parametrize(("shape", "axis"), [((1,), None), ((2100,), None), ((6, 3, 3, 3), 0), ((4, 9), -1)])
 def test_backends_agree_with_the_reference(backend, noise, shape, axis):
     codes, deltas = models(2, shape, -8, 7, axis)
-    got, want = (
-        run(b, codes, deltas, -8, 7, draws=4, noise=noise, axis=axis) for b in (backend, "reference")
-    )
+    got, want = (run(b, codes, deltas, -8, 7, draws=4, noise=noise, axis=axis) for b in (backend, "reference"))
     assert_same_bits(got.codes, want.codes)
     assert_same_bits(got.scale, want.scale)
     assert_same_bits(got.draw, want.draw)
@@ -101,7 +99,11 @@ BAD = [
     (ValueError, r"draws must be in \[1, \d+\], got 0", {"draws": 0}),
     (ValueError, "noise must be one of", {"noise": "some"}),
     (ValueError, r"codes\[1\] must have the shape", {"codes": [INT8, torch.zeros(5, dtype=torch.int8)]}),
-    (ValueError, r"codes\[1\] must be in \[-4, 3\], got \[0, 9\]", {"codes": [INT8, torch.tensor([0, 0, 0, 9]).char()]}),
+    (
+        ValueError,
+        r"codes\[1\] must be in \[-4, 3\], got \[0, 9\]",
+        {"codes": [INT8, torch.tensor([0, 0, 0, 9]).char()]},
+    ),
     (TypeError, r"codes\[0\] must be a int8 or int16 tensor", {"codes": [INT8.float(), INT8]}),
     (ValueError, r"scales\[0\] must be positive", {"scales": [torch.zeros(1), torch.ones(1)]}),
     (ValueError, "noise must be .* for two tensors of equal weight", {"noise": "odd", "weights": (0.4, 0.6)}),

@@ -218,6 +218,20 @@ def test_blocks_come_in_execution_order_and_unreached_ones_not_at_all():
     assert find_blocks(Backwards().eval(), lambda m: m(x)) == ["stem", "early", "late"]
 
 
+def test_module_without_a_layer_that_runs_is_no_block():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = (nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+
+        def forward(self, x):
+            return self.two(self.one(x, x, x)[0], x, x)[0]
+
+    model, x = nn.Sequential(nn.Linear(5, 8), Attention(), Attention()).eval(), data(9, 6, 5)
+    assert find_blocks(model, lambda m: m(x)) == ["0"]  # attention calls its projections' weights, not the modules
+    assert list(input_quantizers(hdrq.quantize(model, x, "rtn"))) == ["0"]
+
+
 def test_nested_blocks_are_the_smallest():
     class Stage(nn.Module):
         def __init__(self):

@@ -115,6 +115,13 @@ def test_global_random_state_does_not_matter():
     assert same(first, state(learn()))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_grad_mode_of_the_caller_does_not_matter(mode):
+    model, want = net(), state(learn())
+    with mode():
+        assert same(want, state(learn(model)))
+
+
 def test_distance_pulls_towards_the_source(monkeypatch):
     monkeypatch.setattr(hdrq.reconstruct, "_finish", lambda model: model)  # before rounding hides small steps
     model, source = net(), net()
@@ -280,6 +287,7 @@ def test_model_of_two_tensors():
         ({"recipe": "adaround"}, ValueError, "recipe must be one of .*'hdrq'.*, got 'adaround'"),
         ({"preset": "mine"}, ValueError, "preset must be one of 'paper', 'official', got 'mine'"),
         ({"weight_rl": 1e-3}, ValueError, "knob must be one of .*'weight_lr'.*, got 'weight_rl'"),
+        ({"recipe": "rtn"}, ValueError, 'iterations must be 0 for recipe "rtn", got 6'),
         ({"tail": 1.5}, ValueError, r"tail must be finite and in \[0, 1\], got 1.5"),
         ({"weight_lr": float("nan")}, ValueError, "weight_lr must be finite"),
         ({"iterations": -1}, ValueError, "iterations must be in"),

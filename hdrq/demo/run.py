@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def run(bits: str, seed: int, progress: Callable[[str, Step], None]) -> Result:
                 recipe,
                 bits=bits,
                 seed=seed,
-                progress=lambda step, domain=domain: progress(domain, step),
+                progress=partial(progress, domain),
                 **options,
             )
             for domain in TARGETS

@@ -31,11 +31,11 @@ def batches(count: int) -> list[Tensor]:
     return list(torch.randperm(count).split(BATCH))[: count // BATCH]
 
 
-def train_source(images: Tensor, labels: Tensor, epochs: int = 15, rate: float = 4e-3) -> ResNet:
+def train_source(images: Tensor, labels: Tensor, epochs: int = 8, rate: float = 2e-3) -> ResNet:
     """Supervised training with label smoothing 0.1, which SHOT asks of its source model."""
     model = resnet().train()
     steps = epochs * (len(images) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     for _ in track(range(epochs), "source"):
         for index in batches(len(images)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from hdrq import _C
+import hdrq._C as _C
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Float of csrc/kernels.h
 CODES = {torch.int8: 0, torch.int16: 1}  # enum Code

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from hdrq import _C
+import hdrq._C as _C
 from hdrq.native import FLOATS, address, job
 
 

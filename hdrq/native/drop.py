@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hdrq import _C
+import hdrq._C as _C
 from hdrq.native import FLOATS, address, job
 
 

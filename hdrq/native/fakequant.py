@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hdrq import _C, checks
+import hdrq._C as _C
+from hdrq import checks
 from hdrq.native import CODES, FLOATS, address, grid, job
 
 

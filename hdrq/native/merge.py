@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hdrq import _C, checks
+import hdrq._C as _C
+from hdrq import checks
 from hdrq.native import CODES, address, job, layout
 
 NOISE = {"all": 0, "odd": 1, "none": 2}  # enum Merge::Noise of csrc/kernels.h

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 _LIBRARY = torch.library.Library("hdrq", "DEF")
 
 
-def register(schema: str, implementation: Callable, fake: Callable, *, no_vmap: str | None = None) -> Callable:
+def register(schema: str, implementation: Callable, fake: Callable, *, no_vmap: str | None = None) -> Any:
     """Define an op on all devices, with its fake, and return it. ``no_vmap`` says why vmap refuses it, if it does."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -24,12 +25,12 @@ def register(schema: str, implementation: Callable, fake: Callable, *, no_vmap: 
     return getattr(torch.ops.hdrq, name)
 
 
-def differentiable(op: Callable, setup_context: Callable, backward: Callable) -> None:
+def differentiable(op: Any, setup_context: Callable, backward: Callable) -> None:
     """Give an op its gradient."""
     torch.library.register_autograd(op.default, backward, setup_context=setup_context, lib=_LIBRARY)
 
 
-def not_differentiable(op: Callable, why: str) -> None:
+def not_differentiable(op: Any, why: str) -> None:
     """Make asking for an op's gradient an error that says why there is none."""
 
     def refuse(ctx, *grads):

@@ -62,9 +62,7 @@ def _autograd(ctx, grad):
     return _backward_op(grad, *ctx.saved_tensors), None
 
 
-_forward_op = register(
-    "source_distance(Tensor w, Tensor w_src) -> Tensor", _forward, _forward_fake, no_vmap=NO_VMAP
-)
+_forward_op = register("source_distance(Tensor w, Tensor w_src) -> Tensor", _forward, _forward_fake, no_vmap=NO_VMAP)
 _backward_op = register(
     "source_distance_backward(Tensor grad, Tensor distance, Tensor w, Tensor w_src) -> Tensor",
     _backward,

@@ -52,7 +52,7 @@ def merge(
         rng: :func:`hdrq.rng_state`.
         weights: λ, one per tensor, not negative, summing to 1; None for 1/K each.
         draws: how many roundings to try, at least 1.
-        noise: on ``"all"`` elements, only where the sum of two integers is ``"odd"`` (two inputs, λ = ½), or ``"none"``.
+        noise: on ``"all"`` elements, where the sum of two integers is ``"odd"`` (two inputs, λ = ½), or ``"none"``.
         axis: the axis along which the scales vary.
 
     Raises:

@@ -143,9 +143,7 @@ def _autograd(ctx, grad):
 
 _ARGS = "Tensor x, Tensor scale, int qmin, int qmax"
 _DRAW = "Tensor rng, Tensor? cumulative=None, int? axis=None, float grad_scale=1.0"
-_forward_op = register(
-    f"noise_quantize({_ARGS}, {_DRAW}) -> Tensor", _forward, _forward_fake, no_vmap=NO_VMAP
-)
+_forward_op = register(f"noise_quantize({_ARGS}, {_DRAW}) -> Tensor", _forward, _forward_fake, no_vmap=NO_VMAP)
 _backward_op = register(
     f"noise_quantize_backward(Tensor grad, {_ARGS}, {_DRAW}) -> (Tensor, Tensor)",
     _backward,

@@ -49,7 +49,9 @@ def _check(x, qmin, qmax, norm, candidates, axis) -> int | None:
 def _search(x, qmin, qmax, norm=2.4, candidates=100, axis=None) -> torch.Tensor:
     axis = _check(x, qmin, qmax, norm, candidates, axis)
     if x.device.type == "cpu" and not x.isfinite().all():
-        raise ValueError(f"x must be finite to search its scale, got {int((~x.isfinite()).sum())} elements that are not")
+        raise ValueError(
+            f"x must be finite to search its scale, got {int((~x.isfinite()).sum())} elements that are not"
+        )
     return implementation("ranges", "search_scale", x)(x.contiguous(), qmin, qmax, norm, candidates, axis)
 
 

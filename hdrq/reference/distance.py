@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 
-def source_distance(w, w_src) -> np.ndarray:
+def source_distance(w, w_src):
     """``‖w − w_src‖₂``: float32 differences, squared and summed in float64, rounded once to float32."""
     d = (w - w_src).astype(np.float64)
-    return np.float32(np.sqrt((d * d).sum())).reshape(())
+    return np.sqrt((d * d).sum()).astype(np.float32).reshape(())
 
 
 def source_distance_backward(grad, distance, w, w_src) -> np.ndarray:

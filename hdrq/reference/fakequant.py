@@ -35,7 +35,7 @@ def fake_quantize_backward(grad, x, scale, qmin, qmax, zero_point=None, axis=Non
 
 
 def quantize(x, scale, qmin, qmax, zero_point=None, axis=None) -> tuple[np.ndarray, np.ndarray]:
-    """The codes ``q``, int8 where the range fits and else int16, and how many elements were NaN (their code is qmin)."""
+    """The codes ``q``, int8 where the range fits, else int16, and how many elements were NaN (their code is qmin)."""
     *_, shifted = _divide_and_round(x, scale, qmin, qmax, zero_point, axis)
     nan = np.isnan(shifted)
     q = np.where(nan, np.float32(qmin), np.clip(shifted, np.float32(qmin), np.float32(qmax)))

@@ -9,7 +9,7 @@ from hdrq.reference import per_element
 from hdrq.reference.noise import unit_noise
 
 
-def merge(codes, scales, qmin, qmax, rng, weights, draws=1, noise="all", axis=None) -> tuple[np.ndarray, ...]:
+def merge(codes, scales, qmin, qmax, rng, weights, draws=1, noise="all", axis=None) -> tuple:
     """``I* = clamp(round_half_even(Σ_k λ_k·(I_k·Δ_k + n_k·Δ_k) / Δ*))``, ``Δ* = Σ_k λ_k·Δ_k``: the best of ``draws``.
 
     Float32 throughout, every operation rounded by itself, sums from the first term on. Input k of draw d takes its
@@ -17,8 +17,9 @@ def merge(codes, scales, qmin, qmax, rng, weights, draws=1, noise="all", axis=No
     the first with the greatest smaller cosine.
 
     The cosine of model k is that of the angle between the step taken, ``I*Δ* − w_k``, and the step to the midpoint,
-    ``d_k = Σ λw − w_k``, ``w_k = I_k·Δ_k``: with ``r = I*Δ* − Σ λw`` it is ``(Σ d² + Σ d·r) / sqrt(Σ d² · Σ (d + r)²)``.
-    It is 1 where a step is nothing. The terms d and r are float32, their products and sums float64.
+    ``d_k = Σ λw − w_k``, ``w_k = I_k·Δ_k``. With ``r = I*Δ* − Σ λw`` it is
+    ``(Σ d² + Σ d·r) / sqrt(Σ d² · Σ (d + r)²)``, and 1 where a step is nothing. The terms d and r
+    are float32, their products and sums float64.
     """
     lam = [np.float32(w) for w in weights]
     steps = [per_element(s, codes[0].ndim, axis) for s in scales]

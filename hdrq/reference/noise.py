@@ -57,7 +57,7 @@ def noise_quantize_backward(grad, x, scale, qmin, qmax, rng, cumulative=None, ax
 def error_histogram(x, scale, qmin, qmax, axis=None) -> np.ndarray:
     """Cumulative counts C, int64 (257,), of the rounding error in steps over elements strictly inside the range.
 
-    ``v = x/s``, ``r = round_half_even(v) − v``, bin ``clamp(floor((r + 0.5)·256), 0, 255)``; ``C[0] = 0``, ``C[256] = N``.
+    ``v = x/s``, ``r = round_half_even(v) − v``, bin ``clamp(floor((r + 0.5)·256), 0, 255)``; C[0] = 0, C[256] = N.
     """
     s = per_element(scale, x.ndim, axis)
     inside = (x < np.float32(qmax) * s) & (x > np.float32(qmin) * s)
