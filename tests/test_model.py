@@ -142,6 +142,12 @@ def test_batchnorm_without_weights_folds():
     assert fold(model, data(9, 3, 5, 5))[0] == {"1": "0"}
 
 
+def test_batchnorm_of_a_model_in_bfloat16_folds():
+    model = lively(Scattered()).bfloat16()
+    assert len(fold_batchnorm(model, lambda m: m(data(8, 3, 8, 8).bfloat16()))) == 3
+    assert model.body.weight.dtype == torch.bfloat16
+
+
 def test_output_read_elsewhere_is_refused():
     with pytest.raises(ValueError, match="folding BatchNorm must leave the outputs as they are, got a relative change"):
         fold_batchnorm(lively(Branching()), lambda m: m(data(4, 3, 6, 6)))
