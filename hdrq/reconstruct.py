@@ -271,14 +271,12 @@ class Block:
 
     def reconstruct(self, x_q: Call, x_fp: Call, target: torch.Tensor, plan: Recipe, mix, generator, tell) -> None:
         """Learn weights and scales so that the block's output on quantized inputs is ``target``."""
-        weights = [p for layer in self.layers for p in (layer.latent, layer.weight_quantizer.scale)]
-        steps = [activation.scale for activation in self.activations]
+        weights = [layer.latent for layer in self.layers]
         quantizers = [*(layer.weight_quantizer for layer in self.layers), *self.activations]
-        for parameter in (*weights, *steps):
+        scales = [quantizer.scale for quantizer in quantizers]
+        for parameter in (*weights, *scales):
             parameter.requires_grad_(True)
-        groups = [{"params": weights, "lr": plan.weight_lr}, {"params": steps, "lr": plan.activation_lr}]
-        optimizer = torch.optim.Adam(groups, foreach=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [_warm_cosine(plan), _cosine(plan)])
+        optimizer, schedule = self._optimizer(plan)
         first_rounded = plan.iterations - round(plan.tail * plan.iterations)
         self._set_modes("noise", plan)
         for i in range(plan.iterations):
@@ -290,26 +288,38 @@ class Block:
             output = output if isinstance(output, torch.Tensor) else output[0]
             error = reconstruction_loss(output, target[index])
             loss = error + plan.distance * self._distance() if self.source else error
-            if loss.device.type == "cpu":  # elsewhere reading it would wait for the device
+            told = (i + 1) % LOG_EVERY == 0 or i + 1 == plan.iterations
+            if told or loss.device.type == "cpu":  # elsewhere reading it would wait for the device
                 self._check_loss(i + 1, float(loss.detach()))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             with torch.no_grad():
-                for scale in (*weights[1::2], *steps):
+                for scale in scales:
                     scale.clamp_(min=SMALLEST_SCALE)
                 for rng in (mix, *(q.rng for q in quantizers)):
                     rng[2] += 1
-            if (i + 1) % LOG_EVERY == 0 or i + 1 == plan.iterations:
-                self._check_loss(i + 1, float(loss.detach()))
+            if told:
                 tell(i + 1, float(error.detach()))
         for quantizer in quantizers:
             quantizer.mode = "round"
         for activation in self.activations:
             activation.keep = 1.0
-        for parameter in (*weights, *steps):
+        for parameter in (*weights, *scales):
             parameter.requires_grad_(False)
+
+    def _optimizer(self, plan: Recipe):
+        """Adam over weights, their scales, and the activations' scales, with their schedules."""
+        groups = [{"params": [layer.latent for layer in self.layers], "lr": plan.weight_lr}]
+        for layer in self.layers:
+            scale = layer.weight_quantizer.scale
+            relative = float(scale.detach().mean()) if plan.relative_scale_lr else 1.0
+            groups.append({"params": [scale], "lr": plan.weight_lr * relative})
+        groups.append({"params": [activation.scale for activation in self.activations], "lr": plan.activation_lr})
+        rates = [_warm_cosine(plan)] * (len(groups) - 1) + [_cosine(plan)]
+        optimizer = torch.optim.Adam(groups, foreach=True)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
 
     def _set_modes(self, mode: str, plan: Recipe) -> None:
         for layer in self.layers:
