@@ -88,7 +88,8 @@ def accepts(name: str, device_type: str) -> bool:
 @cache
 def implements(name: str, family: str) -> bool:
     """Whether a backend has a family of ops."""
-    return importlib.util.find_spec(f"{PACKAGES[name]}.{family}") is not None
+    package = PACKAGES[name]  # hdrq.kernels is missing where hdrq runs from a checkout that was not installed
+    return importlib.util.find_spec(package) is not None and importlib.util.find_spec(f"{package}.{family}") is not None
 
 
 def _preferences(device_type: str) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ class Recipe:
     noise_activations: bool = False  # noise on activations too, while weights have it
     batch_size: int = 32
     weight_lr: float = 1e-3  # Adam, of weights and their scales
-    relative_scale_lr: bool = True  # a weight scale's rate is weight_lr times the scale it starts from
+    scale_step: float = 0.01  # bound on the rate of a weight's scale, as a share of the scale it starts from
     warmup: float = 0.2  # share of the iterations over which the weights' rate rises from 1e-3 of itself; then cosine
     activation_lr: float = 4e-5  # Adam, cosine, of the activations' scales
     distance: float = 5e-2  # λ of Σ ‖W − W_src‖₂, not squared
@@ -44,18 +44,18 @@ class Recipe:
         checks.integer("candidates", self.candidates, 1, 2**16)
         checks.integer("range_samples", self.range_samples, 1, 2**31)
         checks.choice("noise", self.noise, ("uniform", "empirical"))
-        for name in ("noise_activations", "per_channel", "relative_scale_lr"):
+        for name in ("noise_activations", "per_channel"):
             checks.choice(name, getattr(self, name), (False, True))
         for name in ("tail", "warmup", "input_keep", "activation_keep"):
             checks.real(name, getattr(self, name), 0.0, 1.0)
-        for name in ("weight_lr", "activation_lr", "distance", "norm"):
+        for name in ("weight_lr", "activation_lr", "distance", "norm", "scale_step"):
             checks.real(name, getattr(self, name), 0.0)
 
 
 _PRESETS = {
     ("hdrq", "paper"): Recipe("hdrq"),
     ("hdrq", "official"): Recipe(
-        "hdrq", tail=0.2, noise="empirical", noise_activations=True, weight_lr=1e-4, relative_scale_lr=False
+        "hdrq", tail=0.2, noise="empirical", noise_activations=True, weight_lr=1e-4, scale_step=1.0
     ),
     ("rtn", "paper"): Recipe("rtn", iterations=0),
     ("rtn", "official"): Recipe("rtn", iterations=0),

@@ -314,8 +314,8 @@ class Block:
         groups = [{"params": [layer.latent for layer in self.layers], "lr": plan.weight_lr}]
         for layer in self.layers:
             scale = layer.weight_quantizer.scale
-            relative = float(scale.detach().mean()) if plan.relative_scale_lr else 1.0
-            groups.append({"params": [scale], "lr": plan.weight_lr * relative})
+            rate = min(plan.weight_lr, plan.scale_step * float(scale.detach().mean()))
+            groups.append({"params": [scale], "lr": rate})
         groups.append({"params": [activation.scale for activation in self.activations], "lr": plan.activation_lr})
         rates = [_warm_cosine(plan)] * (len(groups) - 1) + [_cosine(plan)]
         optimizer = torch.optim.Adam(groups, foreach=True)

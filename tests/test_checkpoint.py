@@ -238,14 +238,14 @@ def test_damaged_manifest_is_refused(path, changes, message):
         ("4.input.scale", torch.tensor([0.0]), "4.input.scale must be positive and finite, got 0"),
         ("4.input.scale", torch.ones(2), "4.input.scale must have 1 element, got 2"),
         ("4.weight.scale", torch.ones(5), "4.weight.scale must have 1 element, got 5"),
-        ("4.weight.scale", torch.ones(1).double(), "4.weight.scale must be a float32 tensor, got float64"),
+        ("4.weight.scale", torch.ones(1).double(), "4.weight.scale must be a tensor of float32, got float64"),
         ("4.weight.scale", None, "checkpoint must hold '4.weight.scale', got none"),
         (
             "4.weight.codes",
             torch.full((5, 5, 3, 3), 8, dtype=torch.int8),
             r"codes of 4 must be in \[-8, 7\], got \[8, 8\]",
         ),
-        ("4.weight.codes", torch.zeros(5, 5, 3, 3), "codes of 4 must be a int8 or int16 tensor, got float32"),
+        ("4.weight.codes", torch.zeros(5, 5, 3, 3), "codes of 4 must be a tensor of int8 or int16, got float32"),
         (
             "4.weight.codes",
             torch.zeros(5, 5, 3, dtype=torch.int8),

@@ -40,7 +40,7 @@ BAD = [
     (ValueError, r"p must be finite and in \[0, 1\], got 1.5", {"p": 1.5}),
     (ValueError, r"p must be .*, got nan", {"p": float("nan")}),
     (ValueError, "b must have the shape of a", {"b": torch.zeros(3)}),
-    (TypeError, "b must be a float32 tensor, got bfloat16", {"b": torch.zeros(4, dtype=torch.bfloat16)}),
+    (TypeError, "b must be a tensor of float32, got bfloat16", {"b": torch.zeros(4, dtype=torch.bfloat16)}),
 ]
 
 

@@ -220,5 +220,5 @@ def test_anything_but_a_tensor_is_a_type_error(wrong):
         lambda: hdrq.ops.search_scale(wrong, -8, 7),
         lambda: hdrq.ops.merge([wrong, wrong], [s, s], -8, 7, RNG),
     ):
-        with pytest.raises(TypeError, match=r"must be a .* tensor, got \w+"):
+        with pytest.raises(TypeError, match=r"must be a tensor of .*, got \w+"):
             call()

@@ -104,7 +104,7 @@ BAD = [
         r"codes\[1\] must be in \[-4, 3\], got \[0, 9\]",
         {"codes": [INT8, torch.tensor([0, 0, 0, 9]).char()]},
     ),
-    (TypeError, r"codes\[0\] must be a int8 or int16 tensor", {"codes": [INT8.float(), INT8]}),
+    (TypeError, r"codes\[0\] must be a tensor of int8 or int16", {"codes": [INT8.float(), INT8]}),
     (ValueError, r"scales\[0\] must be positive", {"scales": [torch.zeros(1), torch.ones(1)]}),
     (ValueError, "noise must be .* for two tensors of equal weight", {"noise": "odd", "weights": (0.4, 0.6)}),
 ]

@@ -171,9 +171,9 @@ def test_rng_must_not_advance_before_the_backward_pass():
 
 
 BAD = [
-    (TypeError, "x must be a float32 or bfloat16 or float16 tensor, got float64", {"x": torch.zeros(4).double()}),
-    (TypeError, "x must be a .* tensor, got int64", {"x": torch.zeros(4, dtype=torch.int64)}),
-    (TypeError, "scale must be a float32 tensor, got float64", {"scale": torch.ones(1).double()}),
+    (TypeError, "x must be a tensor of float32 or bfloat16 or float16, got float64", {"x": torch.zeros(4).double()}),
+    (TypeError, "x must be a tensor of .*, got int64", {"x": torch.zeros(4, dtype=torch.int64)}),
+    (TypeError, "scale must be a tensor of float32, got float64", {"scale": torch.ones(1).double()}),
     (ValueError, "scale must have 1 element, got 2", {"scale": torch.ones(2)}),
     (ValueError, "scale must have 4 elements, the length of axis 0, got 3", {"scale": torch.ones(3), "axis": 0}),
     (ValueError, "scale must be positive and finite, got 0.0", {"scale": torch.zeros(1)}),
@@ -184,7 +184,7 @@ BAD = [
     (ValueError, "qmin must be less than qmax, got qmin=3, qmax=3", {"qmin": 3}),
     (ValueError, "qmax must be in .*, got 70000", {"qmax": 70000}),
     (ValueError, "axis must be in .*, got 1", {"axis": 1}),
-    (TypeError, "rng must be a int64 tensor, got int32", {"rng": torch.zeros(3, dtype=torch.int32)}),
+    (TypeError, "rng must be a tensor of int64, got int32", {"rng": torch.zeros(3, dtype=torch.int32)}),
     (ValueError, r"rng must have shape \(3,\).*got \(4,\)", {"rng": torch.zeros(4, dtype=torch.int64)}),
     (ValueError, "rng must be on cpu, where x is, got meta", {"rng": torch.zeros(3, dtype=torch.int64, device="meta")}),
     (ValueError, "noise must be one of 'uniform', 'empirical', got 'normal'", {"noise": "normal"}),
