@@ -6,6 +6,8 @@ pays for, as it does for the result of any op. Each provider is compared with th
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from harness import Figure, Provider, arguments, compiled, measure, pin, report
 
@@ -85,15 +87,23 @@ def forward(x: torch.Tensor, s: torch.Tensor, rng: torch.Tensor) -> list[Provide
     if fast := compiled(plain, x, s):
         providers.append(Provider("uniform, torch.compile", lambda: fast(x, s), 8))
     if x.device.type == "cpu" and hdrq.backends()["cpp"] is None:
-        from hdrq import _C, native
+        from hdrq import native
 
         on, job = native.grid(x, s, None, QMIN, QMAX, None), native.job(x)
         cumulative = OPS.error_histogram(x, s, QMIN, QMAX)
         for name, counts in (("uniform", None), ("empirical", cumulative)):
             args = (job, 0, x.data_ptr(), y.data_ptr(), on, rng.data_ptr(), native.address(counts))
-            run = lambda args=args: _C.noise_quantize(*args)  # noqa: E731
-            providers.append(Provider(f"hdrq {name}, kernel alone", run, 8, allocates=False))
+            providers.append(
+                Provider(f"hdrq {name}, kernel alone", partial(_kernel_alone, args, counts), 8, allocates=False)
+            )
     return providers
+
+
+def _kernel_alone(args: tuple, counts: torch.Tensor | None) -> None:
+    """The kernel into memory that exists; ``counts`` is here to outlive the addresses in ``args``."""
+    from hdrq import _C
+
+    _C.noise_quantize(*args)
 
 
 def backward(x: torch.Tensor, s: torch.Tensor, rng: torch.Tensor) -> list[Provider]:

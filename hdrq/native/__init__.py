@@ -13,6 +13,17 @@ FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Float o
 CODES = {torch.int8: 0, torch.int16: 1}  # enum Code
 
 
+LARGE = 8 << 20  # bytes from which the pages of a result are worth a hint
+
+
+def empty(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a result."""
+    result = torch.empty(shape, dtype=dtype)
+    if result.nbytes >= LARGE:
+        _C.expect_writes(result.data_ptr(), result.nbytes)
+    return result
+
+
 def job(x: torch.Tensor) -> _C.Job:
     """How many elements, over how many threads."""
     return _C.Job(x.numel(), torch.get_num_threads())

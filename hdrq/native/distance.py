@@ -7,7 +7,7 @@ import math
 import torch
 
 import hdrq._C as _C
-from hdrq.native import FLOATS, address, job
+from hdrq.native import FLOATS, address, empty, job
 
 
 def source_distance(w, w_src) -> torch.Tensor:
@@ -15,7 +15,7 @@ def source_distance(w, w_src) -> torch.Tensor:
 
 
 def source_distance_backward(grad, distance, w, w_src) -> torch.Tensor:
-    y = torch.empty_like(w)
+    y = empty(w.shape, w.dtype)
     factor = float(grad / distance) if distance > 0 else 0.0
     _C.scaled_difference(job(w), FLOATS[w.dtype], address(w), address(w_src), address(y), factor)
     return y

@@ -6,7 +6,7 @@ import torch
 
 import hdrq._C as _C
 from hdrq import checks
-from hdrq.native import CODES, address, job, layout
+from hdrq.native import CODES, address, empty, job, layout
 
 NOISE = {"all": 0, "odd": 1, "none": 2}  # enum Merge::Noise of csrc/kernels.h
 
@@ -37,6 +37,6 @@ def merge(codes, scales, qmin, qmax, rng, weights, draws, noise, axis) -> tuple[
     length = (dd * (dd + 2 * dr + rr).clamp(min=0)).sqrt()
     cosines = torch.where(length > 0, (dd + dr) / length, 1.0)
     kept = cosines.amin(dim=1).argmax()
-    merged = torch.empty(first.shape, dtype=checks.code_range(qmin, qmax))
+    merged = empty(first.shape, checks.code_range(qmin, qmax))
     _C.merge_codes(job(first), inputs, int(kept), CODES[merged.dtype], address(merged))
     return merged, merged_scale, cosines, kept

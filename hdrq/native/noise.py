@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 
 import hdrq._C as _C
-from hdrq.native import FLOATS, address, grid, job
+from hdrq.native import FLOATS, address, empty, grid, job
 
 
 def noise_quantize(x, scale, qmin, qmax, rng, cumulative, axis) -> torch.Tensor:
-    y = torch.empty_like(x)
+    y = empty(x.shape, x.dtype)
     on = grid(x, scale, None, qmin, qmax, axis)
     _C.noise_quantize(job(x), FLOATS[x.dtype], address(x), address(y), on, address(rng), address(cumulative))
     return y
 
 
 def noise_quantize_backward(grad, x, scale, qmin, qmax, rng, cumulative, axis, grad_scale) -> tuple:
-    grad_x, total = torch.empty_like(x), torch.empty(scale.numel(), dtype=torch.float64)
+    grad_x, total = empty(x.shape, x.dtype), torch.empty(scale.numel(), dtype=torch.float64)
     tensors = (address(grad), address(x), address(grad_x), address(total))
     on = grid(x, scale, None, qmin, qmax, axis)
     _C.noise_quantize_backward(job(x), FLOATS[x.dtype], *tensors, on, address(rng), address(cumulative))
