@@ -26,8 +26,8 @@ struct Histogram {
   static constexpr int kBins = 256;
   static constexpr int kGuideShift = 20;
   bool empty = false;
-  uint32_t last[kBins + 1];                    // the largest word below bin b; bin 0 is never asked for
-  uint8_t guide[1u << (32 - kGuideShift)];     // the bin of each run of 2^20 words' first word
+  uint32_t last[kBins + 1];                 // the largest word below bin b; bin 0 is never asked for
+  uint8_t guide[1u << (32 - kGuideShift)];  // the bin of the first word of each run of 2^20
 };
 
 // K tensors of codes to average.
@@ -53,8 +53,8 @@ struct Job {
 struct Kernels {
   const char* name;
   void (*noise_quantize)(Job, Float, const void* x, void* y, Grid, Stream, const Histogram*);
-  void (*noise_quantize_backward)(Job, Float, const void* grad, const void* x, void* grad_x, double* grad_s, Grid, Stream,
-                                  const Histogram*);
+  void (*noise_quantize_backward)(Job, Float, const void* grad, const void* x, void* grad_x, double* grad_s, Grid,
+                                  Stream, const Histogram*);
   void (*error_histogram)(Job, Float, const void* x, int64_t* counts, Grid);
   void (*fake_quantize)(Job, Float, const void* x, void* y, Grid);
   void (*fake_quantize_backward)(Job, Float, const void* grad, const void* x, void* grad_x, double* grad_s, Grid);

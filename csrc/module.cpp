@@ -86,15 +86,15 @@ Histogram histogram_of(const int64_t* cumulative) {
   const uint64_t total = uint64_t(cumulative[Histogram::kBins]);
   h.empty = total == 0;
   if (h.empty) return h;
-  const auto first = [&](int b) {  // 2^32 where no word reaches the bin
-    return uint64_t((((unsigned __int128)cumulative[b] << 32) + total - 1) / total);
-  };
-  h.last[0] = 0;
-  for (int b = 1; b < Histogram::kBins; ++b) h.last[b] = first(b) == 0 ? 0 : uint32_t(first(b) - 1);
+  uint64_t first[Histogram::kBins];  // the bin's first word; 2^32 where none reaches it
+  for (int b = 0; b < Histogram::kBins; ++b) {
+    first[b] = uint64_t((((unsigned __int128)cumulative[b] << 32) + total - 1) / total);
+    h.last[b] = first[b] == 0 ? 0 : uint32_t(first[b] - 1);
+  }
   h.last[Histogram::kBins] = UINT32_MAX;
   int b = 0;
   for (uint64_t cell = 0; cell < sizeof(h.guide); ++cell) {
-    while (b + 1 < Histogram::kBins && first(b + 1) <= cell << Histogram::kGuideShift) ++b;
+    while (b + 1 < Histogram::kBins && first[b + 1] <= cell << Histogram::kGuideShift) ++b;
     h.guide[cell] = uint8_t(b);
   }
   return h;

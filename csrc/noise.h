@@ -18,10 +18,12 @@ class ChunkNoise {
     } else if (histogram_->empty) {
       fill(m_, n, 1u << 23);  // n = 0
     } else {
+      const Histogram& h = *histogram_;
       for (int64_t i = 0; i < n; ++i) {
         const uint32_t word = m_[i];
-        uint32_t bin = histogram_->guide[word >> Histogram::kGuideShift];
-        while (bin + 1 < Histogram::kBins && word > histogram_->last[bin + 1]) ++bin;
+        uint32_t bin = h.guide[word >> Histogram::kGuideShift];
+        bin += word > h.last[bin + 1];                // mostly all there is to do, without a branch
+        while (word > h.last[bin + 1]) ++bin;         // ends: no word is above the last
         m_[i] = (bin << 16) | (word & 0xffff);
       }
     }
@@ -94,7 +96,8 @@ void error_histogram(Job job, const typename T::type* x, int64_t* counts, const 
   for_tiles(job, [&](int64_t tile, int64_t tile_begin, int64_t tile_end) {
     ChunkGrid chunk(grid);
     alignas(HDRQ_VECTOR_BYTES) int32_t bin[kChunk];
-    uint32_t own[4][kBins + 1] = {};  // four tables: neighbouring elements often share a bin; the last takes what is clipped
+    // Four tables, since neighbouring elements often share a bin; the last bin takes what is clipped.
+    uint32_t own[4][kBins + 1] = {};
     for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
       chunk.seek(begin, n);
       for_vectors(n, [&](int64_t i, auto count) {

@@ -37,28 +37,42 @@ class Philox {
     for (int lane = 0; lane < kGroups; ++lane) lane_[lane] = (lane >> 1) + (lane & 1) * (kGroups / 2);
   }
 
-  // The words of the elements from `first` (a multiple of 4) on; writes up to the next multiple of 2·kLanes.
+  // The words of the elements from `first` (a multiple of 4) on; writes up to the next multiple of 8·kGroups·kTogether.
+  // Counters are worked on kTogether vectors at a time, to fill the waits of each other's multiplications.
   void fill(uint32_t* words, int64_t first, int64_t count) const {
-    uint64_t group = uint64_t(first) >> 2;
-    for (int64_t i = 0; i < count; i += 4 * kGroups, group += kGroups) {
-      const vu64 counter = lane_ + group;
-      vu64 c0 = counter, c1 = counter >> 32, c2 = stream_, c3 = step_;
+    vu64 counter = lane_ + (uint64_t(first) >> 2);
+    for (int64_t i = 0; i < count; i += 4 * kGroups * kTogether) {
+      vu64 c0[kTogether], c1[kTogether], c2[kTogether], c3[kTogether];
+#pragma GCC unroll 4
+      for (int t = 0; t < kTogether; ++t, counter += kGroups) {
+        c0[t] = counter;
+        c1[t] = counter >> 32;
+        c2[t] = stream_;
+        c3[t] = step_;
+      }
 #pragma GCC unroll 10
       for (int r = 0; r < kRounds; ++r) {
-        const vu64 p0 = multiply_low(c0, vu64{} + 0xD2511F53u), p1 = multiply_low(c2, vu64{} + 0xCD9E8D57u);
-        c0 = exclusive_or(p1 >> 32, c1, vu64{} + key_[r][0]);
-        c2 = exclusive_or(p0 >> 32, c3, vu64{} + key_[r][1]);
-        c1 = p1;
-        c3 = p0;
+        const vu64 k0 = vu64{} + key_[r][0], k1 = vu64{} + key_[r][1];
+#pragma GCC unroll 4
+        for (int t = 0; t < kTogether; ++t) {
+          const vu64 p0 = multiply_low(c0[t], vu64{} + 0xD2511F53u), p1 = multiply_low(c2[t], vu64{} + 0xCD9E8D57u);
+          c0[t] = exclusive_or(p1 >> 32, c1[t], k0);
+          c2[t] = exclusive_or(p0 >> 32, c3[t], k1);
+          c1[t] = p1;
+          c3[t] = p0;
+        }
       }
-      const vu64 first_two = (c0 & 0xffffffffu) | (c1 << 32), last_two = (c2 & 0xffffffffu) | (c3 << 32);
-      const vu64 ordered[2] = {interleave_low(first_two, last_two), interleave_high(first_two, last_two)};
-      __builtin_memcpy(words + i, ordered, sizeof(ordered));
+#pragma GCC unroll 4
+      for (int t = 0; t < kTogether; ++t) {
+        const vu64 first_two = (c0[t] & 0xffffffffu) | (c1[t] << 32), last_two = (c2[t] & 0xffffffffu) | (c3[t] << 32);
+        const vu64 ordered[2] = {interleave_low(first_two, last_two), interleave_high(first_two, last_two)};
+        __builtin_memcpy(words + i + 4 * kGroups * t, ordered, sizeof(ordered));
+      }
     }
   }
 
  private:
-  static constexpr int kRounds = 10, kGroups = HDRQ_VECTOR_BYTES / 8;
+  static constexpr int kRounds = 10, kGroups = HDRQ_VECTOR_BYTES / 8, kTogether = 4;
 
 #if defined(HDRQ_AVX512)
   static vu64 interleave_low(vu64 a, vu64 b) { return (vu64)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b); }
