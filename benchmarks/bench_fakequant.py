@@ -6,7 +6,7 @@ Beside the copies and the eager formula: torch's own fused ops, where they do th
 from __future__ import annotations
 
 import torch
-from harness import Figure, Provider, arguments, compiled, measure, pin, report
+from harness import Provider, bench, compiled, normal
 
 import hdrq
 
@@ -80,19 +80,14 @@ def backward(x: torch.Tensor, s: torch.Tensor, zero: torch.Tensor) -> list[Provi
     return providers
 
 
-def main() -> None:
-    options = arguments(__doc__.splitlines()[0])
-    figures: list[Figure] = []
-    for threads in dict.fromkeys(options.threads):
-        pin(threads)
-        for size in options.sizes:
-            x = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(options.device)
-            s, zero = torch.tensor([0.3], device=options.device), torch.zeros(1, device=options.device)
-            verify(x, s, zero)
-            for operation, providers in (("forward", forward), ("backward", backward)):
-                figures += measure(f"fake_quantize {operation}", providers(x, s, zero), size, threads, options.device)
-    report("fake_quantize, float32", figures, options.out)
-
-
 if __name__ == "__main__":
-    main()
+    bench(
+        "fake_quantize",
+        lambda size, device: (
+            normal(size, device),
+            torch.full((1,), 0.3, device=device),
+            torch.zeros(1, device=device),
+        ),
+        verify,
+        {"forward": forward, "backward": backward},
+    )

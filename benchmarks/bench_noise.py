@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from harness import Figure, Provider, arguments, compiled, measure, pin, report
+from harness import Provider, bench, compiled, normal
 
 import hdrq
 
@@ -119,19 +119,14 @@ def backward(x: torch.Tensor, s: torch.Tensor, rng: torch.Tensor) -> list[Provid
     return providers
 
 
-def main() -> None:
-    options = arguments(__doc__.splitlines()[0])
-    figures: list[Figure] = []
-    for threads in dict.fromkeys(options.threads):
-        pin(threads)
-        for size in options.sizes:
-            x = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(options.device)
-            s, rng = torch.tensor([0.3], device=options.device), hdrq.rng_state(1, device=options.device)
-            verify(x, s, rng)
-            for operation, providers in (("forward", forward), ("backward", backward)):
-                figures += measure(f"noise {operation}", providers(x, s, rng), size, threads, options.device)
-    report("noise_quantize, float32", figures, options.out)
-
-
 if __name__ == "__main__":
-    main()
+    bench(
+        "noise_quantize",
+        lambda size, device: (
+            normal(size, device),
+            torch.full((1,), 0.3, device=device),
+            hdrq.rng_state(1, device=device),
+        ),
+        verify,
+        {"forward": forward, "backward": backward},
+    )

@@ -53,9 +53,32 @@ class Figure:
     speedup: float  # of this provider over the official eager formula
 
 
-def arguments(description: str) -> argparse.Namespace:
+def bench(op: str, inputs: Callable, verify: Callable, operations: dict[str, Callable]) -> None:
+    """The main program of a bench: verify, then measure, every operation at every size and number of threads.
+
+    ``inputs(size, device)`` makes the arguments of ``verify`` and of the functions in ``operations``. Each of those
+    gives the providers to compare, the two copies first.
+    """
+    options = arguments(op)
+    figures: list[Figure] = []
+    for threads in dict.fromkeys(options.threads):
+        pin(threads)
+        for size in options.sizes:
+            tensors = inputs(size, options.device)
+            verify(*tensors)
+            for name, providers in operations.items():
+                figures += measure(f"{op} {name}", providers(*tensors), size, threads, options.device)
+    report(f"{op}, float32", figures, options.out)
+
+
+def normal(size: int, device: str) -> torch.Tensor:
+    """Normal values, the same at every run."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def arguments(op: str) -> argparse.Namespace:
     """The options that all benches share."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=f"Verify and time {op}.")
     parser.add_argument("--sizes", type=int, nargs="+", default=[2**12, 2**16, 2**20, 2**24], help="elements")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count()], help="each gives a table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
