@@ -16,10 +16,6 @@ class optional_build_ext(build_ext):
         except Exception as error:
             print(f"hdrq: the C++ path is missing, CPU tensors will run in plain PyTorch: {error}", file=sys.stderr)
 
-    def copy_extensions_to_source(self):
-        if all(glob.glob(self.get_ext_fullpath(e.name)) or not self.inplace for e in self.extensions):
-            super().copy_extensions_to_source()
-
 
 setup(
     packages=[

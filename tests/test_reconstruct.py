@@ -332,7 +332,7 @@ def test_quantized_model_is_not_quantized_again():
         learn(learn(recipe="rtn", iterations=0))
 
 
-@pytest.mark.parametrize("options", [{"weight_lr": 1e30}, {"weight_lr": 1e30, "preset": "official"}])
+@pytest.mark.parametrize("options", [{}, {"preset": "official"}])
 def test_loss_that_is_not_finite_names_the_block(options):
     with pytest.raises(FloatingPointError, match=r"loss of block 0 must be finite, got (inf|nan) at iteration \d+"):
-        learn(iterations=60, **options)
+        learn(iterations=60, weight_lr=1e30, scale_step=1e30, **options)
