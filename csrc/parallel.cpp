@@ -7,7 +7,7 @@
 namespace hdrq {
 
 namespace {
-constexpr int64_t kTilesPerThread = 8;  // fewer are not worth a thread: starting one costs about 20 µs
+constexpr int64_t kTilesPerThread = 8;  // fewer are not worth starting a thread for
 }
 
 // Threads are started for the call and joined at its end: there is no pool to outlive a fork, and no second OpenMP
