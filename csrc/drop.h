@@ -5,18 +5,39 @@
 
 namespace hdrq::HDRQ_ISA {
 
+// Which elements of a chunk are quantized: all of them.
+struct KeepAll {
+  void seek(int64_t, int64_t) {}
+  vi at(int64_t) const { return ~vi{}; }
+};
+
+// Those whose second word keeps them.
+class KeepSome {
+ public:
+  KeepSome(Stream stream, uint32_t threshold) : philox_(second(stream)), threshold_(threshold) {}
+
+  void seek(int64_t begin, int64_t n) { philox_.fill(words_, begin, n); }
+  vi at(int64_t i) const { return (read<vu>(words_ + i, kLanes) >> 8) < threshold_; }
+
+ private:
+  static Stream second(Stream stream) {
+    stream.stream ^= 0x80000000u;
+    return stream;
+  }
+
+  Philox philox_;
+  uint32_t threshold_;
+  alignas(HDRQ_VECTOR_BYTES) uint32_t words_[kChunk];
+};
+
 // Calls body(begin + i, count, keep) for the vectors of all elements, `keep` a mask of lanes.
 template <class Body>
 void for_kept(Job job, uint32_t threshold, Stream stream, const Body& body) {
-  stream.stream ^= 0x80000000u;
   for_tiles(job, [&](int64_t, int64_t tile_begin, int64_t tile_end) {
-    const Philox philox(stream);
-    alignas(HDRQ_VECTOR_BYTES) uint32_t words[kChunk];
+    KeepSome keep(stream, threshold);
     for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
-      philox.fill(words, begin, n);
-      for_vectors(n, [&](int64_t i, auto count) {
-        body(begin + i, count, bits<vi>((read<vu>(words + i, kLanes) >> 8) < threshold));
-      });
+      keep.seek(begin, n);
+      for_vectors(n, [&](int64_t i, auto count) { body(begin + i, count, keep.at(i)); });
     });
   });
 }

@@ -30,6 +30,27 @@ struct Histogram {
   uint8_t guide[1u << (32 - kGuideShift)];  // the bin of the first word of each run of 2^20
 };
 
+// One tensor to quantize in a step of a reconstruction, and all that decides its values and its gradients.
+struct Quantizer {
+  static constexpr uint32_t kAlways = 1u << 24;
+  int64_t count;  // elements
+  const void* x;
+  Grid grid;
+  bool noise;  // in place of rounding
+  Stream stream;
+  const Histogram* histogram;  // of the noise; null: uniform
+  uint32_t threshold;          // an element is quantized where (word >> 8) of its second draw is below
+  const void* source;          // what its distance is measured from; null: nothing
+  // Forward.
+  void* y;
+  double* squared_distance;
+  // Backward.
+  const void* grad;
+  void* grad_x;
+  double* grad_s;
+  float pull;  // factor on x − source in the gradient of x
+};
+
 // K tensors of codes to average.
 struct Merge {
   enum class Noise { all, odd, none };
@@ -52,12 +73,9 @@ struct Job {
 
 struct Kernels {
   const char* name;
-  void (*noise_quantize)(Job, Float, const void* x, void* y, Grid, Stream, const Histogram*);
-  void (*noise_quantize_backward)(Job, Float, const void* grad, const void* x, void* grad_x, double* grad_s, Grid,
-                                  Stream, const Histogram*);
+  void (*quantizer_forward)(int threads, Float, const Quantizer*, int count);
+  void (*quantizer_backward)(int threads, Float, const Quantizer*, int count);
   void (*error_histogram)(Job, Float, const void* x, int64_t* counts, Grid);
-  void (*fake_quantize)(Job, Float, const void* x, void* y, Grid);
-  void (*fake_quantize_backward)(Job, Float, const void* grad, const void* x, void* grad_x, double* grad_s, Grid);
   int64_t (*quantize)(Job, Float, const void* x, Code, void* codes, Grid);
   void (*dequantize)(Job, Code, const void* codes, float* y, Grid);
   void (*drop_mix)(Job, Float, const void* a, const void* b, void* y, uint32_t threshold, Stream);

@@ -40,7 +40,7 @@ inline void fill(T* p, int64_t count, T value) {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) : size_(count), data_(allocate(count)) {
+  explicit Buffer(int64_t count) : size_(count), data_(allocate(count < 0 ? 0 : count)) {
     for (int64_t i = 0; i < count; ++i) new (data_ + i) T{};
   }
   ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }

@@ -15,6 +15,8 @@ from hdrq import rng as stream_constants
 M0, M1 = (tl.constexpr(m) for m in stream_constants.MULTIPLIERS)
 W0, W1 = (tl.constexpr(w) for w in stream_constants.KEY_STEPS)
 ROUNDS = tl.constexpr(stream_constants.ROUNDS)
+DROP_STREAM = tl.constexpr(stream_constants.DROP_STREAM)
+KEEP_ALL = tl.constexpr(stream_constants.KEEP_ALL)
 
 TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # in [2²³, 2²⁴) float32 holds the integers and nothing between
 
@@ -57,6 +59,13 @@ def unit_noise(word, cumulative):
         n = ((b << 16) | (word & 0xFFFF)).to(tl.float32) * 2.0**-24 - 0.5
         n = tl.where(count > 0, n, 0.0)
     return n
+
+
+@triton.jit
+def kept(rng, threshold, start, BLOCK: tl.constexpr):
+    """Where the element's second word keeps it."""
+    seed, stream, step = read_state(rng)
+    return (words(seed, stream ^ DROP_STREAM, step, start, BLOCK) >> 8).to(tl.int32) < threshold
 
 
 @triton.jit

@@ -60,13 +60,14 @@ def _launches(warp_size: int) -> list[tuple]:
     )
     for number, (shape, axis, dtype) in enumerate(grids):
         x, s = empty(*shape, dtype=dtype), empty(1 if axis is None else shape[axis])
+        threshold = (2**24, 2**23)[number in (1, 4)]
         for counts in (None, cumulative)[: 1 + (number in (0, 3))]:
-            noise.noise_quantize(x, s, -8, 7, rng, counts, axis)
-            noise.noise_quantize_backward(x, x, s, -8, 7, rng, counts, axis, 1.0)
+            noise.noise_quantize(x, s, -8, 7, rng, counts, axis, threshold)
+            noise.noise_quantize_backward(x, x, s, -8, 7, rng, counts, axis, 1.0, threshold)
         noise.error_histogram(x, s, -8, 7, axis)
         for zero_point in (None, s)[: 1 + (number in (1, 2))]:
-            fakequant.fake_quantize(x, s, -8, 7, zero_point, axis)
-            fakequant.fake_quantize_backward(x, x, s, -8, 7, zero_point, axis, 1.0)
+            fakequant.fake_quantize(x, s, -8, 7, zero_point, axis, rng, threshold)
+            fakequant.fake_quantize_backward(x, x, s, -8, 7, zero_point, axis, 1.0, rng, threshold)
             fakequant.quantize(x, s, -8, 7, zero_point, axis)
         codes = empty(*shape, dtype=torch.int8 if number % 2 else torch.int16)
         fakequant.dequantize(codes, s, None, axis)

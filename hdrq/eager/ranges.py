@@ -6,6 +6,7 @@ import torch
 
 from hdrq.eager import sum_but
 from hdrq.eager.fakequant import fake_quantize
+from hdrq.rng import KEEP_ALL
 
 SMALLEST = 2.0**-126
 
@@ -21,7 +22,7 @@ def search_scale(x, qmin, qmax, norm, candidates, axis) -> torch.Tensor:
     scale = torch.ones_like(extent)
     for i in range(1, candidates + 1):
         trial = (extent * (i / candidates) / levels).clamp(min=SMALLEST)
-        error = sum_but((fake_quantize(x, trial, qmin, qmax, None, axis) - x).abs_().pow_(norm), axis)
+        error = sum_but((fake_quantize(x, trial, qmin, qmax, None, axis, None, KEEP_ALL) - x).abs_().pow_(norm), axis)
         better = (error < best) & (extent > 0)
         best, scale = torch.where(better, error, best), torch.where(better, trial, scale)
     return scale
