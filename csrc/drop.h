@@ -46,7 +46,8 @@ template <class T>
 void drop_mix(Job job, const typename T::type* a, const typename T::type* b, typename T::type* y, uint32_t threshold,
               Stream stream) {
   for_kept(job, threshold, stream, [&](int64_t e, auto count, vi keep) {
-    T::store(keep ? T::load(a + e, count) : T::load(b + e, count), y + e, count);
+    const vf kept = loaded(T::load(a + e, count)), other = loaded(T::load(b + e, count));
+    T::store(keep ? kept : other, y + e, count);
   });
 }
 
@@ -54,7 +55,7 @@ template <class T>
 void drop_mix_backward(Job job, const typename T::type* grad, typename T::type* grad_a, typename T::type* grad_b,
                        uint32_t threshold, Stream stream) {
   for_kept(job, threshold, stream, [&](int64_t e, auto count, vi keep) {
-    const vf g = T::load(grad + e, count);
+    const vf g = loaded(T::load(grad + e, count));
     T::store(keep ? g : vf{}, grad_a + e, count);
     T::store(keep ? vf{} : g, grad_b + e, count);
   });

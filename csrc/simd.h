@@ -150,6 +150,15 @@ struct F16 : Elements<uint16_t> {
 #endif
 };
 
+// A vector that is in a register from here on. Without this a compiler turns "load, then choose" into a masked load,
+// which AMD's prefetcher does not follow: it doubled the time of drop_mix.
+inline vf loaded(vf v) {
+#if defined(HDRQ_AVX512)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // Round to nearest even: adding 2^23 leaves no fraction bits. Larger magnitudes, infinities and NaN are themselves.
 inline vf round_even(vf v) {
   const vu sign = bits<vu>(v) & 0x80000000u;
