@@ -90,6 +90,54 @@ def valid_scale(s):
 
 
 @triton.jit
+def noise_forward(x, s, n, qmin, qmax):
+    """``x + n·s``, or the bound that x is at or beyond."""
+    above, below = qmax * s, qmin * s
+    y = x + n * s
+    y = tl.where(x >= above, above, y)
+    return tl.where(x <= below, below, y)
+
+
+@triton.jit
+def noise_backward(x, s, n, qmin, qmax):
+    """Where the gradient of :func:`noise_forward` passes to x, and its slope in s."""
+    above, below = qmax * s, qmin * s
+    inside = (x < above) & (x > below)
+    slope = tl.where(inside, n, 0.0)
+    slope = tl.where(x >= above, qmax, slope)
+    return inside, tl.where(x <= below, qmin, slope)
+
+
+@triton.jit
+def nearest_forward(x, s, z, qmin, qmax):
+    """``(clamp(round(x/s) + z) − z)·s``. Without a zero point z is 0.0, and still added: it makes −0.0 of 0.0."""
+    return (clamp(round_half_even(tl.div_rn(x, s)) + z, qmin, qmax) - z) * s
+
+
+@triton.jit
+def nearest_backward(x, s, z, qmin, qmax):
+    """Where the gradient of :func:`nearest_forward` passes to x, and its slope in s."""
+    v = tl.div_rn(x, s)
+    shifted = round_half_even(v) + z
+    inside = (shifted >= qmin) & (shifted <= qmax)
+    return inside, (clamp(shifted, qmin, qmax) - z) - tl.where(inside, v, 0.0)
+
+
+@triton.jit
+def difference(w, w_src, start, i, live):
+    """``w − w_src`` of a tile, 0 where nothing lives."""
+    value = tl.load(w + start + i, mask=live, other=0.0).to(tl.float32)
+    return value - tl.load(w_src + start + i, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def pull(grad, distance):
+    """The factor of ``w − w_src`` in the gradient of its norm, 0 where the norm is 0."""
+    norm = tl.load(distance)
+    return tl.where(norm > 0.0, tl.div_rn(tl.load(grad), norm), 0.0)
+
+
+@triton.jit
 def per_element(values, start, i, inner, channels, ROWS: tl.constexpr):
     """The element's own of ``values``, one a channel. A row is ``inner`` neighbours; row r is of channel r % channels.
 

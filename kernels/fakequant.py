@@ -10,7 +10,7 @@ from hdrq.kernels._launch import drops, launch, operand, tiling
 
 @triton.jit
 def _grid_of(scale, zero_point, start, i, inner, channels, ROWS: tl.constexpr):
-    """The element's scale and zero point; without one it is 0.0, which still must be added: it makes −0.0 of 0.0."""
+    """The element's scale and zero point."""
     s = lang.valid_scale(lang.per_element(scale, start, i, inner, channels, ROWS))
     z = 0.0 if zero_point is None else lang.per_element(zero_point, start, i, inner, channels, ROWS)
     return s, z
@@ -38,8 +38,7 @@ def fake_quantize_kernel(
     live = i < numel - start
     value = tl.load(x + start + i, mask=live, other=0.0).to(tl.float32)
     s, z = _grid_of(scale, zero_point, start, i, inner, channels, ROWS)
-    q = lang.clamp(lang.round_half_even(tl.div_rn(value, s)) + z, qmin, qmax)
-    result = (q - z) * s
+    result = lang.nearest_forward(value, s, z, qmin, qmax)
     if DROP:
         result = tl.where(lang.kept(rng, threshold, start, BLOCK), result, value)
     tl.store(y + start + i, result.to(y.dtype.element_ty), mask=live)
@@ -71,10 +70,7 @@ def fake_quantize_backward_kernel(
     value = tl.load(x + start + i, mask=live, other=0.0).to(tl.float32)
     g = tl.load(grad + start + i, mask=live, other=0.0).to(tl.float32)
     s, z = _grid_of(scale, zero_point, start, i, inner, channels, ROWS)
-    v = tl.div_rn(value, s)
-    shifted = lang.round_half_even(v) + z
-    inside = (shifted >= qmin) & (shifted <= qmax)
-    slope = (lang.clamp(shifted, qmin, qmax) - z) - tl.where(inside, v, 0.0)
+    inside, slope = lang.nearest_backward(value, s, z, qmin, qmax)
     if DROP:
         keep = lang.kept(rng, threshold, start, BLOCK)
         inside, slope = inside | ~keep, tl.where(keep, slope, 0.0)

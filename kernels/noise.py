@@ -35,10 +35,7 @@ def noise_quantize_kernel(
     s = lang.valid_scale(lang.per_element(scale, start, i, inner, channels, ROWS))
     seed, stream, step = lang.read_state(rng)
     n = lang.unit_noise(lang.words(seed, stream, step, start, BLOCK), cumulative)
-    above, below = qmax * s, qmin * s
-    noisy = value + n * s
-    noisy = tl.where(value >= above, above, noisy)
-    noisy = tl.where(value <= below, below, noisy)
+    noisy = lang.noise_forward(value, s, n, qmin, qmax)
     if DROP:
         noisy = tl.where(lang.kept(rng, threshold, start, BLOCK), noisy, value)
     tl.store(y + start + i, noisy.to(y.dtype.element_ty), mask=live)
@@ -72,11 +69,7 @@ def noise_quantize_backward_kernel(
     s = lang.valid_scale(lang.per_element(scale, start, i, inner, channels, ROWS))
     seed, stream, step = lang.read_state(rng)
     n = lang.unit_noise(lang.words(seed, stream, step, start, BLOCK), cumulative)
-    above, below = qmax * s, qmin * s
-    inside = (value < above) & (value > below)
-    slope = tl.where(inside, n, 0.0)
-    slope = tl.where(value >= above, qmax, slope)
-    slope = tl.where(value <= below, qmin, slope)
+    inside, slope = lang.noise_backward(value, s, n, qmin, qmax)
     if DROP:
         keep = lang.kept(rng, threshold, start, BLOCK)
         inside, slope = inside | ~keep, tl.where(keep, slope, 0.0)

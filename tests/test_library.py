@@ -18,6 +18,11 @@ def tensors(axis=None, dtype=torch.float32):
     return x, scales(1 if axis is None else x.shape[axis]).requires_grad_()
 
 
+def pairs():
+    """Two weights, and their scales along axis 0."""
+    return tuple(map(list, zip(tensors(0), tensors(0), strict=True)))
+
+
 RNG = hdrq.rng_state(7, 1, 2)
 COUNTS = torch.arange(257)
 CASES = {
@@ -34,6 +39,30 @@ CASES = {
     "drop_mix_backward": lambda: (torch.ones(6, 4), 2**23, RNG),
     "source_distance": lambda: (tensors()[0], torch.zeros(6, 4, 3)),
     "source_distance_backward": lambda: (torch.ones(()), torch.ones(()), torch.ones(5), torch.zeros(5)),
+    "quantize_weights": lambda: (*pairs(), [-8, -2], [7, 1], [], [RNG, RNG], [], 0, [0.1, 0.2]),
+    "quantize_weights, rounded, with sources": lambda: (
+        *pairs(),
+        [-8, -2],
+        [7, 1],
+        [t.detach() + 0.1 for t in pairs()[0]],
+        [],
+        [],
+        0,
+        [0.1, 0.2],
+    ),
+    "quantize_weights_backward": lambda: (
+        [torch.ones(6, 4, 3)] * 2,
+        torch.ones(2),
+        torch.ones(2),
+        *([t.detach() for t in ts] for ts in pairs()),
+        [-8, -2],
+        [7, 1],
+        [],
+        [],
+        [],
+        0,
+        [0.1, 0.2],
+    ),
     "search_scale": lambda: (torch.linspace(-1, 1, 50), -8, 7),
     "merge": lambda: ([torch.ones(9, dtype=torch.int8)] * 2, [torch.ones(1)] * 2, -8, 7, RNG, [0.5, 0.5], 2, "all"),
 }

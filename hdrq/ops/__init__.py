@@ -6,6 +6,7 @@ from hdrq.ops.fakequant import dequantize, fake_quantize, quantize
 from hdrq.ops.merge import MergedTensor, merge
 from hdrq.ops.noise import noise_quantize
 from hdrq.ops.ranges import search_scale
+from hdrq.ops.weights import quantize_weights
 
 __all__ = [
     "MergedTensor",
@@ -15,6 +16,7 @@ __all__ = [
     "merge",
     "noise_quantize",
     "quantize",
+    "quantize_weights",
     "search_scale",
     "source_distance",
 ]
