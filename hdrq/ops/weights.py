@@ -57,17 +57,19 @@ def quantize_weights(
     if grad_scales is None:
         sizes = zip(weights, qmaxs, strict=False)
         grad_scales = [1 / math.sqrt(max(w.numel() * qmax, 1)) for w, qmax in sizes]
-    lists = [list(weights), list(scales), qmins, qmaxs, list(sources or ()), list(rngs or ())]
-    axis = _check(*lists, [], axis, list(grad_scales))
+    weights, scales, grad_scales = list(weights), list(scales), list(grad_scales)
+    theirs, states = list(sources or ()), list(rngs or ())
+    _check(weights, scales, qmins, qmaxs, theirs, states, [], axis, grad_scales)
     cumulatives = []
     if rngs is not None and noise == "empirical":
         grids = zip(weights, scales, qmins, qmaxs, strict=True)
         cumulatives = [_error_histogram_op(w.detach(), s.detach(), low, high, axis) for w, s, low, high in grids]
-    results, distances = _forward_op(*lists, cumulatives, axis, list(grad_scales))
+    args = (weights, scales, qmins, qmaxs, theirs, states, cumulatives, axis, grad_scales)
+    results, distances = _forward_op(*args)
     return results, distances if sources is not None else None
 
 
-def _check(weights, scales, qmins, qmaxs, sources, rngs, cumulatives, axis, grad_scales) -> int | None:
+def _check(weights, scales, qmins, qmaxs, sources, rngs, cumulatives, axis, grad_scales) -> None:
     count = len(weights)
     if count == 0:
         raise ValueError("weights must be one or more tensors, got none")
@@ -88,7 +90,6 @@ def _check(weights, scales, qmins, qmaxs, sources, rngs, cumulatives, axis, grad
             checks.same_shape(f"sources[{k}]", sources[k], f"weights[{k}]", w)
         if rngs:
             checks.rng(rngs[k], w.device)
-    return axis
 
 
 def _prepared(weights, scales, qmins, qmaxs, sources, rngs, cumulatives, axis) -> tuple:
