@@ -21,13 +21,16 @@ struct Stream {
   uint32_t stream, step;
 };
 
-// Where the empirical noise's bins begin, as words: bin b takes the words above last[b], up to last[b + 1].
+// The empirical noise's bins, as words: bin b takes the words above last[b], up to last[b + 1].
 struct Histogram {
   static constexpr int kBins = 256;
-  static constexpr int kGuideShift = 20;
+  static constexpr int kCellBits = 20;  // a cell is a run of 2^20 words
+  static constexpr uint32_t kCell = 1u << kCellBits;
   bool empty = false;
-  uint32_t last[kBins + 1];                 // the largest word below bin b; bin 0 is never asked for
-  uint8_t guide[1u << (32 - kGuideShift)];  // the bin of the first word of each run of 2^20
+  uint32_t last[kBins + 1];  // the largest word below bin b; bin 0 is never asked for
+  // Of each cell: the bin of its first word; from bit 8 on, the place in it where the next bin begins, kCell if
+  // nowhere; in bit 31, whether more than one begins in it.
+  uint32_t guide[1u << (32 - kCellBits)];
 };
 
 // One tensor to quantize in a step of a reconstruction, and all that decides its values and its gradients.

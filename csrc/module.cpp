@@ -7,6 +7,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
+#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -82,9 +84,12 @@ Histogram histogram_of(const int64_t* cumulative) {
   }
   h.last[Histogram::kBins] = UINT32_MAX;
   int b = 0;
-  for (uint64_t cell = 0; cell < sizeof(h.guide); ++cell) {
-    while (b + 1 < Histogram::kBins && first[b + 1] <= cell << Histogram::kGuideShift) ++b;
-    h.guide[cell] = uint8_t(b);
+  for (uint64_t cell = 0; cell < std::size(h.guide); ++cell) {
+    const uint64_t begin = cell << Histogram::kCellBits, end = begin + Histogram::kCell;
+    while (b + 1 < Histogram::kBins && first[b + 1] <= begin) ++b;
+    const uint64_t next = b + 1 < Histogram::kBins ? std::min(first[b + 1], end) : end;
+    const bool more = b + 2 < Histogram::kBins && first[b + 2] < end;
+    h.guide[cell] = uint32_t(b) | uint32_t(next - begin) << 8 | uint32_t(more) << 31;
   }
   return h;
 }

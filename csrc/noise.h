@@ -19,13 +19,17 @@ class ChunkNoise {
       fill(m_, n, 1u << 23);  // n = 0
     } else {
       const Histogram& h = *histogram_;
-      for (int64_t i = 0; i < n; ++i) {
-        const uint32_t word = m_[i];
-        uint32_t bin = h.guide[word >> Histogram::kGuideShift];
-        bin += word > h.last[bin + 1];                // mostly all there is to do, without a branch
-        while (word > h.last[bin + 1]) ++bin;         // ends: no word is above the last
-        m_[i] = (bin << 16) | (word & 0xffff);
-      }
+      alignas(HDRQ_VECTOR_BYTES) uint32_t cell[kChunk];
+      for (int64_t i = 0; i < n; ++i) cell[i] = h.guide[m_[i] >> Histogram::kCellBits];
+      for_vectors(n, [&](int64_t i, auto count) {
+        const vu word = read<vu>(m_ + i, kLanes), of = read<vu>(cell + i, kLanes);
+        const vu next = (of >> 8) & (2 * Histogram::kCell - 1);
+        vu bin = (of & 0xff) + ((word & (Histogram::kCell - 1)) >= next ? vu{} + 1 : vu{});
+        if (any(bits<vi>(of) < 0))  // rare: a bin narrower than a cell
+          for (int lane = 0; lane < count; ++lane)
+            while (word[lane] > h.last[bin[lane] + 1]) ++bin[lane];  // ends: no word is above the last
+        write((bin << 16) | (word & 0xffff), m_ + i, kLanes);
+      });
     }
   }
 

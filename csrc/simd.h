@@ -150,6 +150,19 @@ struct F16 : Elements<uint16_t> {
 #endif
 };
 
+// Whether any lane of a mask is true.
+inline bool any(vi mask) {
+#if defined(HDRQ_AVX512)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(HDRQ_AVX2)
+  return _mm256_movemask_epi8((__m256i)mask);
+#else
+  int32_t all = 0;
+  for (int lane = 0; lane < kLanes; ++lane) all |= mask[lane];
+  return all;
+#endif
+}
+
 // A vector that is in a register from here on. Without this a compiler turns "load, then choose" into a masked load,
 // which AMD's prefetcher does not follow: it doubled the time of drop_mix.
 inline vf loaded(vf v) {
