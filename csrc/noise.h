@@ -19,10 +19,8 @@ class ChunkNoise {
       fill(m_, n, 1u << 23);  // n = 0
     } else {
       const Histogram& h = *histogram_;
-      alignas(HDRQ_VECTOR_BYTES) uint32_t cell[kChunk];
-      for (int64_t i = 0; i < n; ++i) cell[i] = h.guide[m_[i] >> Histogram::kCellBits];
       for_vectors(n, [&](int64_t i, auto count) {
-        const vu word = read<vu>(m_ + i, kLanes), of = read<vu>(cell + i, kLanes);
+        const vu word = read<vu>(m_ + i, kLanes), of = gather(h.guide, word >> Histogram::kCellBits);
         const vu next = (of >> 8) & (2 * Histogram::kCell - 1);
         vu bin = (of & 0xff) + ((word & (Histogram::kCell - 1)) >= next ? vu{} + 1 : vu{});
         if (any(bits<vi>(of) < 0))  // rare: a bin narrower than a cell

@@ -163,6 +163,17 @@ inline bool any(vi mask) {
 #endif
 }
 
+// table[index], lane by lane.
+inline vu gather(const uint32_t* table, vu index) {
+#if defined(HDRQ_AVX512)
+  return (vu)_mm512_i32gather_epi32((__m512i)index, table, 4);
+#else
+  vu v;
+  for (int lane = 0; lane < kLanes; ++lane) v[lane] = table[index[lane]];
+  return v;
+#endif
+}
+
 // A vector that is in a register from here on. Without this a compiler turns "load, then choose" into a masked load,
 // which AMD's prefetcher does not follow: it doubled the time of drop_mix.
 inline vf loaded(vf v) {
