@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def main(arguments: list[str] | None = None, prog: str = "python -m hdrq.benchmarks") -> int:
     """Run benches, print and write what they say: 0, or 1 if a verification failed. Exits with 2 on bad arguments."""
     parser = _parser(prog)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # families may stand anywhere
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda is not available here")
     if options.out is not None:
@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m hdrq.benchma
     return 1 if result.failures else 0
 
 
+# Plain argparse, not typer: it takes several values after one option, and is there where only torch and triton are.
 def _parser(prog: str) -> argparse.ArgumentParser:
     device = os.environ.get("HDRQ_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     known = families()
@@ -50,8 +51,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("families", nargs="*", type=_one_of(known), metavar="FAMILY", help=f"all if none is given: {', '.join(known)}")
     add("--sizes", type=_integer(1), nargs="+", metavar="N", help="elements")
-    add("--shapes", choices=SHAPES, nargs="+", default=[], help="layers of these networks")
-    add("--dtypes", choices=DTYPES, nargs="+", default=["float32"], help="where the family takes them")
+    add("--shapes", choices=SHAPES, nargs="+", default=[], metavar="NET", help=f"layers of {', '.join(SHAPES)}")
+    add("--dtypes", choices=DTYPES, nargs="+", default=["float32"], metavar="T", help=", ".join(DTYPES))
     add("--threads", type=_integer(1, len(CORES)), nargs="+", metavar="N", help="default: one, then all")
     add("--device", choices=list(SIZES), default=device)
     add("--seconds", type=_seconds, help="stop after this time; what was not reached is named")
