@@ -115,9 +115,10 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+    quiet = {"console": console, "disable": not console.is_terminal, "transient": True, "auto_refresh": False}
+    with Progress(*columns, TimeRemainingColumn(), **quiet) as bars:  # nothing is drawn while something is timed
         task = bars.add_task("benches", total=1.0)
-        yield lambda text, share: bars.update(task, completed=share, description=text)
+        yield lambda text, share: bars.update(task, completed=share, description=text, refresh=True)
 
 
 if __name__ == "__main__":

@@ -126,6 +126,9 @@ def run(plan: Plan, show: Callable[[str, float], None] = lambda text, share: Non
         for family, bench in benches  # innermost: who runs out of time has seen a bit of each
         if dtype in bench.dtypes
     ]
+    for (family, bench), dtype in product(benches, plan.dtypes):
+        if dtype not in bench.dtypes:
+            result.left_out.append(f"{family}: takes {', '.join(map(name, bench.dtypes))}, not {name(dtype)}")
     tables, done = sum(len(bench.operations) for _, bench, *_ in groups), 0
     end = math.inf if plan.seconds is None else time.monotonic() + plan.seconds
     for family, bench, (case, shape), dtype, threads in groups:
@@ -226,8 +229,9 @@ def _times(providers: list[Provider], device: str, seconds: float) -> list[list[
     measure = _on_gpu if device == "cuda" else _on_cpu
     rounds = [measure(p.run, seconds / (ROUNDS * len(providers))) for p in providers]
     times: list[list[float]] = [[] for _ in providers]
-    start = time.monotonic()
-    while len(times[0]) < ROUNDS or time.monotonic() - start < seconds:
+    start, done = time.monotonic(), 0
+    while done < ROUNDS or time.monotonic() - start < seconds:
+        done += 1
         for samples, once in zip(times, rounds, strict=True):
             samples += once()
     return times

@@ -128,5 +128,5 @@ def plot(figures: list[Figure], machine: str, path: Path) -> None:
         axes.set_title(f"{panel[0]}, {panel[1]}, {panel[2]} thread{'s' * (panel[2] > 1)}", fontsize=10)
         axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(machine)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)

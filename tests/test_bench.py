@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import inspect
 import json
 import math
 
@@ -114,6 +115,31 @@ def test_wrong_bits_are_a_mismatch():
     draws = iter([torch.zeros(4), torch.tensor([0.0, 1.0, 0.0, 2.0])])
     with pytest.raises(harness.Mismatch, match="the op differs from the reference in 2 of 4 elements"):
         harness.same_as_reference("the op", lambda: next(draws))
+
+
+def test_a_gpu_is_timed_by_triton_and_names_its_files(monkeypatch, tmp_path):
+    testing = pytest.importorskip("triton.testing")
+    signature = inspect.signature(testing.do_bench)
+
+    def do_bench(*args, **kwargs):
+        asked = signature.bind(*args, **kwargs).arguments
+        asked["fn"]()
+        assert asked["return_mode"] == "all" and asked["rep"] >= 1
+        return [1.0, 2.0, 3.0]  # milliseconds
+
+    monkeypatch.setattr(testing, "do_bench", do_bench)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (SXM)")
+    providers = harness.copies(torch.zeros(1000))
+    times = harness._times(providers, "cuda", 0.0)
+    assert times == [[1e-3, 2e-3, 3e-3] * harness.ROUNDS] * 2
+    figures = harness._figures(("drop", "copy", "1000", 1000, "float32", 1), providers, times)
+    report.write(harness.Result(figures), "cuda", tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {f"drop-nvidia-h200-sxm.{end}" for end in ("csv", "json", "png")}
+
+
+def test_a_type_that_a_family_does_not_take_is_named():
+    record = json.loads(call("bench", "distance", "--quick", "--dtypes", "bfloat16", "--json").stdout)
+    assert record["figures"] == [] and record["left out"] == ["distance: takes float32, not bfloat16"]
 
 
 def test_what_time_does_not_allow_is_named():
