@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +42,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m hdrq.benchma
 
 # Plain argparse, not typer: it takes several values after one option, and is there where only torch and triton are.
 def _parser(prog: str) -> argparse.ArgumentParser:
-    device = os.environ.get("HDRQ_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     known = families()
     parser = argparse.ArgumentParser(
         prog=prog, description="Verify the ops, then time them beside a copy, the eager formula and torch.compile."

@@ -142,6 +142,7 @@ def run(plan: Plan, show: Callable[[str, float], None] = lambda text, share: Non
                 bench.verify(*tensors)
             except Mismatch as mismatch:
                 result.failures.append(f"{label}: {mismatch}")
+                done += len(bench.operations)
                 continue
             for operation, providers in bench.operations.items():
                 show(f"{operation}: {label}", done / tables)

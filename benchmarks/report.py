@@ -68,17 +68,22 @@ def text(result: Result, device: str) -> str:
     for table in tables(result.figures):
         lines += ["", title(table[0]), HEADER]
         for f in table:
-            quantiles = f"{f.p20:.3f} / {f.p50:.3f} / {f.p80:.3f}"
-            faster = "" if f.speedup is None else f"{f.speedup:.1f}"
-            lines.append(
-                f"{f.provider:38}{quantiles:>30}{f.gigabytes_per_second:8.1f}{f.floor:9.3f}{f.reached:9.0%}"
-                f"{f.over_copy:8.2f}{faster:>10}"
+            quantiles = " / ".join(map(_digits, (f.p20, f.p50, f.p80)))
+            rates = (
+                f"{_digits(f.gigabytes_per_second):>8}{_digits(f.floor):>9}{f.reached:>9.0%}{_digits(f.over_copy):>8}"
             )
+            faster = "" if f.speedup is None else _digits(f.speedup)
+            lines.append(f"{f.provider:38}{quantiles:>30}{rates}{faster:>10}")
     lost = losses(result.figures)
     lines += ["", "Where we lose", *(lost or ["nowhere, in these tables"] * bool(result.figures))]
     lines += ["", "Verification failed, not timed", *result.failures] * bool(result.failures)
     lines += ["", "Left out", *result.left_out] * bool(result.left_out)
     return "\n".join(lines)
+
+
+def _digits(value: float) -> str:
+    """Four of them, whatever the size."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}"
 
 
 def write(result: Result, device: str, folder: Path) -> None:
@@ -89,17 +94,22 @@ def write(result: Result, device: str, folder: Path) -> None:
     for family, group in groupby(result.figures, lambda f: f.family):
         figures = list(group)
         path = folder / f"{family}-{where}"
-        rows = [asdict(f) for f in figures]
+        rows = [_rounded(asdict(f)) for f in figures]
         with open(path.with_suffix(".csv"), "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
-            writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+            writer.writerows(rows)
         own = {**everything, "losses": losses(figures), "figures": rows}
         path.with_suffix(".json").write_text(json.dumps(own, indent=1) + "\n")
         try:
             plot(figures, hardware(device), path.with_suffix(".png"))
         except ImportError as error:
             result.left_out.append(f"{path.with_suffix('.png')}: needs {error.name}")
+
+
+def _rounded(row: dict) -> dict:
+    """More digits than these no clock has."""
+    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
 def plot(figures: list[Figure], machine: str, path: Path) -> None:
