@@ -63,16 +63,23 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 def _plan(options: argparse.Namespace) -> Plan:
     sizes = options.sizes or ([] if options.shapes else [2**12, 2**20] if options.quick else SIZES[options.device])
-    layers = ((model, layer) for model in options.shapes for layer in SHAPES[model])
+    cases = {str(n): (n,) for n in sizes}
+    cases |= {f"{net} {layer}": shape for net in options.shapes for layer, shape in SHAPES[net].items()}
+    every = [len(CORES)] if options.quick or options.device == "cuda" else [1, len(CORES)]
     return Plan(
-        families=options.families or families(),
-        cases=[(str(n), (n,)) for n in sizes] + [(f"{m} {layer}", SHAPES[m][layer]) for m, layer in layers],
-        dtypes=[DTYPES[name] for name in options.dtypes],
-        threads=options.threads or sorted({len(CORES) if options.quick or options.device == "cuda" else 1, len(CORES)}),
+        families=_once(options.families or families()),
+        cases=list(cases.items()),
+        dtypes=[DTYPES[name] for name in _once(options.dtypes)],
+        threads=_once(options.threads or every),
         device=options.device,
         seconds=options.seconds or (10.0 if options.quick else None),
         compile=not options.quick,
     )
+
+
+def _once(values: list) -> list:
+    """The values without those that repeat."""
+    return list(dict.fromkeys(values))
 
 
 def _one_of(known: list[str]) -> Callable[[str], str]:

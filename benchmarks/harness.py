@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import pkgutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 
 import torch
 
@@ -107,8 +107,7 @@ class Result:
 
 def families() -> list[str]:
     """Every family that has a bench."""
-    modules = pkgutil.iter_modules(importlib.import_module("hdrq.benchmarks").__path__)
-    return [m.name.removeprefix("bench_") for m in modules if m.name.startswith("bench_")]
+    return sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
 
 
 def load(family: str) -> Bench:

@@ -113,7 +113,7 @@ def _rounded(row: dict) -> dict:
 
 
 def plot(figures: list[Figure], machine: str, path: Path) -> None:
-    """Throughput over size, an axis per operation, type and number of threads; the copy is the roof of each."""
+    """Throughput over size: a column per operation, a row per type and number of threads; the copy is the roof."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,7 +124,7 @@ def plot(figures: list[Figure], machine: str, path: Path) -> None:
     providers = dict.fromkeys(f.provider for f in figures if f.provider != COPY)
     styles = {name: {"color": f"C{i}", "marker": "o", "markersize": 3} for i, name in enumerate(providers)}
     styles[COPY] = {"color": "black", "linestyle": "--", "label": "roof: copy"}
-    columns = min(2, len(panels))
+    columns = len({f.operation for f in figures})
     rows = -(-len(panels) // columns)
     figure, grid = pyplot.subplots(rows, columns, figsize=(8 * columns, 4 * rows), squeeze=False, layout="constrained")
     for axes in grid.flat[len(panels) :]:
