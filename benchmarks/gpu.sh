@@ -76,7 +76,7 @@ PYTHON
 device=${HDRQ_BENCH_DEVICE:-cuda}
 
 show_facts='from hdrq import info; print(info.__file__, *(f"{k}: {v}" for k, v in info.facts().items()), sep="\n")'
-step facts 60 "$python" -c "$show_facts"
+step facts 30 "$python" -c "$show_facts"
 grep -h '^gpu\|^torch\|^triton\|^backend\|^hdrq' "$OUT/gpu-facts.txt" | tee -a "$summary" || true
 command -v nvidia-smi >/dev/null && step device 20 nvidia-smi -q -d CLOCK,POWER,MEMORY
 
@@ -86,11 +86,11 @@ tests=()
 for family in ${TESTS:-noise fakequant drop distance rounding ranges merge weights library}; do
     [ -e "$root/tests/test_$family.py" ] && tests+=("$root/tests/test_$family.py")
 done
-step tests 150 "$python" -m pytest -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "${tests[@]}"
+step tests 200 "$python" -m pytest -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "${tests[@]}"
 tail -n 1 "$OUT/gpu-tests.txt" | tee -a "$summary"
 
 if [ "$device" = cuda ] && command -v compute-sanitizer >/dev/null; then
-    step sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" check.py "$device"
+    step sanitizer 45 compute-sanitizer --error-exitcode 9 "$python" check.py "$device"
 else
     echo "sanitizer  left out: no compute-sanitizer, or no GPU" | tee -a "$summary"
 fi

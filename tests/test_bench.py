@@ -129,9 +129,9 @@ def test_a_gpu_is_timed_by_triton_and_names_its_files(monkeypatch, tmp_path):
 
     monkeypatch.setattr(testing, "do_bench", do_bench)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (SXM)")
-    providers = harness.copies(torch.zeros(1000))
+    providers = [*harness.copies(torch.zeros(1000)), harness.Provider("hdrq", lambda: None, 8)]
     times = harness._times(providers, "cuda", 0.0)
-    assert times == [[1e-3, 2e-3, 3e-3] * harness.ROUNDS] * 2
+    assert times == [[1e-3, 2e-3, 3e-3] * harness.ROUNDS] * 3
     figures = harness._figures(("drop", "copy", "1000", 1000, "float32", 1), providers, times)
     report.write(harness.Result(figures), "cuda", tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {f"drop-nvidia-h200-sxm.{end}" for end in ("csv", "json", "png")}
