@@ -76,5 +76,13 @@ def demo(
         console.print(f"table.csv, table.json, figure.png and merged.safetensors are in {escape(str(out))}")
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def bench(arguments: Annotated[list[str] | None, typer.Argument(metavar="[FAMILY]... [OPTIONS]")] = None) -> None:
+    """Verify the ops on this machine, then time them beside a copy, the eager formula and torch.compile."""
+    from hdrq.benchmarks.__main__ import main
+
+    raise typer.Exit(main(arguments or [], prog="hdrq bench"))
+
+
 if __name__ == "__main__":
     app()
