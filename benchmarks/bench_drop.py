@@ -25,6 +25,8 @@ def verify(a: torch.Tensor, b: torch.Tensor, rng: torch.Tensor) -> None:
     """The op's bits are the reference's; the formula takes as many elements of ``a`` as p says, and else of ``b``."""
     a, b = head(a), head(b)
     same_as_reference("drop_mix", lambda: hdrq.ops.drop_mix(a, b, P, rng))
+    s = torch.full((1,), 0.3, device=a.device)
+    same_as_reference("the fused drop", lambda: hdrq.ops.fake_quantize(a, s, -8, 7, keep=P, rng=rng))
     same_as_reference("the gradient", lambda: torch.stack(OPS.drop_mix_backward(a, THRESHOLD, rng)))
     y = plain(a, b)
     kept, deviation = (y == a), (P * (1 - P) / a.numel()) ** 0.5
@@ -52,6 +54,21 @@ def backward(a: torch.Tensor, b: torch.Tensor, rng: torch.Tensor) -> list[Provid
     ]
 
 
+def fused(a: torch.Tensor, b: torch.Tensor, rng: torch.Tensor) -> list[Provider]:
+    """Drawn and mixed by the pass that fake-quantizes."""
+    moved, s = 2 * a.element_size(), torch.full((1,), 0.3, device=a.device)
+
+    def apart() -> torch.Tensor:
+        return hdrq.ops.drop_mix(hdrq.ops.fake_quantize(a, s, -8, 7), a, P, rng)
+
+    return [
+        *copies(a),
+        Provider("hdrq", lambda: hdrq.ops.fake_quantize(a, s, -8, 7, keep=P, rng=rng), moved),
+        Provider("two ops of hdrq", apart, moved),
+        Provider("official formula, eager", lambda: plain((a / s).round().clamp(-8, 7) * s, a), moved),
+    ]
+
+
 def inputs(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     a, b = (normal(shape, device, dtype, seed) for seed in (0, 1))
     return a, b, hdrq.rng_state(1, device=device)
@@ -61,6 +78,6 @@ BENCH = Bench(
     "drop_mix",
     inputs,
     verify,
-    {"forward": forward, "backward": backward},
+    {"forward": forward, "backward": backward, "fused into fake_quantize": fused},
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
 )

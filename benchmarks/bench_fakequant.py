@@ -8,7 +8,17 @@ from __future__ import annotations
 import torch
 
 import hdrq
-from hdrq.benchmarks.harness import Bench, Mismatch, Provider, compiled, copies, head, normal, same_as_reference
+from hdrq.benchmarks.harness import (
+    Bench,
+    Mismatch,
+    Provider,
+    compiled,
+    copies,
+    head,
+    kernel_alone,
+    normal,
+    same_as_reference,
+)
 
 QMIN, QMAX = -8, 7
 OPS = torch.ops.hdrq
@@ -55,13 +65,7 @@ def forward(x: torch.Tensor, s: torch.Tensor, zero: torch.Tensor) -> list[Provid
         ),
         Provider("torch.compile", compiled(plain, x, s), moved),
     ]
-    if x.device.type == "cpu" and hdrq.backends()["cpp"] is None:
-        from hdrq import _C, native
-
-        y, on = torch.empty_like(x).copy_(x), native.grid(x, s, None, QMIN, QMAX, None)
-        arguments = (native.job(x), native.FLOATS[x.dtype], x.data_ptr(), y.data_ptr(), on)
-        run = lambda outlive=y: _C.fake_quantize(*arguments)  # noqa: E731
-        providers.append(Provider("hdrq, kernel alone", run, moved, allocates=False))
+    providers += kernel_alone(x, s, QMIN, QMAX)
     if x.dim() > 1:
         each = s.expand(x.shape[0]).contiguous()
         run = lambda: hdrq.ops.fake_quantize(x, each, QMIN, QMAX, axis=0)  # noqa: E731

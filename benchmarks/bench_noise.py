@@ -11,7 +11,17 @@ from functools import partial
 import torch
 
 import hdrq
-from hdrq.benchmarks.harness import Bench, Mismatch, Provider, compiled, copies, head, normal, same_as_reference
+from hdrq.benchmarks.harness import (
+    Bench,
+    Mismatch,
+    Provider,
+    compiled,
+    copies,
+    head,
+    kernel_alone,
+    normal,
+    same_as_reference,
+)
 
 QMIN, QMAX = -8, 7
 OPS = torch.ops.hdrq
@@ -76,7 +86,7 @@ def uniform(x: torch.Tensor, s: torch.Tensor, rng: torch.Tensor) -> list[Provide
         Provider("official formula, uniform, eager", lambda: official(x, s, empirical=False), moved),
         Provider("torch.where, eager", lambda: plain(x, s), moved),
         Provider("torch.compile", compiled(plain, x, s), moved),
-        *_kernel_alone(x, s, rng, None),
+        *kernel_alone(x, s, QMIN, QMAX, rng),
     ]
     if x.dim() > 1:
         each = s.expand(x.shape[0]).contiguous()
@@ -96,21 +106,8 @@ def empirical(x: torch.Tensor, s: torch.Tensor, rng: torch.Tensor) -> list[Provi
             moved + x.element_size(),
         ),
         Provider("official formula, eager", lambda: official(x, s), moved),
-        *_kernel_alone(x, s, rng, OPS.error_histogram(x, s, QMIN, QMAX)),
+        *kernel_alone(x, s, QMIN, QMAX, rng, OPS.error_histogram(x, s, QMIN, QMAX)),
     ]
-
-
-def _kernel_alone(x: torch.Tensor, s: torch.Tensor, rng: torch.Tensor, counts: torch.Tensor | None) -> list[Provider]:
-    """The C++ kernel into memory that exists."""
-    if x.device.type != "cpu" or hdrq.backends()["cpp"] is not None:
-        return []
-    from hdrq import _C, native
-
-    y, on = torch.empty_like(x).copy_(x), native.grid(x, s, None, QMIN, QMAX, None)
-    arguments = (native.job(x), native.FLOATS[x.dtype], x.data_ptr(), y.data_ptr(), on, rng.data_ptr())
-    arguments += (native.address(counts),)
-    run = lambda outlive=(y, counts): _C.noise_quantize(*arguments)  # noqa: E731
-    return [Provider("hdrq, kernel alone", run, 2 * x.element_size(), allocates=False)]
 
 
 def backward(x: torch.Tensor, s: torch.Tensor, rng: torch.Tensor) -> list[Provider]:

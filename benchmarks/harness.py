@@ -183,6 +183,27 @@ def compiled(function: Callable, *args) -> Callable:
     return lambda: fast(*args)
 
 
+def kernel_alone(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    qmin: int,
+    qmax: int,
+    rng: torch.Tensor | None = None,
+    cumulative: torch.Tensor | None = None,
+) -> list[Provider]:
+    """The C++ quantizer into memory that exists, where there is one; with noise if there is a random state."""
+    if x.device.type != "cpu" or hdrq.backends()["cpp"] is not None:
+        return []
+    from hdrq import _C, native
+
+    y = torch.empty_like(x).copy_(x)
+    all_kept = (None, rng, hdrq.rng.KEEP_ALL)
+    q = native.quantizer(x, scale, None, qmin, qmax, *all_kept, noise=rng is not None, cumulative=cumulative)
+    arguments = (native.FLOATS[x.dtype], [q], [y.data_ptr()])
+    run = lambda outlive=(x, y): _C.quantizer_forward(torch.get_num_threads(), *arguments)  # noqa: E731
+    return [Provider("hdrq, kernel alone", run, 2 * x.element_size(), allocates=False)]
+
+
 def same_as_reference(what: str, operation: Callable) -> None:
     """Raise :class:`Mismatch` unless an operation gives the reference's bits with the backend in use."""
     got = operation()
