@@ -45,7 +45,7 @@ class ChannelSums {
  public:
   ChannelSums(const Grid& grid, int64_t count)
       : grid_(grid),
-        slots_(grid.channels == 1 ? 1 : min(grid.channels, kTile / (grid.inner < 1 ? 1 : grid.inner) + 2)),
+        slots_(grid.channels <= 1 ? 1 : min(grid.channels, kTile / (grid.inner < 1 ? 1 : grid.inner) + 2)),
         partial_(tiles(count) * slots_) {}
 
   // The terms of a chunk that begins at element `begin` of tile `tile`.
