@@ -1,23 +1,15 @@
 #!/usr/bin/env bash
 # Builds csrc with AddressSanitizer and UndefinedBehaviorSanitizer into a scratch folder, and runs what calls it, on every
-# instruction set of this machine. `csrc/sanitize.sh thread` is ThreadSanitizer. PYTHON names the interpreter to use.
+# instruction set of this machine. PYTHON names the interpreter to use. (ThreadSanitizer sees torch's own libgomp as races.)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-if [ "${1:-address}" = thread ]; then
-  sanitizer=thread
-  runtimes=(libtsan.so)
-else
-  sanitizer=address,undefined
-  runtimes=(libasan.so libubsan.so)
-fi
-
-# setup.py's own flags, and no more inlining than a report needs to name its line.
+# The flags of setup.py that decide bits; fewer optimizations, so that a report names its line.
 flags=(-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -Wno-psabi -Wno-maybe-uninitialized -fPIC -fvisibility=hidden
-  -fno-omit-frame-pointer "-fsanitize=$sanitizer" -fno-sanitize-recover=all)
+  -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all)
 read -ra includes <<<"$("$python" -m pybind11 --includes)"
 jobs=()
 for source in csrc/*.cpp; do
@@ -26,11 +18,11 @@ for source in csrc/*.cpp; do
 done
 for job in "${jobs[@]}"; do wait "$job"; done
 
-g++ "-fsanitize=$sanitizer" -shared "$scratch"/*.o -o "$scratch/_C.so"
-preload=$(for runtime in "${runtimes[@]}" libstdc++.so; do g++ -print-file-name="$runtime"; done | paste -sd:)
+g++ -fsanitize=address,undefined -shared "$scratch"/*.o -o "$scratch/_C.so"
+preload=$(for runtime in libasan.so libubsan.so libstdc++.so; do g++ -print-file-name="$runtime"; done | paste -sd:)
 
 export PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
-export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 LD_PRELOAD=$preload "$python" - "$scratch/_C.so" <<'RUN'
 import importlib.util
 import sys
