@@ -42,7 +42,7 @@ def parity_table(report: Report):
     """What :func:`hdrq.parity.check` compared, as a :class:`rich.table.Table`."""
     from rich.table import Table
 
-    result = Table(title=f"Against the reference, seed {report.seed}, {report.seconds:.0f} s")
+    result = Table(box=None, title=f"Against the reference, seed {report.seed}, {report.seconds:.0f} s")
     for name in ("op", "backend"):
         result.add_column(name, no_wrap=True)
     for name in ("cases", "elements", "sums", "error"):
