@@ -53,7 +53,7 @@ class ChannelSums {
   ChannelSums(const Grid& grid, int64_t count)
       : grid_(grid),
         tiles_(tiles(count)),
-        slots_(grid.channels == 1 ? 1 : min(grid.channels, kTile / (grid.inner < 1 ? 1 : grid.inner) + 2)) {}
+        slots_(grid.channels <= 1 ? 1 : min(grid.channels, kTile / (grid.inner < 1 ? 1 : grid.inner) + 2)) {}
 
   // How many numbers it works in, which must be 0 at the start.
   int64_t size() const { return tiles_ * slots_; }

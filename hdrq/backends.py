@@ -122,7 +122,7 @@ def _on_arrays(function: Callable) -> Callable:
         if isinstance(value, list):
             return [arrays(v) for v in value]
         if isinstance(value, torch.Tensor):
-            return (value.float() if value.is_floating_point() else value).cpu().numpy()
+            return (value.float() if value.is_floating_point() else value).detach().cpu().numpy()
         return value
 
     def call(*args):

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hdrq.evaluate import harmonic_mean
+from hdrq.parity import Report
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,22 @@ def table(rows: Sequence[Row], title: str):
     result.add_column("harmonic mean", justify="right", style="bold")
     for row in rows:
         result.add_row(row.method, *(f"{v:.1f}" for v in row.accuracies.values()), f"{row.harmonic_mean:.1f}")
+    return result
+
+
+def parity_table(report: Report):
+    """What :func:`hdrq.parity.check` compared, as a :class:`rich.table.Table`."""
+    from rich.table import Table
+
+    result = Table(box=None, title=f"Against the reference, seed {report.seed}, {report.seconds:.0f} s")
+    for name in ("op", "backend"):
+        result.add_column(name, no_wrap=True)
+    for name in ("cases", "elements", "sums", "error"):
+        result.add_column(name, justify="right")
+    result.add_column("")
+    for t in report.tallies:
+        counts = f"{t.cases:,}", f"{t.elements:,}", f"{t.sums:,}", f"{t.error:.1e}" if t.sums else ""
+        result.add_row(t.op, t.backend, *counts, "[red]differs[/red]" if t.mismatch else "equal")
     return result
 
 

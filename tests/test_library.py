@@ -188,8 +188,8 @@ class TestNative:
         torch.set_num_threads(threads)
 
     def results(self):
-        x, scale = sample((200_003,)), torch.tensor([0.25])
-        grad = sample((200_003,), seed=1, special=False)
+        x, scale = sample((700_003,)), torch.tensor([0.25])  # as many as five threads share
+        grad = sample((700_003,), seed=1, special=False)
         cumulative = OPS.error_histogram(x, scale, -8, 7)
         yield cumulative
         for counts in (None, cumulative):

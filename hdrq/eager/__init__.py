@@ -26,7 +26,7 @@ def sum_but(values: torch.Tensor, axis: int | None) -> torch.Tensor:
     """The float64 sum over all axes but ``axis``: one element for each element of the scale."""
     if axis is None:
         return values.sum(dtype=torch.float64).reshape(1)
-    return values.transpose(0, axis).flatten(1).sum(dim=1, dtype=torch.float64)
+    return values.unsqueeze(-1).transpose(0, axis).flatten(1).sum(dim=1, dtype=torch.float64)
 
 
 def straight_through(grad, inside, slope, keep, axis: int | None, grad_scale: float) -> tuple:

@@ -15,7 +15,7 @@ def search_scale(x, qmin, qmax, norm, candidates, axis) -> torch.Tensor:
     x = x.float()
     length = 1 if axis is None else x.shape[axis]
     size = (x.abs() if qmin < 0 else x.clamp(min=0)).reshape(x.shape if x.ndim else (1,))
-    rows = size.reshape(1, -1) if axis is None else size.transpose(0, axis).flatten(1)
+    rows = size.reshape(1, -1) if axis is None else size.unsqueeze(-1).transpose(0, axis).flatten(1)
     extent = rows.amax(dim=1) if rows.shape[1] else x.new_zeros(length)
     levels = (qmax - qmin) / 2 if qmin < 0 else qmax
     best = extent.new_full((length,), torch.inf, dtype=torch.float64)
