@@ -85,6 +85,9 @@ struct Kernels {
   void (*drop_mix_backward)(Job, Float, const void* grad, void* grad_a, void* grad_b, uint32_t threshold, Stream);
   double (*squared_distance)(Job, Float, const void* w, const void* w_src);
   void (*scaled_difference)(Job, Float, const void* w, const void* w_src, void* y, float factor);
+  double (*adaround)(Job, Float, const void* x, const float* alpha, void* y, Grid, const float* beta, bool hard);
+  void (*adaround_backward)(Job, Float, const void* grad, float grad_penalty, const void* x, const float* alpha,
+                            float* grad_alpha, Grid, const float* beta);
   void (*merge_score)(Job, const Merge&, int draws, double* sums);
   void (*merge_codes)(Job, const Merge&, int draw, Code, void* codes);
 };

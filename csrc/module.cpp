@@ -199,6 +199,16 @@ void bind(py::module_& m) {
     in_use()->scaled_difference(j, Float(f), at<void>(w), at<void>(w_src), at<void>(y), factor);
   }, Released());
 
+  m.def("adaround", [](Job j, int f, uintptr_t x, uintptr_t alpha, uintptr_t y, const GridArgs& g, uintptr_t beta,
+                       bool hard) {
+    return in_use()->adaround(j, Float(f), at<void>(x), at<float>(alpha), at<void>(y), g, at<float>(beta), hard);
+  }, Released());
+  m.def("adaround_backward", [](Job j, int f, uintptr_t grad, float grad_penalty, uintptr_t x, uintptr_t alpha,
+                                uintptr_t grad_alpha, const GridArgs& g, uintptr_t beta) {
+    in_use()->adaround_backward(j, Float(f), at<void>(grad), grad_penalty, at<void>(x), at<float>(alpha),
+                                at<float>(grad_alpha), g, at<float>(beta));
+  }, Released());
+
   py::class_<MergeArgs>(m, "Merge")
       .def(py::init([](int code, const std::vector<uintptr_t>& codes, const std::vector<uintptr_t>& scales,
                        uintptr_t merged_scale, std::vector<float> weights, int64_t channels, int64_t inner, int qmin,

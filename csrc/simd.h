@@ -197,6 +197,12 @@ inline vf clamp(vf v, float low, float high) {
   return v < low ? splat(low) : v;
 }
 
+// The lanes of a vector that hold elements: the rest of a partial vector must not count in a sum.
+inline vf only(vf v, int count) {
+  for (int lane = count; lane < kLanes; ++lane) v[lane] = 0.0f;
+  return v;
+}
+
 // A vector's lanes in float64.
 struct Wide {
   vd low, high;

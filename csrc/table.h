@@ -4,6 +4,7 @@
 #include "distance.h"
 #include "merge.h"
 #include "quantizer.h"
+#include "rounding.h"
 
 namespace hdrq {
 namespace HDRQ_ISA {
@@ -60,6 +61,21 @@ inline Kernels table(const char* name) {
     with_float(f, [&](auto t) {
       using T = decltype(t);
       scaled_difference<T>(j, T::in(w), T::in(w_src), T::out(y), factor);
+    });
+  };
+  k.adaround = [](Job j, Float f, const void* x, const float* alpha, void* y, Grid g, const float* beta, bool hard) {
+    double penalty = 0;
+    with_float(f, [&](auto t) {
+      using T = decltype(t);
+      penalty = adaround<T>(j, T::in(x), alpha, T::out(y), g, beta, hard);
+    });
+    return penalty;
+  };
+  k.adaround_backward = [](Job j, Float f, const void* grad, float grad_penalty, const void* x, const float* alpha,
+                           float* grad_alpha, Grid g, const float* beta) {
+    with_float(f, [&](auto t) {
+      using T = decltype(t);
+      adaround_backward<T>(j, T::in(grad), grad_penalty, T::in(x), alpha, grad_alpha, g, beta);
     });
   };
   k.merge_score = [](Job j, const Merge& m, int draws, double* sums) { merge_score(j, m, draws, sums); };

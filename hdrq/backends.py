@@ -24,7 +24,7 @@ PACKAGES = {
     "cpp": "hdrq.native",
     "triton": "hdrq.kernels",
 }
-FAMILIES = ("noise", "fakequant", "drop", "distance", "weights", "ranges", "merge")
+FAMILIES = ("noise", "fakequant", "rounding", "drop", "distance", "weights", "ranges", "merge")
 
 _forced: str | None = os.environ.get("HDRQ_BACKEND") or None
 

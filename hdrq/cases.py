@@ -191,6 +191,19 @@ def coded(draw: Draw) -> dict[str, Any]:
     return grid | {"codes": draw.codes(tuple(x.shape), torch.iinfo(dtype).min, torch.iinfo(dtype).max, dtype)}
 
 
+def learned(draw: Draw) -> dict[str, Any]:
+    grid = draw.grid()
+    x = grid["x"]
+    return grid | {"alpha": 2 * draw.normal(tuple(x.shape), torch.float32)}
+
+
+def adaround_regularized(alpha, **arguments) -> dict[str, torch.Tensor]:
+    """Weights, penalty, and the gradient of both together."""
+    y, penalty = ops.adaround_regularized(alpha=alpha.requires_grad_(), **arguments)
+    loss = y.nan_to_num(0, 0, 0).float().sum() + 0.01 * penalty
+    return {"y": y, "penalty": penalty, "grad alpha": torch.autograd.grad(loss, alpha)[0]}
+
+
 def mixed(draw: Draw) -> dict[str, Any]:
     shape, dtype = draw.shape(), draw.dtype()
     tensors = {name: draw.normal(shape, dtype) for name in ("a", "b", "grad")}
@@ -282,6 +295,14 @@ OPS: dict[str, Op] = {
     "fake_quantize": Op("fakequant", fakequant, ("x", "scale"), {"grad scale": terms("fake_quantize")}),
     "quantize": Op("fakequant", finite),
     "dequantize": Op("fakequant", coded),
+    "adaround": Op("rounding", lambda draw: learned(draw) | {"hard": draw.chance(0.5)}),
+    "adaround_regularized": Op(
+        "rounding",
+        lambda draw: learned(draw) | {"beta": draw.choice(2.0, 5.5, 20.0)},
+        (),
+        {"penalty": Close(lambda arguments, want: torch.tensor(2.0 * arguments["x"].numel()))},
+        adaround_regularized,
+    ),
     "drop_mix": Op("drop", mixed, ("a", "b")),
     "source_distance": Op("distance", moved, ("w",), {"y": ITSELF, "grad w": ITSELF}),
     "quantize_weights": Op("weights", block, (), {"distances": ITSELF} | BLOCK_GRADIENTS, quantize_weights),

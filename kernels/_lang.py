@@ -78,6 +78,13 @@ def round_half_even(v):
 
 
 @triton.jit
+def floor(v):
+    """To the next integer below, as far as :func:`round_half_even` goes; Triton's own flushes subnormals to zero."""
+    rounded = round_half_even(v)
+    return tl.where(rounded > v, rounded - 1.0, rounded)
+
+
+@triton.jit
 def clamp(v, low, high):
     """Into [low, high]; NaN stays NaN."""
     return tl.clamp(v, low, high, propagate_nan=tl.PropagateNan.ALL)

@@ -40,7 +40,7 @@ def _launches(warp_size: int) -> list[tuple]:
     import torch
     import triton
 
-    from hdrq.kernels import _launch, distance, drop, fakequant, merge, noise, weights
+    from hdrq.kernels import _launch, distance, drop, fakequant, merge, noise, rounding, weights
 
     caught = []
     triton.JITFunction.run = lambda kernel, *args, grid, warmup, **keywords: caught.append((kernel, args, keywords))
@@ -69,6 +69,10 @@ def _launches(warp_size: int) -> list[tuple]:
             fakequant.fake_quantize(x, s, -8, 7, zero_point, axis, rng, threshold)
             fakequant.fake_quantize_backward(x, x, s, -8, 7, zero_point, axis, 1.0, rng, threshold)
             fakequant.quantize(x, s, -8, 7, zero_point, axis)
+        alpha = empty(*shape)
+        for beta in (None, empty())[: 1 + (number in (0, 3))]:
+            rounding.adaround(x, s, alpha, -8, 7, beta, axis, number == 2)
+            rounding.adaround_backward(x, empty(), x, s, alpha, -8, 7, beta, axis)
         codes = empty(*shape, dtype=torch.int8 if number % 2 else torch.int16)
         fakequant.dequantize(codes, s, None, axis)
         if number in (0, 1, 3):
