@@ -70,7 +70,7 @@ void adaround_backward(Job job, const typename T::type* grad, float grad_penalty
           const vf t = 2.0f * learned.h - 1.0f, pull = factor * power(magnitude(t), *beta - 1.0f);
           total += t > 0.0f ? pull : t < 0.0f ? -pull : t * 0.0f;
         }
-        F32::store(total * learned.slope, grad_alpha + begin + i, count);
+        F32::store(learned.slope == 0.0f ? vf{} : total * learned.slope, grad_alpha + begin + i, count);
       });
     });
   });

@@ -58,7 +58,7 @@ def adaround_backward_kernel(
         b, t = tl.load(beta), 2.0 * h - 1.0
         pull = (-2.0 * b * tl.load(grad_penalty)) * elementary.power(tl.abs(t), b - 1.0)
         total += tl.where(t > 0.0, pull, tl.where(t < 0.0, -pull, t * 0.0))
-    tl.store(grad_alpha + start + i, total * slope, mask=live)
+    tl.store(grad_alpha + start + i, tl.where(slope == 0.0, 0.0, total * slope), mask=live)
 
 
 def adaround(x, scale, alpha, qmin, qmax, beta, axis, hard) -> tuple[torch.Tensor, torch.Tensor]:

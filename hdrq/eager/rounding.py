@@ -32,4 +32,4 @@ def adaround_backward(grad, grad_penalty, x, scale, alpha, qmin, qmax, beta, axi
     if beta is not None:
         beta, t = beta.reshape(()), 2 * h - 1
         total = total + torch.sign(t) * ((-2 * beta * grad_penalty) * power(t.abs(), beta - 1))
-    return total * slope
+    return torch.where(slope == 0, 0.0, total * slope)

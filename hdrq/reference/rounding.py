@@ -42,4 +42,4 @@ def adaround_backward(grad, grad_penalty, x, scale, alpha, qmin, qmax, beta=None
         b, t = beta.reshape(())[()], np.float32(2) * h - np.float32(1)
         factor = np.float32(-2) * b * grad_penalty
         total = total + np.sign(t) * (factor * power(np.abs(t), b - np.float32(1)))
-    return total * slope
+    return np.where(slope == 0, np.float32(0), total * slope)
