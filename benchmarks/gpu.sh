@@ -83,7 +83,7 @@ command -v nvidia-smi >/dev/null && step device 20 nvidia-smi -q -d CLOCK,POWER,
 step verify 60 "$python" check.py "$device"
 
 tests=()
-for family in ${TESTS:-noise fakequant drop distance rounding ranges merge weights library}; do
+for family in ${TESTS:-noise fakequant drop distance rounding ranges merge weights library gpu}; do
     [ -e "$root/tests/test_$family.py" ] && tests+=("$root/tests/test_$family.py")
 done
 step tests 200 "$python" -m pytest -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "${tests[@]}"
