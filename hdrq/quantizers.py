@@ -10,7 +10,7 @@ from torch import nn
 from hdrq import checks, ops
 from hdrq.rng import rng_state
 
-MODES = ("float", "noise", "round")  # pass through; noise in place of rounding; fake-quantize
+MODES = ("float", "noise", "round", "adaround")  # pass through; noise for rounding; fake-quantize; learn to round
 
 
 def integer_range(bits: int, signed: bool) -> tuple[int, int]:
@@ -60,7 +60,24 @@ class Quantizer(nn.Module):
 
 
 class WeightQuantizer(Quantizer):
-    """The parametrization of a layer's weight (:mod:`torch.nn.utils.parametrize`)."""
+    """The parametrization of a layer's weight (:mod:`torch.nn.utils.parametrize`).
+
+    In mode ``"adaround"`` a weight is rounded up or down as ``alpha``, which is learned, says; ``penalty`` is then the
+    rounding loss for the exponent ``beta``. ``dtype`` is the weight's, where what is learned has a finer one.
+    """
+
+    dtype: torch.dtype | None = None
+    alpha: torch.Tensor | None = None
+    beta: torch.Tensor | None = None
+    penalty: torch.Tensor | None = None
+
+    def forward(self, w: torch.Tensor) -> torch.Tensor:
+        if self.mode == "adaround":
+            grid = (self.scale, self.alpha, self.qmin, self.qmax)
+            y, self.penalty = ops.adaround_regularized(w, *grid, self.beta, axis=self.axis)
+        else:
+            y = super().forward(w)
+        return y if self.dtype is None else y.to(self.dtype)
 
 
 class ActivationQuantizer(Quantizer):
