@@ -114,7 +114,7 @@ class Learner:
         quantizer, latent = layer.weight_quantizer, layer.latent
         quantizer.dtype, quantizer.noise = latent.dtype, self.plan.noise
         latent.data = latent.data.float()
-        if self.plan.weights == "learned":
+        if self.plan.learns == "weights":
             return {"weight": latent, "weight_scale": quantizer.scale}
         quantizer.alpha = ops.adaround_init(latent.detach(), quantizer.scale.detach(), axis=quantizer.axis)
         quantizer.beta = self.now[2:3]
@@ -176,7 +176,7 @@ class Learner:
         if self.source:
             distances = [ops.source_distance(layer.latent, self.source[layer.name]) for layer in self.layers]
             loss = loss + self.plan.distance * torch.stack(distances).sum()
-        if self.plan.weights == "adaround":
+        if self.plan.learns == "rounding":
             loss = loss + self.now[3] * sum(layer.weight_quantizer.penalty for layer in self.layers)
         return error, loss
 
@@ -201,7 +201,7 @@ class Learner:
         return self.step if self.graph is False or self.device.type != "cuda" else Graph(self.step, self.graph is True)
 
     def _phase(self, iteration: int) -> str:
-        if self.plan.weights == "adaround":
+        if self.plan.learns == "rounding":
             return "adaround"
         return "noise" if iteration < self.plan.iterations - round(self.plan.tail * self.plan.iterations) else "round"
 
@@ -238,7 +238,7 @@ class Learner:
         """Round for good; leave nothing of the loop behind."""
         for layer in self.layers:
             quantizer = layer.weight_quantizer
-            if self.plan.weights == "adaround":
+            if self.plan.learns == "rounding":
                 grid = (quantizer.scale, quantizer.alpha.detach(), quantizer.qmin, quantizer.qmax)
                 layer.latent.copy_(ops.adaround(layer.latent, *grid, axis=quantizer.axis, hard=True))
             quantizer.alpha = quantizer.beta = quantizer.penalty = None

@@ -47,9 +47,9 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch
 def accumulated_errors(
     model: nn.Module, full: nn.Module, batches: Sequence[Call], blocks: Sequence[str]
 ) -> dict[str, float]:
-    """How far a quantized model is from full precision: ``‖y_q − y‖ / ‖y‖`` of each block's output, and of the model's.
+    """How far a quantized model is from full precision: ``‖y_q − y‖² / ‖y‖²`` of each block's output and the model's.
 
-    Nothing is reset between blocks, so the error of a block contains that of all before it. Norms are taken over all
+    Nothing is reset between blocks, so the error of a block contains that of all before it. Sums run over all
     samples of ``batches``, in float64, of the first tensor that a block returns at its first call.
     """
     names = (*blocks, "output")
@@ -60,7 +60,7 @@ def accumulated_errors(
             y = theirs[name].double()
             wrong[name] += float((ours[name].double() - y).square().sum())
             size[name] += float(y.square().sum())
-    return {name: math.sqrt(wrong[name] / max(size[name], 1e-300)) for name in names}
+    return {name: wrong[name] / max(size[name], 1e-300) for name in names}
 
 
 def _outputs(model: nn.Module, call: Call, blocks: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -14,16 +14,16 @@ PRESETS = ("paper", "official")
 class Recipe:
     """How a model is quantized. The defaults are HDRQ's, as the paper has it.
 
-    ``iterations`` steps are made for each block; none is round to nearest. What of a weight is learned decides them:
+    ``iterations`` steps are made for each block; none is round to nearest. What is learned of a weight:
 
-    - ``weights="learned"``: the weight and its scale, first with noise in place of rounding, then, for the last
+    - ``learns="weights"``: the weight and its scale, first with noise in place of rounding, then, for the last
       ``tail`` of the steps, with the real fake-quantizer. HDRQ; without noise and distance, QDrop's loop on weights.
-    - ``weights="adaround"``: whether each weight is rounded up or down, its scale fixed: ``(floor(w/Δ) + h(α))·Δ`` with
+    - ``learns="rounding"``: whether each weight is rounded up or down, its scale fixed: ``(floor(w/Δ) + h(α))·Δ`` with
       α learned, and ``rounding_weight·Σ(1 − |2h − 1|^β)`` added to the loss; at the end h is 0 or 1. BRECQ and QDrop.
     """
 
     name: str
-    weights: str = "learned"  # "learned" or "adaround"
+    learns: str = "weights"  # or "rounding": AdaRound's α
     iterations: int = 20_000
     tail: float = 0.175  # share of the iterations, at the end, that fake-quantize; 1 is all of them: no noise
     noise: str = "uniform"  # of weights: "uniform" or "empirical"
@@ -54,7 +54,7 @@ class Recipe:
         checks.integer("batch_size", self.batch_size, 1, 2**31)
         checks.integer("candidates", self.candidates, 1, 2**16)
         checks.integer("range_samples", self.range_samples, 1, 2**31)
-        checks.choice("weights", self.weights, ("learned", "adaround"))
+        checks.choice("learns", self.learns, ("weights", "rounding"))
         checks.choice("noise", self.noise, ("uniform", "empirical"))
         checks.choice("weight_schedule", self.weight_schedule, ("cosine", "constant"))
         checks.choice("beta_schedule", self.beta_schedule, ("linear", "cosine"))
@@ -66,15 +66,15 @@ class Recipe:
             checks.real(name, getattr(self, name), 0.0)
         for name in ("beta_start", "beta_end"):
             checks.real(name, getattr(self, name), 1.0)
-        if self.weights == "adaround" and (self.tail != 1 or self.distance != 0):
+        if self.learns == "rounding" and (self.tail != 1 or self.distance != 0):
             raise ValueError(
-                'tail must be 1 and distance 0 where weights="adaround", which learns neither with noise nor weights, '
+                'tail must be 1 and distance 0 where learns="rounding", which knows no noise and leaves weights alone, '
                 f"got tail={self.tail:g}, distance={self.distance:g}"
             )
 
 
 _HDRQ = Recipe("hdrq")
-_QDROP = Recipe("qdrop", weights="adaround", tail=1.0, distance=0.0, weight_schedule="constant", warmup=0.0)
+_QDROP = Recipe("qdrop", learns="rounding", tail=1.0, distance=0.0, weight_schedule="constant", warmup=0.0)
 _BRECQ = replace(_QDROP, name="brecq", input_keep=1.0, activation_keep=1.0)
 _RTN = Recipe("rtn", iterations=0)
 _RECIPES = {"rtn": _RTN, "brecq": _BRECQ, "qdrop": _QDROP, "hdrq": _HDRQ}

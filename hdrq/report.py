@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -41,8 +41,8 @@ class BlockReport:
 class RunReport:
     """How a model was quantized.
 
-    ``errors`` are ``‖y_q − y‖ / ‖y‖`` of each block's output y, and of the model's (``"output"``), on data held out, what
-    comes before being quantized too; ``nearest`` is the same after rounding to nearest, before anything was learned.
+    ``errors`` are ``‖y_q − y‖² / ‖y‖²`` of each block's output y, and of the model's (``"output"``), on data held out,
+    what comes before being quantized too; ``nearest`` is the same for rounding to nearest, before anything was learned.
     """
 
     recipe: str
@@ -92,6 +92,44 @@ def table(rows: Sequence[Row], title: str):
     for row in rows:
         result.add_row(row.method, *(f"{v:.1f}" for v in row.accuracies.values()), f"{row.harmonic_mean:.1f}")
     return result
+
+
+def errors_table(reports: Mapping[str, RunReport], title: str):
+    """The accumulated errors of runs on data held out, as a :class:`rich.table.Table`; of one run the losses too."""
+    from rich.table import Table
+
+    first = next(iter(reports.values()))
+    columns: dict[str, dict[str, str]] = {}
+    if len(reports) == 1:
+        columns["loss"] = {b.name: f"{b.loss_before:.3g} → {b.loss_after:.3g}" for b in first.blocks}
+    columns["error, nearest"] = {name: f"{error:.3g}" for name, error in first.nearest.items()}
+    for name, report in reports.items():
+        columns[f"error, {name}"] = {block: f"{error:.3g}" for block, error in report.errors.items()}
+    columns = {name: cells for name, cells in columns.items() if cells}
+    result = Table(title=title)
+    result.add_column("block")
+    for name in columns:
+        result.add_column(name, justify="right")
+    for block in dict.fromkeys(block for cells in columns.values() for block in cells):
+        result.add_row(block, *(cells.get(block, "") for cells in columns.values()))
+    return result
+
+
+def write_losses(losses: Sequence[tuple[str, int, float]], path: Path) -> None:
+    """A figure: each block's reconstruction loss while it was learned."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    for block in dict.fromkeys(name for name, *_ in losses):
+        points = [(iteration, loss) for name, iteration, loss in losses if name == block]
+        axes.plot(*zip(*points, strict=True), marker=".", label=block)
+    axes.set(xlabel="iteration", ylabel="reconstruction loss", yscale="log")
+    axes.legend(fontsize=6, ncols=2)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def write_rows(rows: Sequence[Row], folder: Path, facts: dict) -> None:
