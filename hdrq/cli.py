@@ -77,15 +77,16 @@ def quantize(
 
         settings = {} if config is None else run.read_settings(config)
         plan = run.Run.of({**settings, **options, **dict(run.parse_setting(text) for text in set_ or [])})
+        title = f"Accumulated error: {plan.recipe}, {plan.bits}, seed {plan.seed}"
         if ablate:
-            console.print(errors_table(run.ablate(plan), f"{plan.recipe}, {plan.bits}, seed {plan.seed}"))
+            console.print(errors_table(run.ablate(plan), title))
             return
         report = report_of(run.execute(plan))
     except ImportError as error:
         sys.exit(f'hdrq: quantize needs {error.name}; pip install "hdrq[cli]"')
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         sys.exit(f"hdrq: {error}")
-    console.print(errors_table({plan.recipe: report}, f"{plan.recipe}, {plan.bits}, seed {plan.seed}"))
+    console.print(errors_table({plan.recipe: report}, title))
     memory = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in report.peak_memory.items())
     console.print(f"{report.seconds:.0f} s; peak memory: {memory}", highlight=False)
     if plan.workdir is not None and report.losses:

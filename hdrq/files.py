@@ -24,7 +24,7 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        message = f"{path} must be written to a disk with room, got {error.strerror}; what was there is kept"
+        message = f"{path} must be written to a disk with room, got {error.strerror or error}; what was there is kept"
         raise OSError(error.errno, message) from error
     finally:
         if os.path.exists(temporary):

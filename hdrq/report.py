@@ -95,16 +95,16 @@ def table(rows: Sequence[Row], title: str):
 
 
 def errors_table(reports: Mapping[str, RunReport], title: str):
-    """The accumulated errors of runs on data held out, as a :class:`rich.table.Table`; of one run the losses too."""
+    """The accumulated errors of runs on data held out, as a :class:`rich.table.Table`; of one run losses too."""
     from rich.table import Table
 
     first = next(iter(reports.values()))
     columns: dict[str, dict[str, str]] = {}
     if len(reports) == 1:
         columns["loss"] = {b.name: f"{b.loss_before:.3g} → {b.loss_after:.3g}" for b in first.blocks}
-    columns["error, nearest"] = {name: f"{error:.3g}" for name, error in first.nearest.items()}
+    columns["nearest"] = {name: f"{error:.3g}" for name, error in first.nearest.items()}
     for name, report in reports.items():
-        columns[f"error, {name}"] = {block: f"{error:.3g}" for block, error in report.errors.items()}
+        columns[name] = {block: f"{error:.3g}" for block, error in report.errors.items()}
     columns = {name: cells for name, cells in columns.items() if cells}
     result = Table(title=title)
     result.add_column("block")

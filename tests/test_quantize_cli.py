@@ -155,7 +155,7 @@ def test_data_that_is_none(place):
 def test_options_make_a_model(place):
     result = call(*SETTINGS, **OPTIONS)
     assert result.exit_code == 0, result.output
-    for word in ("hdrq, W4A4, seed 0", "error, nearest", "error, hdrq", "loss", "output", "peak memory: host"):
+    for word in ("hdrq, W4A4, seed 0", "Accumulated error", "nearest", "loss", "output", "peak memory: host"):
         assert word in result.output
     quantized = hdrq.load(place / "q.safetensors", model())
     images = load_data(place / "images", resize=20, crop=16)
@@ -188,7 +188,7 @@ def test_ablation_is_a_table(place):
     result = call("--ablate", *SETTINGS, **OPTIONS)
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
-    for word in ("error, as given", "error, no distance", "error, nor noise"):
+    for word in ("nearest", "as given", "no distance", "nor noise"):
         assert word in text
     assert (place / "q.safetensors").exists()
 
