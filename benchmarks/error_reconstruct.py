@@ -16,7 +16,8 @@ from hdrq.demo.model import load_model
 from hdrq.report import report_of
 from hdrq.run import parse_setting
 
-RECIPES = ("brecq", "qdrop", "hdrq")
+ROUNDING = {"weight_lr": 1e-2, "activation_lr": 1e-3, "rounding_weight": 1e-3}
+RATES = {"brecq": ROUNDING, "qdrop": ROUNDING, "hdrq": {"activation_lr": 1e-3}}  # a preset's are for 20,000 iterations
 
 
 def main() -> None:
@@ -25,8 +26,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--domain", default="mnist", choices=TARGETS)
     parser.add_argument("--samples", type=int, default=1024, help="of calibration")
-    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--recipes", nargs="+", default=list(RATES))
     parser.add_argument("--set", nargs="*", default=[], help="knobs of the recipes: name=value")
+    parser.add_argument("--preset-rates", action="store_true", help="rates as the presets have them")
     options = parser.parse_args()
     knobs = dict(map(parse_setting, options.set))
     torch.set_num_threads(1)
@@ -42,7 +44,7 @@ def main() -> None:
             source=source if recipe == "hdrq" else None,
             iterations=options.iterations,
             held_out=held_out,
-            **knobs,
+            **({} if options.preset_rates else RATES[recipe]) | knobs,
         )
         report = report_of(quantized)
         columns.setdefault("rtn", report.nearest)
