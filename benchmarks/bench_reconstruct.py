@@ -2,9 +2,9 @@
 
 One block of a ResNet-50 (stage 3, 14 × 14) and one of a ViT-B (197 tokens), W4A4, HDRQ with the official preset:
 empirical noise on weights and activations, drops, distance, LSQ, Adam. Three steps take turns: hdrq's; the same step as
-the released code writes it, from its description (quantizers, noise by ``multinomial``, ``rand``, a norm for each layer,
-all eager, Adam as torch has it); and the block in full precision, forward and backward, which is what neither can save.
-What remains after subtracting it is the part that is not convolution.
+the released code writes it, from its description (quantizers, noise by ``multinomial``, ``rand``, a norm for each
+layer, all eager, Adam as torch has it); and the block in full precision, forward and backward, which is what neither
+can save. What remains after subtracting it is the part that is not convolution.
 """
 
 from __future__ import annotations

@@ -168,16 +168,16 @@ class Learner:
         """The reconstruction loss, and the sum of all losses."""
         *inputs, target = batch
         count = len(self.data.quantized)
+        mixed = [self._mixed(*pair) for pair in zip(inputs, inputs[count:] or inputs, strict=False)]
         with parametrize.cached():
-            error = self._error(
-                [self._mixed(*pair) for pair in zip(inputs, inputs[count:] or inputs, strict=False)], target
-            )
+            error = self._error(mixed, target)
         loss = error
         if self.source:
             distances = [ops.source_distance(layer.latent, self.source[layer.name]) for layer in self.layers]
             loss = loss + self.plan.distance * torch.stack(distances).sum()
         if self.plan.learns == "rounding":
-            loss = loss + self.now[3] * sum(layer.weight_quantizer.penalty for layer in self.layers)
+            penalties = [layer.weight_quantizer.penalty for layer in self.layers]
+            loss = loss + self.now[3] * torch.stack([p for p in penalties if p is not None]).sum()
         return error, loss
 
     def _mixed(self, quantized: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
@@ -238,15 +238,14 @@ class Learner:
         """Round for good; leave nothing of the loop behind."""
         for layer in self.layers:
             quantizer = layer.weight_quantizer
-            if self.plan.learns == "rounding":
+            if quantizer.alpha is not None:
                 grid = (quantizer.scale, quantizer.alpha.detach(), quantizer.qmin, quantizer.qmax)
                 layer.latent.copy_(ops.adaround(layer.latent, *grid, axis=quantizer.axis, hard=True))
             quantizer.alpha = quantizer.beta = quantizer.penalty = None
             settle(layer)
             quantizer.dtype = None
-        for quantizer in self._quantizers:
-            quantizer.mode, quantizer.scale.data = "round", quantizer.scale.data.clone()
-            quantizer.rng = quantizer.rng.clone()
+        for each in self._quantizers:
+            each.mode, each.scale.data, each.rng = "round", each.scale.data.clone(), each.rng.clone()
         for activation in self.activations.values():
             activation.keep = 1.0
         for p in self.learned.values():

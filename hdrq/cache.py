@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class Cache:
         """A file without a name, all of its room taken now: writing to a map on a full disk would end the process."""
         handle, path = tempfile.mkstemp(prefix="hdrq-cache-", dir=self.folder)
         try:
-            if size:
+            if size and hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(handle, 0, size)
             return torch.from_file(path, shared=True, size=size // dtype.itemsize, dtype=dtype)
         except OSError as error:
@@ -108,14 +108,13 @@ class Rows:
         return self.tensor[start:stop].to(self.device, copy=True)
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
-        """The rows at ``index`` (on the host), where they lie."""
+        """The rows at ``index``, where they lie."""
         picked = self.tensor[index.to(self.tensor.device, non_blocking=True)]
         return picked.pin_memory() if self.device.type == "cuda" and picked.device.type == "cpu" else picked
 
 
-def batches(sources: Sequence[Rows], indices: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The rows at each index, on the device. What lies elsewhere is gathered ahead, while steps run."""
-    elsewhere = any(rows.tier != "device" for rows in sources)
+def batches(sources: Sequence[Rows], indices: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """The rows at each row of ``indices``, on the device. What lies elsewhere is gathered ahead, while steps run."""
 
     def gather(index: torch.Tensor) -> list[torch.Tensor]:
         return [rows.gather(index) for rows in sources]
@@ -123,8 +122,8 @@ def batches(sources: Sequence[Rows], indices: Iterable[torch.Tensor]) -> Iterato
     def arrived(parts: list[torch.Tensor]) -> list[torch.Tensor]:
         return [part.to(rows.device, non_blocking=True) for part, rows in zip(parts, sources, strict=True)]
 
-    if not elsewhere:
-        yield from map(gather, indices)
+    if all(rows.tier == "device" for rows in sources):
+        yield from map(gather, indices.to(sources[0].device))
         return
     with ThreadPoolExecutor(1, "hdrq-fetch") as worker:
         coming: deque = deque()
@@ -137,6 +136,7 @@ def batches(sources: Sequence[Rows], indices: Iterable[torch.Tensor]) -> Iterato
 
 
 def _half_of_free(device: torch.device) -> dict[str, int]:
-    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS says the sum only
+    host = os.sysconf(free) * os.sysconf("SC_PAGE_SIZE") // 2
     own = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else host
     return {"device": own, "host": host}

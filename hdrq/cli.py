@@ -13,7 +13,7 @@ try:
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 except ImportError as error:
-    sys.exit(f'hdrq: the command line needs {error.name}; pip install "hdrq[demo]"')
+    sys.exit(f'hdrq: the command line needs {error.name}; pip install "hdrq[cli]"')
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()

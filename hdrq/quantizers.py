@@ -10,7 +10,7 @@ from torch import nn
 from hdrq import checks, ops
 from hdrq.rng import rng_state
 
-MODES = ("float", "noise", "round", "adaround")  # pass through; noise for rounding; fake-quantize; learn to round
+MODES = ("float", "noise", "round")  # pass through; noise in place of rounding; fake-quantize
 
 
 def integer_range(bits: int, signed: bool) -> tuple[int, int]:

@@ -226,14 +226,17 @@ class Loop:
             self.quantized.run(index, quantized)
             for chain in (self.full, self.quantized):
                 chain.forget(index)
-            report.blocks.append(BlockReport(node.name, **facts, seconds=time.perf_counter() - began))
+            if facts is not None:
+                report.blocks.append(BlockReport(node.name, **facts, seconds=time.perf_counter() - began))
         report.losses = self.losses
 
-    def _block(self, index: int, data: Data) -> dict[str, float]:
-        """Learn a block, or load what was learned of it; its losses before and after."""
+    def _block(self, index: int, data: Data) -> dict[str, float] | None:
+        """Learn a block, or load what was learned; its losses before and after. None where nothing is left to learn."""
         node = self.nodes[index]
         module = self.model.get_submodule(node.name)
         layers, activations = self._own(node.name)
+        if not layers and not activations:
+            return None
         source = {layer.name: self.pull[layer.name] for layer in layers if self.pull}
         learner = Learner(node, module, layers, activations, source, data, self.plan, self.seed, index, self.graph)
         saved = None if self.folder is None else self.folder.load_block(index)

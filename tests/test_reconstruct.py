@@ -255,7 +255,7 @@ def test_report_says_how_it_went():
     assert all(b.loss_after < b.loss_before and b.seconds > 0 for b in report.blocks)
     assert [(name, i) for name, i, _ in report.losses] == [(n, i) for n in ("0", "3", "6", "9") for i in (50, 60)]
     assert list(report.errors) == list(report.nearest) == ["0", "3", "6", "9", "output"]
-    want = model(HELD_OUT).double()
+    want = model(HELD_OUT).detach().double()
     output = float((result(HELD_OUT) - want).square().sum() / want.square().sum())
     assert report.errors["output"] == pytest.approx(output, rel=1e-4) and output < report.nearest["output"]
     nearest = learn(model, recipe="rtn", iterations=0, bits="W2A4", held_out=HELD_OUT)
