@@ -138,6 +138,15 @@ def test_seed_decides_every_bit():
     assert not torch.equal(first["3.parametrizations.weight.original"], other["3.parametrizations.weight.original"])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("recipe", ["hdrq", "qdrop"])
+def test_cuda_graph_moves_no_bit(recipe):
+    states = [
+        state(learn(net().cuda(), CALIBRATION.cuda(), recipe=recipe, iterations=30, graph=g)) for g in (True, False)
+    ]
+    assert same(*states)
+
+
 def test_global_random_state_does_not_matter():
     torch.manual_seed(1)
     first = state(learn())
