@@ -20,6 +20,7 @@ class optional_build_ext(build_ext):
 setup(
     packages=[
         "hdrq",
+        "hdrq.benchmarks",
         "hdrq.demo",
         "hdrq.eager",
         "hdrq.kernels",
@@ -27,7 +28,7 @@ setup(
         "hdrq.ops",
         "hdrq.reference",
     ],
-    package_dir={"hdrq.kernels": "kernels"},
+    package_dir={"hdrq.benchmarks": "benchmarks", "hdrq.kernels": "kernels"},
     ext_modules=[
         Pybind11Extension(
             "hdrq._C",

@@ -1,4 +1,4 @@
-"""Noise in place of rounding, forward and backward: ``python benchmarks/bench_noise.py --out benchmarks/results/NAME``.
+"""Noise in place of rounding, forward and backward.
 
 The limit is a copy: into memory that exists (``copy_``), or into new memory (``clone``), whose pages the first touch
 pays for, as it does for the result of any op. Each provider is compared with the copy of its kind.
@@ -9,9 +9,19 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from harness import Provider, bench, compiled, normal
 
 import hdrq
+from hdrq.benchmarks.harness import (
+    Bench,
+    Mismatch,
+    Provider,
+    compiled,
+    copies,
+    head,
+    kernel_alone,
+    normal,
+    same_as_reference,
+)
 
 QMIN, QMAX = -8, 7
 OPS = torch.ops.hdrq
@@ -36,13 +46,13 @@ def official(x: torch.Tensor, s: torch.Tensor, empirical: bool = True) -> torch.
     y = x + n * s
     y[clipped_high] = (QMAX * s).item()
     y[clipped_low] = (QMIN * s).item()
-    return y
+    return y.to(x.dtype)
 
 
 def plain(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     """The uniform formula as one would write it for a compiler."""
     y = x + (torch.rand_like(x) - 0.5) * s
-    return torch.where(x >= QMAX * s, QMAX * s, torch.where(x <= QMIN * s, QMIN * s, y))
+    return torch.where(x >= QMAX * s, QMAX * s, torch.where(x <= QMIN * s, QMIN * s, y)).to(x.dtype)
 
 
 def plain_backward(grad: torch.Tensor, x: torch.Tensor, s: torch.Tensor, n: torch.Tensor) -> tuple:
@@ -55,78 +65,70 @@ def plain_backward(grad: torch.Tensor, x: torch.Tensor, s: torch.Tensor, n: torc
 
 def verify(x: torch.Tensor, s: torch.Tensor, rng: torch.Tensor) -> None:
     """The op's bits are the reference's, and the formulas compared agree with it where noise plays no part."""
-    few = x[: 2**14]
-    for noise in ("uniform", "empirical"):
-        y = hdrq.ops.noise_quantize(few, s, QMIN, QMAX, rng, noise=noise)
-        with hdrq.use_backend("reference"):
-            expected = hdrq.ops.noise_quantize(few, s, QMIN, QMAX, rng, noise=noise)
-        if not torch.equal(y, expected):
-            raise SystemExit(f"{noise} noise differs from the reference: not timed")
+    few = head(x)
+    for counts in (None, OPS.error_histogram(few, s, QMIN, QMAX)):
+        kind, arguments = "uniform" if counts is None else "empirical", (few, s, QMIN, QMAX, rng, counts)
+        same_as_reference(f"{kind} noise", partial(OPS.noise_quantize, *arguments))
+        same_as_reference(f"the gradient, {kind}", lambda: OPS.noise_quantize_backward(few, *arguments)[0])  # noqa: B023
+    clipped = (few >= QMAX * s) | (few <= QMIN * s)
+    bound = few.clamp(QMIN * s, QMAX * s).to(few.dtype)
     for formula in (official, plain):
         y = formula(few, s)
-        clipped = (few >= QMAX * s) | (few <= QMIN * s)
-        if not torch.equal(y[clipped], few.clamp(QMIN * s, QMAX * s)[clipped]) or (y - few)[~clipped].abs().max() > s:
-            raise SystemExit(f"the formula {formula.__name__} is not noise_quantize: not timed")
+        if not torch.equal(y[clipped], bound[clipped]) or ((y - few)[~clipped].abs() > s).any():
+            raise Mismatch(f"the formula {formula.__name__} is not noise_quantize")
 
 
-def forward(x: torch.Tensor, s: torch.Tensor, rng: torch.Tensor) -> list[Provider]:
-    y = torch.empty_like(x).copy_(x)
+def uniform(x: torch.Tensor, s: torch.Tensor, rng: torch.Tensor) -> list[Provider]:
+    moved = 2 * x.element_size()
     providers = [
-        Provider("copy into existing memory", lambda: y.copy_(x), 8, allocates=False),
-        Provider("clone", x.clone, 8),
-        Provider("hdrq uniform", lambda: hdrq.ops.noise_quantize(x, s, QMIN, QMAX, rng), 8),
-        Provider(
-            "hdrq empirical, with its histogram",
-            lambda: hdrq.ops.noise_quantize(x, s, QMIN, QMAX, rng, noise="empirical"),
-            12,
-        ),
-        Provider("official empirical, eager", lambda: official(x, s), 8),
-        Provider("uniform, eager", lambda: official(x, s, empirical=False), 8),
-        Provider("uniform, torch.where", lambda: plain(x, s), 8),
+        *copies(x),
+        Provider("hdrq", lambda: hdrq.ops.noise_quantize(x, s, QMIN, QMAX, rng), moved),
+        Provider("official formula, uniform, eager", lambda: official(x, s, empirical=False), moved),
+        Provider("torch.where, eager", lambda: plain(x, s), moved),
+        Provider("torch.compile", compiled(plain, x, s), moved),
+        *kernel_alone(x, s, QMIN, QMAX, rng),
     ]
-    if fast := compiled(plain, x, s):
-        providers.append(Provider("uniform, torch.compile", lambda: fast(x, s), 8))
-    if x.device.type == "cpu" and hdrq.backends()["cpp"] is None:
-        from hdrq import native
-
-        on, job = native.grid(x, s, None, QMIN, QMAX, None), native.job(x)
-        cumulative = OPS.error_histogram(x, s, QMIN, QMAX)
-        for name, counts in (("uniform", None), ("empirical", cumulative)):
-            args = (job, 0, x.data_ptr(), y.data_ptr(), on, rng.data_ptr(), native.address(counts))
-            providers.append(
-                Provider(f"hdrq {name}, kernel alone", partial(_kernel_alone, args, counts), 8, allocates=False)
-            )
+    if x.dim() > 1:
+        each = s.expand(x.shape[0]).contiguous()
+        providers.append(
+            Provider("hdrq, per channel", lambda: hdrq.ops.noise_quantize(x, each, QMIN, QMAX, rng, axis=0), moved)
+        )
     return providers
 
 
-def _kernel_alone(args: tuple, counts: torch.Tensor | None) -> None:
-    """The kernel into memory that exists; ``counts`` is here to outlive the addresses in ``args``."""
-    from hdrq import _C
-
-    _C.noise_quantize(*args)
+def empirical(x: torch.Tensor, s: torch.Tensor, rng: torch.Tensor) -> list[Provider]:
+    moved = 2 * x.element_size()
+    return [
+        *copies(x),
+        Provider(
+            "hdrq, with its histogram",
+            lambda: hdrq.ops.noise_quantize(x, s, QMIN, QMAX, rng, noise="empirical"),
+            moved + x.element_size(),
+        ),
+        Provider("official formula, eager", lambda: official(x, s), moved),
+        *kernel_alone(x, s, QMIN, QMAX, rng, OPS.error_histogram(x, s, QMIN, QMAX)),
+    ]
 
 
 def backward(x: torch.Tensor, s: torch.Tensor, rng: torch.Tensor) -> list[Provider]:
-    y, grad, n = torch.empty_like(x).copy_(x), torch.randn_like(x), torch.rand_like(x) - 0.5
-    providers = [
-        Provider("copy into existing memory", lambda: y.copy_(x), 8, allocates=False),
-        Provider("clone", x.clone, 8),
-        Provider("hdrq", lambda: OPS.noise_quantize_backward(grad, x, s, QMIN, QMAX, rng), 12),
-        Provider("official, eager closed form", lambda: plain_backward(grad, x, s, n), 16),
+    grad, n = normal(x.shape, x.device, x.dtype, seed=1), torch.rand_like(x) - 0.5
+    moved = 3 * x.element_size()
+    return [
+        *copies(x),
+        Provider("hdrq", lambda: OPS.noise_quantize_backward(grad, x, s, QMIN, QMAX, rng), moved),
+        Provider("official, closed form, eager", lambda: plain_backward(grad, x, s, n), moved + n.element_size()),
+        Provider("torch.compile", compiled(plain_backward, grad, x, s, n), moved + n.element_size()),
     ]
-    if fast := compiled(plain_backward, grad, x, s, n):
-        providers.append(Provider("torch.compile", lambda: fast(grad, x, s, n), 16))
-    return providers
 
 
-if __name__ == "__main__":
-    bench(
-        "noise_quantize",
-        lambda size, device: (
-            normal(size, device),
-            torch.full((1,), 0.3, device=device),
-            hdrq.rng_state(1, device=device),
-        ),
-        verify,
-        {"forward": forward, "backward": backward},
-    )
+def inputs(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return normal(shape, device, dtype), torch.full((1,), 0.3, device=device), hdrq.rng_state(1, device=device)
+
+
+BENCH = Bench(
+    "noise_quantize",
+    inputs,
+    verify,
+    {"forward, uniform": uniform, "forward, empirical": empirical, "backward": backward},
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+)

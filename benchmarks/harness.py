@@ -1,170 +1,308 @@
-"""Verify, then time: providers of one operation, in turn, on pinned cores, with the machine's copy as the limit.
+"""Verify, then time: the providers of one operation, in turn, on pinned cores, with the machine's copy as the limit.
 
 A provider is a function without arguments. They run in turn, so that a machine that changes speed changes it for all;
-ratios are medians over medians of one run. On a GPU ``triton.testing.do_bench`` times each provider.
+ratios are medians over medians of one table. ``triton.testing.do_bench`` times the rounds on a GPU.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
+import importlib
+import math
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import torch
 
 import hdrq
-from hdrq.info import facts
 
-ROUNDS = 7
+COPY, CLONE = "copy into existing memory", "clone"
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+ROUNDS = 5  # at least
 SHORTEST = 5e-3  # seconds that a measurement lasts at least: fast providers are repeated inside it
+SECONDS = 1.0  # that a table is given when nothing limits the run
+
+
+class Mismatch(Exception):
+    """What was to be timed does not compute what it should."""
 
 
 @dataclass(frozen=True)
 class Provider:
     """One way to do the operation, and the bytes that it must move for each element."""
 
-    name: str
+    name: str  # "hdrq…" if it is ours, and the first of those is what a user calls; "official…" if it is the baseline
     run: Callable
-    bytes_per_element: int
+    bytes_per_element: float
     allocates: bool = True  # whether its result is new memory, whose pages the first touch pays for
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("hdrq")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A family of operations on the same inputs. Each operation is one job, done by several providers.
+
+    ``inputs(shape, device, dtype)`` makes the arguments of ``verify``, which raises :class:`Mismatch`, and of the
+    functions in ``operations``. Each of those gives the providers to compare, :func:`copies` first.
+    """
+
+    op: str
+    inputs: Callable
+    verify: Callable
+    operations: dict[str, Callable]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What was measured for one provider at one size: quantiles of nanoseconds per element."""
+    """What was measured for one provider in one table. Times are nanoseconds per element."""
 
+    family: str
     operation: str
-    provider: str
+    case: str  # the layer, or the number of elements
     elements: int
+    dtype: str
     threads: int
+    provider: str
     p20: float
     p50: float
     p80: float
+    bytes_per_element: float
     gigabytes_per_second: float
+    floor: float  # time of its bytes at the bandwidth of this table's copy into existing memory
+    reached: float  # floor over p50: the share of the machine's speed
     over_copy: float  # time as a multiple of the copy that allocates as this provider does
-    speedup: float  # of this provider over the official eager formula
+    speedup: float | None  # over the official eager formula
 
 
-def bench(op: str, inputs: Callable, verify: Callable, operations: dict[str, Callable]) -> None:
-    """The main program of a bench: verify, then measure, every operation at every size and number of threads.
+@dataclass(frozen=True)
+class Plan:
+    """What to time: every family at every case, in every type it takes, on every number of threads."""
 
-    ``inputs(size, device)`` makes the arguments of ``verify`` and of the functions in ``operations``. Each of those
-    gives the providers to compare, the two copies first.
-    """
-    options = arguments(op)
-    figures: list[Figure] = []
-    for threads in dict.fromkeys(options.threads):
-        pin(threads)
-        for size in options.sizes:
-            tensors = inputs(size, options.device)
-            verify(*tensors)
-            for name, providers in operations.items():
-                figures += measure(f"{op} {name}", providers(*tensors), size, threads, options.device)
-    report(f"{op}, float32", figures, options.out)
+    families: list[str]
+    cases: list[tuple[str, tuple[int, ...]]]
+    dtypes: list[torch.dtype] = field(default_factory=lambda: [torch.float32])
+    threads: list[int] = field(default_factory=lambda: [1])
+    device: str = "cpu"
+    seconds: float | None = None  # for all of it
+    compile: bool = True  # whether torch.compile takes part
 
 
-def normal(size: int, device: str) -> torch.Tensor:
+@dataclass
+class Result:
+    """Figures; verifications that failed; tables and providers that were left out, and why."""
+
+    figures: list[Figure] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def families() -> list[str]:
+    """Every family that has a bench."""
+    return sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
+
+
+def load(family: str) -> Bench:
+    """The bench of a family."""
+    return importlib.import_module(f"hdrq.benchmarks.bench_{family}").BENCH
+
+
+def run(plan: Plan, show: Callable[[str, float], None] = lambda text, share: None) -> Result:
+    """Verify, then measure. ``show`` is told what comes next, and the share of the tables that are done."""
+    result = Result()
+    benches = [(family, load(family)) for family in plan.families]
+    groups = [
+        (family, bench, case, dtype, threads)
+        for case, dtype, threads in product(plan.cases, plan.dtypes, plan.threads)
+        for family, bench in benches  # innermost: who runs out of time has seen a bit of each
+        if dtype in bench.dtypes
+    ]
+    for (family, bench), dtype in product(benches, plan.dtypes):
+        if dtype not in bench.dtypes:
+            result.left_out.append(f"{family}: takes {', '.join(map(name, bench.dtypes))}, not {name(dtype)}")
+    tables, done = sum(len(bench.operations) for _, bench, *_ in groups), 0
+    end = math.inf if plan.seconds is None else time.monotonic() + plan.seconds
+    for family, bench, (case, shape), dtype, threads in groups:
+        label = f"{bench.op}, {case}, {name(dtype)}, {threads} thread{'s' * (threads > 1)}"
+        if time.monotonic() > end:
+            result.left_out.append(f"{label}: out of time")
+            continue
+        with pinned(threads):
+            tensors = bench.inputs(shape, plan.device, dtype)
+            try:
+                bench.verify(*tensors)
+            except Mismatch as mismatch:
+                result.failures.append(f"{label}: {mismatch}")
+                done += len(bench.operations)
+                continue
+            for operation, providers in bench.operations.items():
+                show(f"{operation}: {label}", done / tables)
+                usable, why = _usable(providers(*tensors), plan.compile)
+                result.left_out += [f"{operation}: {label}: {reason}" for reason in why]
+                times = _times(usable, plan.device, min(SECONDS, (end - time.monotonic()) / (tables - done)))
+                key = (family, f"{bench.op} {operation}", case, math.prod(shape), name(dtype), threads)
+                result.figures += _figures(key, usable, times)
+                done += 1
+    order = {family: i for i, family in enumerate(plan.families)}
+    result.figures.sort(key=lambda f: order[f.family])
+    return result
+
+
+def name(dtype: torch.dtype) -> str:
+    """``float32``, not ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def normal(shape: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     """Normal values, the same at every run."""
-    return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def arguments(op: str) -> argparse.Namespace:
-    """The options that all benches share."""
-    parser = argparse.ArgumentParser(description=f"Verify and time {op}.")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[2**12, 2**16, 2**20, 2**24], help="elements")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count()], help="each gives a table")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="path without ending: writes .csv and .json")
-    return parser.parse_args()
+def head(x: torch.Tensor) -> torch.Tensor:
+    """The first elements, few enough for the reference."""
+    return x.flatten()[: 2**14]
 
 
-def pin(threads: int) -> None:
+def copies(x: torch.Tensor) -> list[Provider]:
+    """The limit: a copy into memory that exists, and one into new memory, whose pages the first touch pays for."""
+    y, moved = torch.empty_like(x).copy_(x), 2 * x.element_size()
+    return [Provider(COPY, lambda: y.copy_(x), moved, allocates=False), Provider(CLONE, x.clone, moved)]
+
+
+def compiled(function: Callable, *args) -> Callable:
+    """``torch.compile`` of a function of these arguments, for their shapes alone. It compiles when it first runs."""
+    fast = torch.compile(function, dynamic=False)
+    return lambda: fast(*args)
+
+
+def kernel_alone(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    qmin: int,
+    qmax: int,
+    rng: torch.Tensor | None = None,
+    cumulative: torch.Tensor | None = None,
+) -> list[Provider]:
+    """The C++ quantizer into memory that exists, where there is one; with noise if there is a random state."""
+    if x.device.type != "cpu" or hdrq.backends()["cpp"] is not None:
+        return []
+    from hdrq import _C, native
+
+    y = torch.empty_like(x).copy_(x)
+    all_kept = (None, rng, hdrq.rng.KEEP_ALL)
+    q = native.quantizer(x, scale, None, qmin, qmax, *all_kept, noise=rng is not None, cumulative=cumulative)
+    arguments = (native.FLOATS[x.dtype], [q], [y.data_ptr()])
+    run = lambda outlive=(x, y): _C.quantizer_forward(torch.get_num_threads(), *arguments)  # noqa: E731
+    return [Provider("hdrq, kernel alone", run, 2 * x.element_size(), allocates=False)]
+
+
+def same_as_reference(what: str, operation: Callable) -> None:
+    """Raise :class:`Mismatch` unless an operation gives the reference's bits with the backend in use."""
+    got = operation()
+    with hdrq.use_backend("reference"):
+        expected = operation()
+    if not torch.equal(got, expected):
+        raise Mismatch(f"{what} differs from the reference in {int((got != expected).sum())} of {got.numel()} elements")
+
+
+@contextmanager
+def pinned(threads: int) -> Iterator[None]:
     """Use ``threads`` threads on as many cores."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, set(sorted(_CORES)[:threads]))
+    before = torch.get_num_threads()
+    set_cores = getattr(os, "sched_setaffinity", lambda process, cores: None)
+    set_cores(0, CORES[:threads])
     torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        set_cores(0, CORES)
+        torch.set_num_threads(before)
 
 
-_CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-
-
-def measure(operation: str, providers: list[Provider], elements: int, threads: int, device: str) -> list[Figure]:
-    """Figures of all providers at one size. The first two are the copies: into memory that exists, and into new."""
-    times = _times_on_gpu(providers) if device == "cuda" else _times_on_cpu(providers)
-    nanoseconds = {name: [1e9 * t / elements for t in samples] for name, samples in times.items()}
-    medians = {name: statistics.median(samples) for name, samples in nanoseconds.items()}
-    copies = {p.allocates: medians[p.name] for p in providers[:2]}
-    official = next((medians[p.name] for p in providers if p.name.startswith("official")), float("nan"))
-    figures = []
+def _usable(providers: list[Provider], compile: bool) -> tuple[list[Provider], list[str]]:
+    """Run each provider once, which compiles and touches memory. Those that fail are left out, with a word why."""
+    torch.compiler.reset()  # or the ninth shape of a function would run uncompiled
+    usable, left_out = [], []
     for p in providers:
-        p20, p50, p80 = (statistics.quantiles(nanoseconds[p.name], n=10)[i] for i in (1, 4, 7))
-        over, faster = p50 / copies[p.allocates], official / p50
-        figures.append(
-            Figure(operation, p.name, elements, threads, p20, p50, p80, p.bytes_per_element / p50, over, faster)
-        )
-    return figures
+        if "torch.compile" in p.name and not compile:
+            continue
+        try:
+            p.run()
+        except Exception as error:
+            if p.ours:
+                raise
+            left_out.append(f"{p.name} fails, {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        else:
+            usable.append(p)
+    return usable, left_out
 
 
-def _times_on_cpu(providers: list[Provider]) -> dict[str, list[float]]:
-    repeats = {}
-    for p in providers:
-        p.run()  # compiles, touches memory
-        start = time.perf_counter()
-        p.run()
-        repeats[p.name] = max(1, round(SHORTEST / max(time.perf_counter() - start, 1e-7)))
-    times: dict[str, list[float]] = {p.name: [] for p in providers}
-    for _ in range(ROUNDS):
-        for p in providers:
-            start = time.perf_counter()
-            for _ in range(repeats[p.name]):
-                p.run()
-            times[p.name].append((time.perf_counter() - start) / repeats[p.name])
+def _times(providers: list[Provider], device: str, seconds: float) -> list[list[float]]:
+    """Seconds of each provider, in rounds, until ``seconds`` are over."""
+    measure = _on_gpu if device == "cuda" else _on_cpu
+    rounds = [measure(p.run, seconds / (ROUNDS * len(providers))) for p in providers]
+    times: list[list[float]] = [[] for _ in providers]
+    start, done = time.monotonic(), 0
+    while done < ROUNDS or time.monotonic() - start < seconds:
+        done += 1
+        for samples, once in zip(times, rounds, strict=True):
+            samples += once()
     return times
 
 
-def _times_on_gpu(providers: list[Provider]) -> dict[str, list[float]]:
+def _on_cpu(run: Callable, seconds: float) -> Callable[[], list[float]]:
+    start = time.perf_counter()
+    run()
+    repeats = max(1, round(SHORTEST / max(time.perf_counter() - start, 1e-7)))
+
+    def once() -> list[float]:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return [(time.perf_counter() - start) / repeats]
+
+    return once
+
+
+def _on_gpu(run: Callable, seconds: float) -> Callable[[], list[float]]:
     from triton.testing import do_bench
 
-    return {p.name: [ms / 1e3 for ms in do_bench(p.run, return_mode="all")] for p in providers}
+    return lambda: [ms / 1e3 for ms in do_bench(run, warmup=5, rep=max(1, 1e3 * seconds), return_mode="all")]
 
 
-def report(title: str, figures: list[Figure], out: Path | None) -> None:
-    """Print a table for each size and number of threads; write all figures where ``out`` says."""
-    print(
-        f"\n{title}\n{platform.machine()}, {facts()['processor']}, torch {torch.__version__}, hdrq {hdrq.__version__}"
-    )
-    for key in dict.fromkeys((f.operation, f.elements, f.threads) for f in figures):
-        print(f"\n{key[0]}, {key[1]:,} elements, {key[2]} thread{'s' * (key[2] > 1)}")
-        print(f"{'':38}{'ns/element p20 / p50 / p80':>30}{'GB/s':>8}{'x copy':>9}{'speed-up':>10}")
-        for f in figures:
-            if (f.operation, f.elements, f.threads) == key:
-                quantiles = f"{f.p20:.3f} / {f.p50:.3f} / {f.p80:.3f}"
-                print(f"{f.provider:38}{quantiles:>30}{f.gigabytes_per_second:8.1f}{f.over_copy:9.2f}{f.speedup:10.1f}")
-    if out is not None:
-        rows = [asdict(f) for f in figures]
-        with open(out.with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-        taken = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        record = {"title": title, "taken": taken, **facts(), "figures": rows}
-        out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def compiled(function: Callable, *args) -> Callable | None:
-    """``torch.compile`` of a function, tried on arguments; None, and a word why, where that fails."""
-    fast = torch.compile(function)
-    try:
-        fast(*args)
-    except Exception as error:
-        print(f"torch.compile left out: {type(error).__name__}: {str(error).splitlines()[0]}")
-        return None
-    return fast
+def _figures(key: tuple, providers: list[Provider], times: list[list[float]]) -> list[Figure]:
+    """The figures of a table. Its first two providers are the copies."""
+    elements = key[3]
+    nanoseconds = [[1e9 * t / elements for t in samples] for samples in times]
+    medians = [statistics.median(samples) for samples in nanoseconds]
+    copy = {p.allocates: median for p, median in zip(providers[:2], medians, strict=False)}
+    official = next((m for p, m in zip(providers, medians, strict=True) if p.name.startswith("official")), None)
+    bandwidth = providers[0].bytes_per_element / medians[0]
+    figures = []
+    for p, samples, p50 in zip(providers, nanoseconds, medians, strict=True):
+        deciles = statistics.quantiles(samples, n=10, method="inclusive")
+        floor = p.bytes_per_element / bandwidth
+        figures.append(
+            Figure(
+                *key,
+                provider=p.name,
+                p20=deciles[1],
+                p50=p50,
+                p80=deciles[7],
+                bytes_per_element=p.bytes_per_element,
+                gigabytes_per_second=p.bytes_per_element / p50,
+                floor=floor,
+                reached=floor / p50,
+                over_copy=p50 / copy[p.allocates],
+                speedup=official and official / p50,
+            )
+        )
+    return figures

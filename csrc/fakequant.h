@@ -11,43 +11,29 @@ struct Rounded {
   Rounded(vf x, vf s, vf z) : v(x / s), shifted(round_even(v) + z) {}
 };
 
-template <class T>
-void fake_quantize(Job job, const typename T::type* x, typename T::type* y, const Grid& grid) {
-  for_tiles(job, [&](int64_t, int64_t tile_begin, int64_t tile_end) {
-    ChunkGrid chunk(grid);
-    for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
-      chunk.seek(begin, n);
-      for_vectors(n, [&](int64_t i, auto count) {
-        const vf s = chunk.scale(i), z = chunk.zero(i);
-        const Rounded r(T::load(x + begin + i, count), s, z);
-        T::store((clamp(r.shifted, grid.qmin, grid.qmax) - z) * s, y + begin + i, count);
-      });
-    });
-  });
-}
+// The quantizer that rounds, for quantizer.h.
+class NearestRounding {
+ public:
+  explicit NearestRounding(const Quantizer& q) : q_(q), chunk_(q.grid) {}
 
-template <class T>
-void fake_quantize_backward(Job job, const typename T::type* grad, const typename T::type* x,
-                            typename T::type* grad_x, double* grad_s, const Grid& grid) {
-  ChannelSums sums(grid, job.count);
-  for_tiles(job, [&](int64_t tile, int64_t tile_begin, int64_t tile_end) {
-    ChunkGrid chunk(grid);
-    alignas(HDRQ_VECTOR_BYTES) float terms[kChunk];
-    for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
-      chunk.seek(begin, n);
-      for_vectors(n, [&](int64_t i, auto count) {
-        const vf z = chunk.zero(i), g = T::load(grad + begin + i, count);
-        const Rounded r(T::load(x + begin + i, count), chunk.scale(i), z);
-        const auto inside = (r.shifted >= grid.qmin) & (r.shifted <= grid.qmax);
-        const vf slope = clamp(r.shifted, grid.qmin, grid.qmax) - z - (inside ? r.v : vf{});
-        write(g * slope, terms + i, kLanes);
-        T::store(inside ? g : vf{}, grad_x + begin + i, count);
-      });
-      sums.add(tile, begin, n, terms);
-    });
-  });
-  sums.total(grad_s);
-}
+  void seek(int64_t begin, int64_t n) { chunk_.seek(begin, n); }
+
+  vf forward(vf x, int64_t i) const {
+    const vf s = chunk_.scale(i), z = chunk_.zero(i);
+    return (clamp(Rounded(x, s, z).shifted, q_.grid.qmin, q_.grid.qmax) - z) * s;
+  }
+
+  Slopes backward(vf x, int64_t i) const {
+    const vf z = chunk_.zero(i);
+    const Rounded r(x, chunk_.scale(i), z);
+    const vi inside = (r.shifted >= q_.grid.qmin) & (r.shifted <= q_.grid.qmax);
+    return {inside, clamp(r.shifted, q_.grid.qmin, q_.grid.qmax) - z - (inside ? r.v : vf{})};
+  }
+
+ private:
+  const Quantizer& q_;
+  ChunkGrid chunk_;
+};
 
 // Returns how many elements were NaN; their code is qmin.
 template <class T, class V>

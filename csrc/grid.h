@@ -40,17 +40,28 @@ class ChunkGrid {
   alignas(HDRQ_VECTOR_BYTES) float scales_[kChunk]{}, zeros_[kChunk]{};
 };
 
+// What a gradient needs of a quantizer at some elements: where it passes to x, and the slope in the scale.
+struct Slopes {
+  vi inside;
+  vf scale;
+};
+
 // Sums over the elements of each channel. A tile keeps its own; rows are consecutive inside it, so few slots suffice.
 class ChannelSums {
  public:
+  ChannelSums() = default;
   ChannelSums(const Grid& grid, int64_t count)
       : grid_(grid),
-        slots_(grid.channels == 1 ? 1 : min(grid.channels, kTile / (grid.inner < 1 ? 1 : grid.inner) + 2)),
-        partial_(tiles(count) * slots_) {}
+        tiles_(tiles(count)),
+        slots_(grid.channels <= 1 ? 1 : min(grid.channels, kTile / (grid.inner < 1 ? 1 : grid.inner) + 2)) {}
+
+  // How many numbers it works in, which must be 0 at the start.
+  int64_t size() const { return tiles_ * slots_; }
+  void use(double* zeros) { partial_ = zeros; }
 
   // The terms of a chunk that begins at element `begin` of tile `tile`.
-  void add(int64_t tile, int64_t begin, int64_t n, const float* terms) {
-    double* sums = partial_.at(tile * slots_);
+  void add(int64_t tile, int64_t begin, int64_t n, const float* terms) const {
+    double* sums = partial_ + tile * slots_;
     if (grid_.channels == 1) {
       sums[0] += sum(terms, n);
       return;
@@ -65,8 +76,7 @@ class ChannelSums {
 
   void total(double* sums) const {
     fill(sums, grid_.channels, 0.0);
-    const int64_t count = partial_.size() / slots_;
-    for (int64_t tile = 0; tile < count; ++tile) {
+    for (int64_t tile = 0; tile < tiles_; ++tile) {
       const int64_t first = grid_.channels == 1 ? 0 : tile * kTile / grid_.inner;
       for (int64_t s = 0; s < slots_; ++s) sums[(first + s) % grid_.channels] += partial_[tile * slots_ + s];
     }
@@ -82,9 +92,9 @@ class ChannelSums {
     return total.total();
   }
 
-  const Grid& grid_;
-  int64_t slots_;
-  Buffer<double> partial_;
+  Grid grid_{};
+  int64_t tiles_ = 0, slots_ = 0;
+  double* partial_ = nullptr;
 };
 
 }  // namespace hdrq::HDRQ_ISA

@@ -21,13 +21,37 @@ struct Stream {
   uint32_t stream, step;
 };
 
-// Where the empirical noise's bins begin, as words: bin b takes the words above last[b], up to last[b + 1].
+// The empirical noise's bins, as words: bin b takes the words above last[b], up to last[b + 1].
 struct Histogram {
   static constexpr int kBins = 256;
-  static constexpr int kGuideShift = 20;
+  static constexpr int kCellBits = 20;  // a cell is a run of 2^20 words
+  static constexpr uint32_t kCell = 1u << kCellBits;
   bool empty = false;
-  uint32_t last[kBins + 1];                 // the largest word below bin b; bin 0 is never asked for
-  uint8_t guide[1u << (32 - kGuideShift)];  // the bin of the first word of each run of 2^20
+  uint32_t last[kBins + 1];  // the largest word below bin b; bin 0 is never asked for
+  // Of each cell: the bin of its first word; from bit 8 on, the place in it where the next bin begins, kCell if
+  // nowhere; in bit 31, whether more than one begins in it.
+  uint32_t guide[1u << (32 - kCellBits)];
+};
+
+// One tensor to quantize in a step of a reconstruction, and all that decides its values and its gradients.
+struct Quantizer {
+  static constexpr uint32_t kAlways = 1u << 24;
+  int64_t count;  // elements
+  const void* x;
+  Grid grid;
+  bool noise;  // in place of rounding
+  Stream stream;
+  const Histogram* histogram;  // of the noise; null: uniform
+  uint32_t threshold;          // an element is quantized where (word >> 8) of its second draw is below
+  const void* source;          // what its distance is measured from; null: nothing
+  // Forward.
+  void* y;
+  double* squared_distance;
+  // Backward.
+  const void* grad;
+  void* grad_x;
+  double* grad_s;
+  float pull;  // factor on x − source in the gradient of x
 };
 
 // K tensors of codes to average.
@@ -52,18 +76,18 @@ struct Job {
 
 struct Kernels {
   const char* name;
-  void (*noise_quantize)(Job, Float, const void* x, void* y, Grid, Stream, const Histogram*);
-  void (*noise_quantize_backward)(Job, Float, const void* grad, const void* x, void* grad_x, double* grad_s, Grid,
-                                  Stream, const Histogram*);
+  void (*quantizer_forward)(int threads, Float, const Quantizer*, int count);
+  void (*quantizer_backward)(int threads, Float, const Quantizer*, int count);
   void (*error_histogram)(Job, Float, const void* x, int64_t* counts, Grid);
-  void (*fake_quantize)(Job, Float, const void* x, void* y, Grid);
-  void (*fake_quantize_backward)(Job, Float, const void* grad, const void* x, void* grad_x, double* grad_s, Grid);
   int64_t (*quantize)(Job, Float, const void* x, Code, void* codes, Grid);
   void (*dequantize)(Job, Code, const void* codes, float* y, Grid);
   void (*drop_mix)(Job, Float, const void* a, const void* b, void* y, uint32_t threshold, Stream);
   void (*drop_mix_backward)(Job, Float, const void* grad, void* grad_a, void* grad_b, uint32_t threshold, Stream);
   double (*squared_distance)(Job, Float, const void* w, const void* w_src);
   void (*scaled_difference)(Job, Float, const void* w, const void* w_src, void* y, float factor);
+  double (*adaround)(Job, Float, const void* x, const float* alpha, void* y, Grid, const float* beta, bool hard);
+  void (*adaround_backward)(Job, Float, const void* grad, float grad_penalty, const void* x, const float* alpha,
+                            float* grad_alpha, Grid, const float* beta);
   void (*merge_score)(Job, const Merge&, int draws, double* sums);
   void (*merge_codes)(Job, const Merge&, int draw, Code, void* codes);
 };

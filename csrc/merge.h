@@ -83,12 +83,6 @@ class MergeChunk {
   int64_t begin_ = 0, n_ = 0;
 };
 
-// The lanes of a vector that hold elements: the rest of a partial vector must not count in a sum.
-inline vf only(vf v, int count) {
-  for (int lane = count; lane < kLanes; ++lane) v[lane] = 0.0f;
-  return v;
-}
-
 // Sums for the cosines of all draws in one pass over the codes: first Σ d_k² of each model k, then for each draw
 // Σ r² and Σ d_k·r of each model, with d_k = midpoint − w_k and r = I*Δ* − midpoint.
 inline void merge_score(Job job, const Merge& merge, int draws, double* sums) {

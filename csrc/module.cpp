@@ -7,6 +7,9 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
+#include <iterator>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -63,18 +66,6 @@ struct GridArgs {
   }
 };
 
-struct MergeArgs {
-  std::vector<const void*> codes;
-  std::vector<const float*> scales;
-  std::vector<float> weights;
-  Merge rest;
-  Merge view() const {
-    Merge merge = rest;
-    merge.codes = codes.data(), merge.scales = scales.data(), merge.weights = weights.data();
-    return merge;
-  }
-};
-
 Stream stream_of(uintptr_t rng) {
   const int64_t* state = at<int64_t>(rng);
   return {uint64_t(state[0]), uint32_t(state[1]), uint32_t(state[2])};
@@ -93,12 +84,41 @@ Histogram histogram_of(const int64_t* cumulative) {
   }
   h.last[Histogram::kBins] = UINT32_MAX;
   int b = 0;
-  for (uint64_t cell = 0; cell < sizeof(h.guide); ++cell) {
-    while (b + 1 < Histogram::kBins && first[b + 1] <= cell << Histogram::kGuideShift) ++b;
-    h.guide[cell] = uint8_t(b);
+  for (uint64_t cell = 0; cell < std::size(h.guide); ++cell) {
+    const uint64_t begin = cell << Histogram::kCellBits, end = begin + Histogram::kCell;
+    while (b + 1 < Histogram::kBins && first[b + 1] <= begin) ++b;
+    const uint64_t next = b + 1 < Histogram::kBins ? std::min(first[b + 1], end) : end;
+    const bool more = b + 2 < Histogram::kBins && first[b + 2] < end;
+    h.guide[cell] = uint32_t(b) | uint32_t(next - begin) << 8 | uint32_t(more) << 31;
   }
   return h;
 }
+
+struct QuantizerArgs {
+  Quantizer quantizer;
+  std::unique_ptr<Histogram> histogram;
+};
+
+QuantizerArgs quantizer_of(int64_t count, uintptr_t x, const GridArgs& grid, bool noise, uintptr_t rng, uintptr_t counts,
+                           uint32_t threshold, uintptr_t source) {
+  QuantizerArgs args{};
+  if (counts) args.histogram = std::make_unique<Histogram>(histogram_of(at<int64_t>(counts)));
+  const Stream stream = rng ? stream_of(rng) : Stream{};
+  args.quantizer = {count, at<void>(x), grid, noise, stream, args.histogram.get(), threshold, at<void>(source)};
+  return args;
+}
+
+struct MergeArgs {
+  std::vector<const void*> codes;
+  std::vector<const float*> scales;
+  std::vector<float> weights;
+  Merge rest;
+  Merge view() const {
+    Merge merge = rest;
+    merge.codes = codes.data(), merge.scales = scales.data(), merge.weights = weights.data();
+    return merge;
+  }
+};
 
 // Asks for 2 MiB pages under a result that is about to be written: its first touch costs a page fault per 4 KiB
 // otherwise, several times the kernel itself. A hint; where there is no such thing, nothing happens.
@@ -129,27 +149,33 @@ void bind(py::module_& m) {
 
   m.def("expect_writes", &expect_writes, "Says that `bytes` of memory at `address` are about to be written.");
 
-  m.def("noise_quantize", [](Job j, int f, uintptr_t x, uintptr_t y, const GridArgs& g, uintptr_t rng, uintptr_t c) {
-    const Histogram h = c ? histogram_of(at<int64_t>(c)) : Histogram{};
-    in_use()->noise_quantize(j, Float(f), at<void>(x), at<void>(y), g, stream_of(rng), c ? &h : nullptr);
+  py::class_<QuantizerArgs>(m, "Quantizer").def(py::init(&quantizer_of));
+  m.def("quantizer_forward", [](int threads, int f, const std::vector<const QuantizerArgs*>& list,
+                                const std::vector<uintptr_t>& y) {
+    std::vector<Quantizer> quantizers;
+    std::vector<double> squares(list.size());
+    for (size_t k = 0; k < list.size(); ++k) {
+      quantizers.push_back(list[k]->quantizer);
+      quantizers[k].y = at<void>(y[k]), quantizers[k].squared_distance = &squares[k];
+    }
+    in_use()->quantizer_forward(threads, Float(f), quantizers.data(), int(list.size()));
+    return squares;
   }, Released());
-  m.def("noise_quantize_backward", [](Job j, int f, uintptr_t grad, uintptr_t x, uintptr_t grad_x, uintptr_t grad_s,
-                                      const GridArgs& g, uintptr_t rng, uintptr_t c) {
-    const Histogram h = c ? histogram_of(at<int64_t>(c)) : Histogram{};
-    in_use()->noise_quantize_backward(j, Float(f), at<void>(grad), at<void>(x), at<void>(grad_x), at<double>(grad_s), g,
-                                      stream_of(rng), c ? &h : nullptr);
+  m.def("quantizer_backward", [](int threads, int f, const std::vector<const QuantizerArgs*>& list,
+                                 const std::vector<uintptr_t>& grad, const std::vector<uintptr_t>& grad_x,
+                                 const std::vector<uintptr_t>& grad_s, const std::vector<float>& pull) {
+    std::vector<Quantizer> quantizers;
+    for (size_t k = 0; k < list.size(); ++k) {
+      quantizers.push_back(list[k]->quantizer);
+      quantizers[k].grad = at<void>(grad[k]), quantizers[k].grad_x = at<void>(grad_x[k]);
+      quantizers[k].grad_s = at<double>(grad_s[k]), quantizers[k].pull = pull[k];
+    }
+    in_use()->quantizer_backward(threads, Float(f), quantizers.data(), int(list.size()));
   }, Released());
   m.def("error_histogram", [](Job j, int f, uintptr_t x, uintptr_t counts, const GridArgs& g) {
     in_use()->error_histogram(j, Float(f), at<void>(x), at<int64_t>(counts), g);
   }, Released());
 
-  m.def("fake_quantize", [](Job j, int f, uintptr_t x, uintptr_t y, const GridArgs& g) {
-    in_use()->fake_quantize(j, Float(f), at<void>(x), at<void>(y), g);
-  }, Released());
-  m.def("fake_quantize_backward", [](Job j, int f, uintptr_t grad, uintptr_t x, uintptr_t grad_x, uintptr_t grad_s,
-                                     const GridArgs& g) {
-    in_use()->fake_quantize_backward(j, Float(f), at<void>(grad), at<void>(x), at<void>(grad_x), at<double>(grad_s), g);
-  }, Released());
   m.def("quantize", [](Job j, int f, uintptr_t x, int code, uintptr_t codes, const GridArgs& g) {
     return in_use()->quantize(j, Float(f), at<void>(x), Code(code), at<void>(codes), g);
   }, Released());
@@ -171,6 +197,16 @@ void bind(py::module_& m) {
   }, Released());
   m.def("scaled_difference", [](Job j, int f, uintptr_t w, uintptr_t w_src, uintptr_t y, float factor) {
     in_use()->scaled_difference(j, Float(f), at<void>(w), at<void>(w_src), at<void>(y), factor);
+  }, Released());
+
+  m.def("adaround", [](Job j, int f, uintptr_t x, uintptr_t alpha, uintptr_t y, const GridArgs& g, uintptr_t beta,
+                       bool hard) {
+    return in_use()->adaround(j, Float(f), at<void>(x), at<float>(alpha), at<void>(y), g, at<float>(beta), hard);
+  }, Released());
+  m.def("adaround_backward", [](Job j, int f, uintptr_t grad, float grad_penalty, uintptr_t x, uintptr_t alpha,
+                                uintptr_t grad_alpha, const GridArgs& g, uintptr_t beta) {
+    in_use()->adaround_backward(j, Float(f), at<void>(grad), grad_penalty, at<void>(x), at<float>(alpha),
+                                at<float>(grad_alpha), g, at<float>(beta));
   }, Released());
 
   py::class_<MergeArgs>(m, "Merge")

@@ -1,4 +1,4 @@
-// Family `noise`: quantize, inject noise and clamp. Definition: hdrq/reference/noise.py.
+// Family `noise`: noise in place of rounding. Definition: hdrq/reference/noise.py.
 #pragma once
 
 #include "grid.h"
@@ -19,13 +19,15 @@ class ChunkNoise {
       fill(m_, n, 1u << 23);  // n = 0
     } else {
       const Histogram& h = *histogram_;
-      for (int64_t i = 0; i < n; ++i) {
-        const uint32_t word = m_[i];
-        uint32_t bin = h.guide[word >> Histogram::kGuideShift];
-        bin += word > h.last[bin + 1];                // mostly all there is to do, without a branch
-        while (word > h.last[bin + 1]) ++bin;         // ends: no word is above the last
-        m_[i] = (bin << 16) | (word & 0xffff);
-      }
+      for_vectors(n, [&](int64_t i, auto count) {
+        const vu word = read<vu>(m_ + i, kLanes), of = gather(h.guide, word >> Histogram::kCellBits);
+        const vu next = (of >> 8) & (2 * Histogram::kCell - 1);
+        vu bin = (of & 0xff) + ((word & (Histogram::kCell - 1)) >= next ? vu{} + 1 : vu{});
+        if (any(bits<vi>(of) < 0))  // rare: a bin narrower than a cell
+          for (int lane = 0; lane < count; ++lane)
+            while (word[lane] > h.last[bin[lane] + 1]) ++bin[lane];  // ends: no word is above the last
+        write((bin << 16) | (word & 0xffff), m_ + i, kLanes);
+      });
     }
   }
 
@@ -39,54 +41,36 @@ class ChunkNoise {
   alignas(HDRQ_VECTOR_BYTES) uint32_t m_[kChunk];
 };
 
-template <class T>
-void noise_quantize(Job job, const typename T::type* x, typename T::type* y, const Grid& grid, Stream stream,
-                    const Histogram* histogram) {
-  for_tiles(job, [&](int64_t, int64_t tile_begin, int64_t tile_end) {
-    ChunkGrid chunk(grid);
-    ChunkNoise noise(stream, histogram);
-    for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
-      chunk.seek(begin, n);
-      noise.seek(begin, n);
-      for_vectors(n, [&](int64_t i, auto count) {
-        const vf s = chunk.scale(i), v = T::load(x + begin + i, count);
-        const vf above = s * grid.qmax, below = s * grid.qmin;
-        vf result = v + noise.at(i) * s;
-        result = v >= above ? above : result;
-        result = v <= below ? below : result;
-        T::store(result, y + begin + i, count);
-      });
-    });
-  });
-}
+// The quantizer that adds noise, for quantizer.h.
+class NoiseRounding {
+ public:
+  explicit NoiseRounding(const Quantizer& q) : q_(q), chunk_(q.grid), noise_(q.stream, q.histogram) {}
 
-template <class T>
-void noise_quantize_backward(Job job, const typename T::type* grad, const typename T::type* x,
-                             typename T::type* grad_x, double* grad_s, const Grid& grid, Stream stream,
-                             const Histogram* histogram) {
-  ChannelSums sums(grid, job.count);
-  for_tiles(job, [&](int64_t tile, int64_t tile_begin, int64_t tile_end) {
-    ChunkGrid chunk(grid);
-    ChunkNoise noise(stream, histogram);
-    alignas(HDRQ_VECTOR_BYTES) float terms[kChunk];
-    for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
-      chunk.seek(begin, n);
-      noise.seek(begin, n);
-      for_vectors(n, [&](int64_t i, auto count) {
-        const vf s = chunk.scale(i), v = T::load(x + begin + i, count), g = T::load(grad + begin + i, count);
-        const vf above = s * grid.qmax, below = s * grid.qmin;
-        const auto inside = (v < above) & (v > below);
-        vf slope = inside ? noise.at(i) : vf{};
-        slope = v >= above ? splat(grid.qmax) : slope;
-        slope = v <= below ? splat(grid.qmin) : slope;
-        write(g * slope, terms + i, kLanes);
-        T::store(inside ? g : vf{}, grad_x + begin + i, count);
-      });
-      sums.add(tile, begin, n, terms);
-    });
-  });
-  sums.total(grad_s);
-}
+  void seek(int64_t begin, int64_t n) {
+    chunk_.seek(begin, n);
+    noise_.seek(begin, n);
+  }
+
+  vf forward(vf x, int64_t i) const {
+    const vf s = chunk_.scale(i), above = s * q_.grid.qmax, below = s * q_.grid.qmin;
+    vf y = x + noise_.at(i) * s;
+    y = x >= above ? above : y;
+    return x <= below ? below : y;
+  }
+
+  Slopes backward(vf x, int64_t i) const {
+    const vf s = chunk_.scale(i), above = s * q_.grid.qmax, below = s * q_.grid.qmin;
+    const vi inside = (x < above) & (x > below);
+    vf slope = inside ? noise_.at(i) : vf{};
+    slope = x >= above ? splat(q_.grid.qmax) : slope;
+    return {inside, x <= below ? splat(q_.grid.qmin) : slope};
+  }
+
+ private:
+  const Quantizer& q_;
+  ChunkGrid chunk_;
+  ChunkNoise noise_;
+};
 
 // Counts, cumulative: counts[0] = 0, counts[256] = N.
 template <class T>

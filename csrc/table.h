@@ -2,10 +2,9 @@
 #pragma once
 
 #include "distance.h"
-#include "drop.h"
-#include "fakequant.h"
 #include "merge.h"
-#include "noise.h"
+#include "quantizer.h"
+#include "rounding.h"
 
 namespace hdrq {
 namespace HDRQ_ISA {
@@ -13,35 +12,16 @@ namespace HDRQ_ISA {
 inline Kernels table(const char* name) {
   Kernels k;
   k.name = name;
-  k.noise_quantize = [](Job j, Float f, const void* x, void* y, Grid g, Stream s, const Histogram* h) {
-    with_float(f, [&](auto t) {
-      using T = decltype(t);
-      noise_quantize<T>(j, T::in(x), T::out(y), g, s, h);
-    });
+  k.quantizer_forward = [](int threads, Float f, const Quantizer* quantizers, int count) {
+    with_float(f, [&](auto t) { quantizer_forward<decltype(t)>(threads, quantizers, count); });
   };
-  k.noise_quantize_backward = [](Job j, Float f, const void* grad, const void* x, void* grad_x, double* grad_s, Grid g,
-                                 Stream s, const Histogram* h) {
-    with_float(f, [&](auto t) {
-      using T = decltype(t);
-      noise_quantize_backward<T>(j, T::in(grad), T::in(x), T::out(grad_x), grad_s, g, s, h);
-    });
+  k.quantizer_backward = [](int threads, Float f, const Quantizer* quantizers, int count) {
+    with_float(f, [&](auto t) { quantizer_backward<decltype(t)>(threads, quantizers, count); });
   };
   k.error_histogram = [](Job j, Float f, const void* x, int64_t* counts, Grid g) {
     with_float(f, [&](auto t) {
       using T = decltype(t);
       error_histogram<T>(j, T::in(x), counts, g);
-    });
-  };
-  k.fake_quantize = [](Job j, Float f, const void* x, void* y, Grid g) {
-    with_float(f, [&](auto t) {
-      using T = decltype(t);
-      fake_quantize<T>(j, T::in(x), T::out(y), g);
-    });
-  };
-  k.fake_quantize_backward = [](Job j, Float f, const void* grad, const void* x, void* grad_x, double* grad_s, Grid g) {
-    with_float(f, [&](auto t) {
-      using T = decltype(t);
-      fake_quantize_backward<T>(j, T::in(grad), T::in(x), T::out(grad_x), grad_s, g);
     });
   };
   k.quantize = [](Job j, Float f, const void* x, Code code, void* codes, Grid g) {
@@ -81,6 +61,21 @@ inline Kernels table(const char* name) {
     with_float(f, [&](auto t) {
       using T = decltype(t);
       scaled_difference<T>(j, T::in(w), T::in(w_src), T::out(y), factor);
+    });
+  };
+  k.adaround = [](Job j, Float f, const void* x, const float* alpha, void* y, Grid g, const float* beta, bool hard) {
+    double penalty = 0;
+    with_float(f, [&](auto t) {
+      using T = decltype(t);
+      penalty = adaround<T>(j, T::in(x), alpha, T::out(y), g, beta, hard);
+    });
+    return penalty;
+  };
+  k.adaround_backward = [](Job j, Float f, const void* grad, float grad_penalty, const void* x, const float* alpha,
+                           float* grad_alpha, Grid g, const float* beta) {
+    with_float(f, [&](auto t) {
+      using T = decltype(t);
+      adaround_backward<T>(j, T::in(grad), grad_penalty, T::in(x), alpha, grad_alpha, g, beta);
     });
   };
   k.merge_score = [](Job j, const Merge& m, int draws, double* sums) { merge_score(j, m, draws, sums); };

@@ -24,7 +24,7 @@ PACKAGES = {
     "cpp": "hdrq.native",
     "triton": "hdrq.kernels",
 }
-FAMILIES = ("noise", "fakequant", "drop", "distance", "ranges", "merge")
+FAMILIES = ("noise", "fakequant", "rounding", "drop", "distance", "weights", "ranges", "merge")
 
 _forced: str | None = os.environ.get("HDRQ_BACKEND") or None
 
@@ -122,16 +122,19 @@ def _on_arrays(function: Callable) -> Callable:
         if isinstance(value, list):
             return [arrays(v) for v in value]
         if isinstance(value, torch.Tensor):
-            return (value.float() if value.is_floating_point() else value).cpu().numpy()
+            return (value.float() if value.is_floating_point() else value).detach().cpu().numpy()
         return value
 
     def call(*args):
         device = (args[0][0] if isinstance(args[0], list) else args[0]).device
+
+        def tensors(results):
+            if isinstance(results, tuple | list):
+                return type(results)(map(tensors, results))
+            return torch.as_tensor(results, device=device)
+
         with np.errstate(all="ignore"):  # infinities and NaN are inputs like others
-            results = function(*map(arrays, args))
-        if isinstance(results, tuple):
-            return tuple(torch.as_tensor(r, device=device) for r in results)
-        return torch.as_tensor(results, device=device)
+            return tensors(function(*map(arrays, args)))
 
     return call
 

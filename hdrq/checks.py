@@ -67,6 +67,11 @@ def rng(value: Any, device: torch.device) -> torch.Tensor:
     return value
 
 
+def keep_threshold(name: str, probability: Any) -> int:
+    """A probability in [0, 1] as the integer that ``word >> 8`` must stay below."""
+    return round(real(name, probability, 0.0, 1.0) * 2**24)
+
+
 def quant_range(qmin: Any, qmax: Any) -> None:
     """``qmin < qmax``, both in the range of 16-bit integers, signed or unsigned, and at most 2¹⁶ levels apart."""
     integer("qmin", qmin, -(2**15), 2**16 - 1)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hdrq.evaluate import harmonic_mean
+from hdrq.parity import Report
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,22 @@ def write_losses(losses: Sequence[tuple[str, int, float]], path: Path) -> None:
     axes.legend(fontsize=6, ncols=2)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def parity_table(report: Report):
+    """What :func:`hdrq.parity.check` compared, as a :class:`rich.table.Table`."""
+    from rich.table import Table
+
+    result = Table(box=None, title=f"Against the reference, seed {report.seed}, {report.seconds:.0f} s")
+    for name in ("op", "backend"):
+        result.add_column(name, no_wrap=True)
+    for name in ("cases", "elements", "sums", "error"):
+        result.add_column(name, justify="right")
+    result.add_column("")
+    for t in report.tallies:
+        counts = f"{t.cases:,}", f"{t.elements:,}", f"{t.sums:,}", f"{t.error:.1e}" if t.sums else ""
+        result.add_row(t.op, t.backend, *counts, "[red]differs[/red]" if t.mismatch else "equal")
+    return result
 
 
 def write_rows(rows: Sequence[Row], folder: Path, facts: dict) -> None:

@@ -21,6 +21,7 @@ ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # of counter words 0 and 2
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # golden ratio, sqrt(3) - 1: added to the key after each round
 DROP_STREAM = 0x80000000  # stream bit of the second, independent draw for the same element
+KEEP_ALL = 2**24  # the threshold below which every (word >> 8) is
 LOW = 0xFFFFFFFF
 
 

@@ -15,6 +15,8 @@ from hdrq import rng as stream_constants
 M0, M1 = (tl.constexpr(m) for m in stream_constants.MULTIPLIERS)
 W0, W1 = (tl.constexpr(w) for w in stream_constants.KEY_STEPS)
 ROUNDS = tl.constexpr(stream_constants.ROUNDS)
+DROP_STREAM = tl.constexpr(stream_constants.DROP_STREAM)
+KEEP_ALL = tl.constexpr(stream_constants.KEEP_ALL)
 
 TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # in [2²³, 2²⁴) float32 holds the integers and nothing between
 
@@ -60,12 +62,26 @@ def unit_noise(word, cumulative):
 
 
 @triton.jit
+def kept(rng, threshold, start, BLOCK: tl.constexpr):
+    """Where the element's second word keeps it."""
+    seed, stream, step = read_state(rng)
+    return (words(seed, stream ^ DROP_STREAM, step, start, BLOCK) >> 8).to(tl.int32) < threshold
+
+
+@triton.jit
 def round_half_even(v):
     """To the nearest integer, ties to even, by the rounding of two sums: exact for |v| ≤ 2²², without the sign of zero.
 
     Beyond, it is monotone and stays beyond, out of every quantization range, and keeps infinity and NaN.
     """
     return (v + TO_INTEGER) - TO_INTEGER
+
+
+@triton.jit
+def floor(v):
+    """To the next integer below, as far as :func:`round_half_even` goes; Triton's own flushes subnormals to zero."""
+    rounded = round_half_even(v)
+    return tl.where(rounded > v, rounded - 1.0, rounded)
 
 
 @triton.jit
@@ -78,6 +94,54 @@ def clamp(v, low, high):
 def valid_scale(s):
     """A scale, NaN where it is not positive and finite."""
     return tl.where((s > 0.0) & (s < float("inf")), s, float("nan"))
+
+
+@triton.jit
+def noise_forward(x, s, n, qmin, qmax):
+    """``x + n·s``, or the bound that x is at or beyond."""
+    above, below = qmax * s, qmin * s
+    y = x + n * s
+    y = tl.where(x >= above, above, y)
+    return tl.where(x <= below, below, y)
+
+
+@triton.jit
+def noise_backward(x, s, n, qmin, qmax):
+    """Where the gradient of :func:`noise_forward` passes to x, and its slope in s."""
+    above, below = qmax * s, qmin * s
+    inside = (x < above) & (x > below)
+    slope = tl.where(inside, n, 0.0)
+    slope = tl.where(x >= above, qmax, slope)
+    return inside, tl.where(x <= below, qmin, slope)
+
+
+@triton.jit
+def nearest_forward(x, s, z, qmin, qmax):
+    """``(clamp(round(x/s) + z) − z)·s``. Without a zero point z is 0.0, and still added: it makes −0.0 of 0.0."""
+    return (clamp(round_half_even(tl.div_rn(x, s)) + z, qmin, qmax) - z) * s
+
+
+@triton.jit
+def nearest_backward(x, s, z, qmin, qmax):
+    """Where the gradient of :func:`nearest_forward` passes to x, and its slope in s."""
+    v = tl.div_rn(x, s)
+    shifted = round_half_even(v) + z
+    inside = (shifted >= qmin) & (shifted <= qmax)
+    return inside, (clamp(shifted, qmin, qmax) - z) - tl.where(inside, v, 0.0)
+
+
+@triton.jit
+def difference(w, w_src, start, i, live):
+    """``w − w_src`` of a tile, 0 where nothing lives."""
+    value = tl.load(w + start + i, mask=live, other=0.0).to(tl.float32)
+    return value - tl.load(w_src + start + i, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def pull(grad, distance):
+    """The factor of ``w − w_src`` in the gradient of its norm, 0 where the norm is 0."""
+    norm = tl.load(distance)
+    return tl.where(norm > 0.0, tl.div_rn(tl.load(grad), norm), 0.0)
 
 
 @triton.jit

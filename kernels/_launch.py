@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from hdrq.rng import KEEP_ALL
+
 BLOCK = 1024  # elements of a tile
 PER_THREAD = 8  # of them: 16 bytes of a half type
 SHORTEST = 128  # the shortest row that is cut into tiles of its own length
@@ -54,6 +56,11 @@ def tiling(x: torch.Tensor, axis: int | None) -> Tiling:
     if inner < SHORTEST:
         return Tiling(x.numel(), inner, channels, "short", BLOCK)
     return Tiling(x.numel(), inner, channels, "long", min(BLOCK, 1 << (inner.bit_length() - 1)))
+
+
+def drops(threshold: int) -> bool:
+    """Whether a threshold leaves any element as it is."""
+    return threshold < KEEP_ALL
 
 
 def launch(kernel, programs: int, x: torch.Tensor, *args, block=BLOCK, per_thread=PER_THREAD, **constants) -> None:

@@ -4,19 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hdrq import rng as stream_constants
 from hdrq.kernels import _lang as lang
 from hdrq.kernels._launch import BLOCK, launch
-
-DROP_STREAM = tl.constexpr(stream_constants.DROP_STREAM)
-
-
-@triton.jit
-def _kept(rng, threshold, start, BLOCK: tl.constexpr):
-    """Where the element's second word keeps it."""
-    seed, stream, step = lang.read_state(rng)
-    word = lang.words(seed, stream ^ DROP_STREAM, step, start, BLOCK)
-    return (word >> 8).to(tl.int32) < threshold
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -25,7 +14,7 @@ def drop_mix_kernel(y, a, b, threshold, rng, numel, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     kept, other = tl.load(a + start + i, mask=live), tl.load(b + start + i, mask=live)
-    tl.store(y + start + i, tl.where(_kept(rng, threshold, start, BLOCK), kept, other), mask=live)
+    tl.store(y + start + i, tl.where(lang.kept(rng, threshold, start, BLOCK), kept, other), mask=live)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -34,7 +23,7 @@ def drop_mix_backward_kernel(grad_a, grad_b, grad, threshold, rng, numel, BLOCK:
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     g = tl.load(grad + start + i, mask=live)
-    kept = _kept(rng, threshold, start, BLOCK)
+    kept = lang.kept(rng, threshold, start, BLOCK)
     zero = tl.zeros_like(g)
     tl.store(grad_a + start + i, tl.where(kept, g, zero), mask=live)
     tl.store(grad_b + start + i, tl.where(kept, zero, g), mask=live)

@@ -5,31 +5,46 @@ import triton
 import triton.language as tl
 
 from hdrq.kernels import _lang as lang
-from hdrq.kernels._launch import launch, operand, tiling
+from hdrq.kernels._launch import drops, launch, operand, tiling
 
 
 @triton.jit
 def _grid_of(scale, zero_point, start, i, inner, channels, ROWS: tl.constexpr):
-    """The element's scale and zero point; without one it is 0.0, which still must be added: it makes −0.0 of 0.0."""
+    """The element's scale and zero point."""
     s = lang.valid_scale(lang.per_element(scale, start, i, inner, channels, ROWS))
     z = 0.0 if zero_point is None else lang.per_element(zero_point, start, i, inner, channels, ROWS)
     return s, z
 
 
-@triton.jit(do_not_specialize=["inner", "channels"])
+@triton.jit(do_not_specialize=["threshold", "inner", "channels"])
 def fake_quantize_kernel(
-    y, x, scale, zero_point, qmin, qmax, numel, inner, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    y,
+    x,
+    scale,
+    zero_point,
+    rng,
+    threshold,
+    qmin,
+    qmax,
+    numel,
+    inner,
+    channels,
+    ROWS: tl.constexpr,
+    DROP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     value = tl.load(x + start + i, mask=live, other=0.0).to(tl.float32)
     s, z = _grid_of(scale, zero_point, start, i, inner, channels, ROWS)
-    q = lang.clamp(lang.round_half_even(tl.div_rn(value, s)) + z, qmin, qmax)
-    tl.store(y + start + i, ((q - z) * s).to(y.dtype.element_ty), mask=live)
+    result = lang.nearest_forward(value, s, z, qmin, qmax)
+    if DROP:
+        result = tl.where(lang.kept(rng, threshold, start, BLOCK), result, value)
+    tl.store(y + start + i, result.to(y.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["inner", "channels", "slots"])
+@triton.jit(do_not_specialize=["threshold", "inner", "channels", "slots"])
 def fake_quantize_backward_kernel(
     grad_x,
     row_sums,
@@ -37,6 +52,8 @@ def fake_quantize_backward_kernel(
     x,
     scale,
     zero_point,
+    rng,
+    threshold,
     qmin,
     qmax,
     numel,
@@ -44,6 +61,7 @@ def fake_quantize_backward_kernel(
     channels,
     slots,
     ROWS: tl.constexpr,
+    DROP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -52,10 +70,10 @@ def fake_quantize_backward_kernel(
     value = tl.load(x + start + i, mask=live, other=0.0).to(tl.float32)
     g = tl.load(grad + start + i, mask=live, other=0.0).to(tl.float32)
     s, z = _grid_of(scale, zero_point, start, i, inner, channels, ROWS)
-    v = tl.div_rn(value, s)
-    shifted = lang.round_half_even(v) + z
-    inside = (shifted >= qmin) & (shifted <= qmax)
-    slope = (lang.clamp(shifted, qmin, qmax) - z) - tl.where(inside, v, 0.0)
+    inside, slope = lang.nearest_backward(value, s, z, qmin, qmax)
+    if DROP:
+        keep = lang.kept(rng, threshold, start, BLOCK)
+        inside, slope = inside | ~keep, tl.where(keep, slope, 0.0)
     tl.store(grad_x + start + i, tl.where(inside, g, 0.0).to(grad_x.dtype.element_ty), mask=live)
     lang.store_row_sums(row_sums, g * slope, start, i, live, numel, inner, slots, ROWS, BLOCK)
 
@@ -87,26 +105,27 @@ def dequantize_kernel(y, codes, scale, zero_point, numel, inner, channels, ROWS:
     tl.store(y + start + i, (q - z) * s, mask=live)
 
 
-def fake_quantize(x, scale, qmin, qmax, zero_point, axis) -> torch.Tensor:
+def fake_quantize(x, scale, qmin, qmax, zero_point, axis, rng, threshold) -> torch.Tensor:
     x = operand(x)
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
     t = tiling(x, axis)
-    args = (y, x, scale, zero_point, float(qmin), float(qmax), t.numel, t.inner, t.channels)
-    launch(fake_quantize_kernel, t.count, x, *args, ROWS=t.rows, block=t.block)
+    args = (y, x, scale, zero_point, rng, threshold, float(qmin), float(qmax), t.numel, t.inner, t.channels)
+    launch(fake_quantize_kernel, t.count, x, *args, ROWS=t.rows, DROP=drops(threshold), block=t.block)
     return y
 
 
-def fake_quantize_backward(grad, x, scale, qmin, qmax, zero_point, axis, grad_scale) -> tuple:
+def fake_quantize_backward(grad, x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold) -> tuple:
     grad, x = operand(grad), operand(x)
     grad_x = torch.empty_like(x)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(scale)
     t = tiling(x, axis)
     sums = t.row_sums(x.device)
-    args = (grad_x, sums, grad, x, scale, zero_point, float(qmin), float(qmax), t.numel, t.inner, t.channels, t.slots)
-    launch(fake_quantize_backward_kernel, t.count, x, *args, ROWS=t.rows, block=t.block)
+    args = (grad_x, sums, grad, x, scale, zero_point, rng, threshold, float(qmin), float(qmax))
+    args += (t.numel, t.inner, t.channels, t.slots)
+    launch(fake_quantize_backward_kernel, t.count, x, *args, ROWS=t.rows, DROP=drops(threshold), block=t.block)
     return grad_x, (t.channel_sums(sums) * grad_scale).float()
 
 

@@ -5,15 +5,28 @@ import triton
 import triton.language as tl
 
 from hdrq.kernels import _lang as lang
-from hdrq.kernels._launch import launch, operand, tiling
+from hdrq.kernels._launch import drops, launch, operand, tiling
 
 BINS = tl.constexpr(256)
 TILES = 16  # of one histogram program: enough to make its 256 additions to memory few
 
 
-@triton.jit(do_not_specialize=["inner", "channels"])
+@triton.jit(do_not_specialize=["threshold", "inner", "channels"])
 def noise_quantize_kernel(
-    y, x, scale, rng, cumulative, qmin, qmax, numel, inner, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    y,
+    x,
+    scale,
+    rng,
+    cumulative,
+    threshold,
+    qmin,
+    qmax,
+    numel,
+    inner,
+    channels,
+    ROWS: tl.constexpr,
+    DROP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
@@ -22,14 +35,13 @@ def noise_quantize_kernel(
     s = lang.valid_scale(lang.per_element(scale, start, i, inner, channels, ROWS))
     seed, stream, step = lang.read_state(rng)
     n = lang.unit_noise(lang.words(seed, stream, step, start, BLOCK), cumulative)
-    above, below = qmax * s, qmin * s
-    noisy = value + n * s
-    noisy = tl.where(value >= above, above, noisy)
-    noisy = tl.where(value <= below, below, noisy)
+    noisy = lang.noise_forward(value, s, n, qmin, qmax)
+    if DROP:
+        noisy = tl.where(lang.kept(rng, threshold, start, BLOCK), noisy, value)
     tl.store(y + start + i, noisy.to(y.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["inner", "channels", "slots"])
+@triton.jit(do_not_specialize=["threshold", "inner", "channels", "slots"])
 def noise_quantize_backward_kernel(
     grad_x,
     row_sums,
@@ -38,6 +50,7 @@ def noise_quantize_backward_kernel(
     scale,
     rng,
     cumulative,
+    threshold,
     qmin,
     qmax,
     numel,
@@ -45,6 +58,7 @@ def noise_quantize_backward_kernel(
     channels,
     slots,
     ROWS: tl.constexpr,
+    DROP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -55,11 +69,10 @@ def noise_quantize_backward_kernel(
     s = lang.valid_scale(lang.per_element(scale, start, i, inner, channels, ROWS))
     seed, stream, step = lang.read_state(rng)
     n = lang.unit_noise(lang.words(seed, stream, step, start, BLOCK), cumulative)
-    above, below = qmax * s, qmin * s
-    inside = (value < above) & (value > below)
-    slope = tl.where(inside, n, 0.0)
-    slope = tl.where(value >= above, qmax, slope)
-    slope = tl.where(value <= below, qmin, slope)
+    inside, slope = lang.noise_backward(value, s, n, qmin, qmax)
+    if DROP:
+        keep = lang.kept(rng, threshold, start, BLOCK)
+        inside, slope = inside | ~keep, tl.where(keep, slope, 0.0)
     tl.store(grad_x + start + i, tl.where(inside, g, 0.0).to(grad_x.dtype.element_ty), mask=live)
     lang.store_row_sums(row_sums, g * slope, start, i, live, numel, inner, slots, ROWS, BLOCK)
 
@@ -83,27 +96,27 @@ def error_histogram_kernel(
     tl.atomic_add(counts + tl.arange(0, BINS), total.to(tl.int64), sem="relaxed")
 
 
-def noise_quantize(x, scale, qmin, qmax, rng, cumulative, axis) -> torch.Tensor:
+def noise_quantize(x, scale, qmin, qmax, rng, cumulative, axis, threshold) -> torch.Tensor:
     x = operand(x)
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
     t = tiling(x, axis)
-    args = (y, x, scale, rng, cumulative, float(qmin), float(qmax), t.numel, t.inner, t.channels)
-    launch(noise_quantize_kernel, t.count, x, *args, ROWS=t.rows, block=t.block)
+    args = (y, x, scale, rng, cumulative, threshold, float(qmin), float(qmax), t.numel, t.inner, t.channels)
+    launch(noise_quantize_kernel, t.count, x, *args, ROWS=t.rows, DROP=drops(threshold), block=t.block)
     return y
 
 
-def noise_quantize_backward(grad, x, scale, qmin, qmax, rng, cumulative, axis, grad_scale) -> tuple:
+def noise_quantize_backward(grad, x, scale, qmin, qmax, rng, cumulative, axis, grad_scale, threshold) -> tuple:
     grad, x = operand(grad), operand(x)
     grad_x = torch.empty_like(x)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(scale)
     t = tiling(x, axis)
     sums = t.row_sums(x.device)
-    args = (grad_x, sums, grad, x, scale, rng, cumulative, float(qmin), float(qmax))
+    args = (grad_x, sums, grad, x, scale, rng, cumulative, threshold, float(qmin), float(qmax))
     args += (t.numel, t.inner, t.channels, t.slots)
-    launch(noise_quantize_backward_kernel, t.count, x, *args, ROWS=t.rows, block=t.block)
+    launch(noise_quantize_backward_kernel, t.count, x, *args, ROWS=t.rows, DROP=drops(threshold), block=t.block)
     return grad_x, (t.channel_sums(sums) * grad_scale).float()
 
 

@@ -93,3 +93,25 @@ def merged_code(codes, deltas, weights, noises, qmin: int, qmax: int) -> int:
         total = term if total is None else total + term
         step = weight * delta if step is None else step + weight * delta
     return int(min(max(nearest_even(total / step), qmin), qmax))
+
+
+def exponential(x: np.float32) -> np.float32:
+    """e^x for |x| ≤ 16, as the reference's docstring spells it."""
+    k = nearest_even(x * f32(1.4426950408889634))
+    r = (x - k * f32(22713 / 32768)) - k * f32(1.42860682030941723e-6)
+    q = f32(1 / 5040)
+    for factorial in (720, 120, 24, 6, 2):
+        q = q * r + f32(1 / factorial)
+    return (f32(1) + (r + (r * r) * q)) * f32(2.0 ** int(k))
+
+
+def adaround(x, s, alpha, qmin: int, qmax: int, hard: bool) -> np.float32:
+    if hard:
+        h = f32(1) if alpha >= 0 else f32(0)
+    elif np.isnan(alpha):
+        return f32(np.nan)
+    else:
+        sigma = f32(1) / (f32(1) + exponential(-f32(min(max(alpha, -16), 16))))
+        h = f32(min(max(f32(1.2) * sigma + f32(-0.1), 0), 1))
+    q = np.floor(x / s) + h
+    return (q if np.isnan(q) else f32(min(max(q, qmin), qmax))) * s

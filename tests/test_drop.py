@@ -1,7 +1,7 @@
 import contract
 import pytest
 import torch
-from helpers import FLOATS, assert_same_bits, backend_params, device_of, sample
+from helpers import FLOATS, assert_same_bits, backend_params, device_of, sample, scales
 
 import hdrq
 
@@ -49,3 +49,44 @@ def test_bad_input(error, message, change):
     arguments = {"a": torch.zeros(4), "b": torch.zeros(4), "p": 0.5, "rng": hdrq.rng_state(0)} | change
     with pytest.raises(error, match=message):
         hdrq.ops.drop_mix(**arguments)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("shape", "axis"), [((1030,), None), ((5, 4, 3), 1), ((2, 1100), 0)])
+@pytest.mark.parametrize("op", ["noise_quantize", "noise_quantize, empirical", "fake_quantize"])
+@pytest.mark.parametrize("backend", backend_params())
+def test_fused_into_a_quantizer_it_has_the_same_bits(backend, op, shape, axis, dtype):
+    device = device_of(backend)
+    rng = hdrq.rng_state(*STATE, device=device)
+    scale, x = scales(1 if axis is None else shape[axis]).to(device), sample(shape, dtype).to(device)
+    grad = sample(shape, dtype, seed=3, special=False).to(device)
+    name, _, noise = op.partition(", ")
+
+    def quantizer(x, scale, **options):
+        if name == "fake_quantize":
+            return hdrq.ops.fake_quantize(x, scale, -8, 7, axis=axis, grad_scale=0.1, **options)
+        options.pop("rng", None)
+        given = {"noise": noise or "uniform", "axis": axis, "grad_scale": 0.1}
+        return hdrq.ops.noise_quantize(x, scale, -8, 7, rng, **given, **options)
+
+    def apart(x, scale):
+        return hdrq.ops.drop_mix(quantizer(x, scale), x, 0.4, rng)
+
+    results = []
+    with hdrq.use_backend(backend):
+        assert_same_bits(quantizer(x, scale, keep=0.4, rng=rng), apart(x, scale))
+        for function in (lambda x, scale: quantizer(x, scale, keep=0.4, rng=rng), apart):
+            a, s = x.nan_to_num(0, 1, -1).requires_grad_(), scale.clone().requires_grad_()
+            function(a, s).backward(grad)
+            results.append((a.grad, s.grad))
+    (grad_x, grad_s), (expected_x, expected_s) = results
+    assert_same_bits(grad_x, expected_x)
+    torch.testing.assert_close(grad_s, expected_s)
+
+
+def test_a_fused_drop_needs_a_stream():
+    with pytest.raises(TypeError, match="rng must be a tensor of int64, got NoneType"):
+        hdrq.ops.fake_quantize(torch.zeros(4), torch.ones(1), -8, 7, keep=0.5)
+    for keep in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=r"keep must be finite and in \[0, 1\], got"):
+            hdrq.ops.noise_quantize(torch.zeros(4), torch.ones(1), -8, 7, hdrq.rng_state(0), keep=keep)

@@ -18,6 +18,11 @@ def tensors(axis=None, dtype=torch.float32):
     return x, scales(1 if axis is None else x.shape[axis]).requires_grad_()
 
 
+def pairs():
+    """Two weights, and their scales along axis 0."""
+    return tuple(map(list, zip(tensors(0), tensors(0), strict=True)))
+
+
 RNG = hdrq.rng_state(7, 1, 2)
 COUNTS = torch.arange(257)
 CASES = {
@@ -30,10 +35,44 @@ CASES = {
     "fake_quantize_backward": lambda: (torch.ones(6, 4, 3), *(t.detach() for t in tensors()), -8, 7),
     "quantize": lambda: (*(t.detach() for t in tensors()), -8, 7),
     "dequantize": lambda: (torch.ones(5, dtype=torch.int8), torch.ones(1)),
+    "adaround": lambda: (tensors(1)[0].detach(), tensors(1)[1].detach(), tensors()[0], -8, 7, None, 1),
+    "adaround, with a penalty": lambda: (*(t.detach() for t in tensors()), tensors()[0], -8, 7, torch.tensor(3.0)),
+    "adaround_backward": lambda: (
+        torch.ones(6, 4, 3),
+        torch.ones(()),
+        *(t.detach() for t in tensors()),
+        tensors()[0].detach(),
+        -8,
+        7,
+    ),
     "drop_mix": lambda: (tensors()[0], tensors()[0], 2**23, RNG),
     "drop_mix_backward": lambda: (torch.ones(6, 4), 2**23, RNG),
     "source_distance": lambda: (tensors()[0], torch.zeros(6, 4, 3)),
     "source_distance_backward": lambda: (torch.ones(()), torch.ones(()), torch.ones(5), torch.zeros(5)),
+    "quantize_weights": lambda: (*pairs(), [-8, -2], [7, 1], [], [RNG, RNG], [], 0, [0.1, 0.2]),
+    "quantize_weights, rounded, with sources": lambda: (
+        *pairs(),
+        [-8, -2],
+        [7, 1],
+        [t.detach() + 0.1 for t in pairs()[0]],
+        [],
+        [],
+        0,
+        [0.1, 0.2],
+    ),
+    "quantize_weights_backward": lambda: (
+        [torch.ones(6, 4, 3)] * 2,
+        torch.ones(2),
+        torch.ones(2),
+        *([t.detach() for t in ts] for ts in pairs()),
+        [-8, -2],
+        [7, 1],
+        [],
+        [],
+        [],
+        0,
+        [0.1, 0.2],
+    ),
     "search_scale": lambda: (torch.linspace(-1, 1, 50), -8, 7),
     "merge": lambda: ([torch.ones(9, dtype=torch.int8)] * 2, [torch.ones(1)] * 2, -8, 7, RNG, [0.5, 0.5], 2, "all"),
 }
@@ -159,8 +198,8 @@ class TestNative:
         torch.set_num_threads(threads)
 
     def results(self):
-        x, scale = sample((200_003,)), torch.tensor([0.25])
-        grad = sample((200_003,), seed=1, special=False)
+        x, scale = sample((700_003,)), torch.tensor([0.25])  # as many as five threads share
+        grad = sample((700_003,), seed=1, special=False)
         cumulative = OPS.error_histogram(x, scale, -8, 7)
         yield cumulative
         for counts in (None, cumulative):

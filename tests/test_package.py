@@ -40,7 +40,9 @@ import sys
 # An editable installation of the tree would lend what the wheel lacks.
 sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
 import torch, hdrq, importlib.util
+from hdrq.benchmarks.harness import families
 from hdrq.demo.model import load_model
+print("noise" in families())
 print(hdrq.__file__, hdrq.backends()["cpp"] is None, importlib.util.find_spec("hdrq.kernels.noise") is not None)
 x = torch.linspace(-1, 1, 1000)
 print(hdrq.ops.noise_quantize(x, torch.ones(1), -8, 7, hdrq.rng_state(1)).double().sum().item())
@@ -50,12 +52,12 @@ print(load_model("source")(torch.zeros(1, 3, 32, 32)).shape[1])
 
 def test_the_wheel_runs_outside_the_tree(tmp_path):
     site, _ = build_and_install(tmp_path)
-    where, compiled, kernels, total, classes = run_installed(site, tmp_path, SCRIPT)
+    benches, where, compiled, kernels, total, classes = run_installed(site, tmp_path, SCRIPT)
     assert Path(where).is_relative_to(site)
-    assert (compiled, kernels, classes) == ("True", "True", "10")
+    assert (benches, compiled, kernels, classes) == ("True", "True", "True", "10")
 
     # The same number in plain PyTorch, from a machine that has no compiler.
     site, printed = build_and_install(tmp_path / "plain", CC="no-such-compiler", CXX="no-such-compiler")
     assert printed.count("hdrq: the C++ path is missing") == 1
-    _, compiled, _, plain_total, _ = run_installed(site, tmp_path, SCRIPT)
+    *_, compiled, _, plain_total, _ = run_installed(site, tmp_path, SCRIPT)
     assert (compiled, plain_total) == ("False", total)

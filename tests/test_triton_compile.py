@@ -40,7 +40,7 @@ def _launches(warp_size: int) -> list[tuple]:
     import torch
     import triton
 
-    from hdrq.kernels import _launch, drop, fakequant, merge, noise
+    from hdrq.kernels import _launch, distance, drop, fakequant, merge, noise, rounding, weights
 
     caught = []
     triton.JITFunction.run = lambda kernel, *args, grid, warmup, **keywords: caught.append((kernel, args, keywords))
@@ -60,14 +60,19 @@ def _launches(warp_size: int) -> list[tuple]:
     )
     for number, (shape, axis, dtype) in enumerate(grids):
         x, s = empty(*shape, dtype=dtype), empty(1 if axis is None else shape[axis])
+        threshold = (2**24, 2**23)[number in (1, 4)]
         for counts in (None, cumulative)[: 1 + (number in (0, 3))]:
-            noise.noise_quantize(x, s, -8, 7, rng, counts, axis)
-            noise.noise_quantize_backward(x, x, s, -8, 7, rng, counts, axis, 1.0)
+            noise.noise_quantize(x, s, -8, 7, rng, counts, axis, threshold)
+            noise.noise_quantize_backward(x, x, s, -8, 7, rng, counts, axis, 1.0, threshold)
         noise.error_histogram(x, s, -8, 7, axis)
         for zero_point in (None, s)[: 1 + (number in (1, 2))]:
-            fakequant.fake_quantize(x, s, -8, 7, zero_point, axis)
-            fakequant.fake_quantize_backward(x, x, s, -8, 7, zero_point, axis, 1.0)
+            fakequant.fake_quantize(x, s, -8, 7, zero_point, axis, rng, threshold)
+            fakequant.fake_quantize_backward(x, x, s, -8, 7, zero_point, axis, 1.0, rng, threshold)
             fakequant.quantize(x, s, -8, 7, zero_point, axis)
+        alpha = empty(*shape)
+        for beta in (None, empty())[: 1 + (number in (0, 3))]:
+            rounding.adaround(x, s, alpha, -8, 7, beta, axis, number == 2)
+            rounding.adaround_backward(x, empty(), x, s, alpha, -8, 7, beta, axis)
         codes = empty(*shape, dtype=torch.int8 if number % 2 else torch.int16)
         fakequant.dequantize(codes, s, None, axis)
         if number in (0, 1, 3):
@@ -76,6 +81,13 @@ def _launches(warp_size: int) -> list[tuple]:
         if axis is None:
             drop.drop_mix(x, x, 5, rng)
             drop.drop_mix_backward(x, 5, rng)
+            distance.source_distance(x, x)
+            distance.source_distance_backward(empty(), empty(), x, x)
+        if number < 5:
+            rngs, counts = ([rng] * 3, [cumulative] * 3 * (number == 0)) if number % 2 == 0 else ([], [])
+            block = ([x] * 3, [s] * 3, [-8] * 3, [7] * 3, [x] * 3 if number != 2 else [], rngs, counts, [axis] * 3)
+            weights.quantize_weights(*block)
+            weights.quantize_weights_backward([x] * 3, empty(3), empty(3), *block, [1.0] * 3)
     return caught
 
 
@@ -114,28 +126,42 @@ def _source(kernel, args: tuple, keywords: dict):
         torch.int16: "i16",
         torch.int8: "i8",
     }
-    signature, constants, attributes = {}, {}, {}
-    for place, (parameter, argument) in enumerate(_bound(kernel, args, keywords)):
-        specialise = not parameter.do_not_specialize
+    constants, attributes = {}, {}
+
+    def type_of(place: tuple, argument, specialise: bool, constant: bool):
+        if isinstance(argument, tuple):
+            return tuple(type_of((*place, i), each, specialise, constant) for i, each in enumerate(argument))
+        if constant or argument is None or (specialise and isinstance(argument, int) and argument == 1):
+            constants[place] = argument
+            return "constexpr"
         divisible = False
-        if parameter.is_constexpr or argument is None or (specialise and isinstance(argument, int) and argument == 1):
-            signature[parameter.name], constants[(place,)] = "constexpr", argument
-        elif isinstance(argument, torch.Tensor):
-            signature[parameter.name] = "*" + names[argument.dtype]
+        if isinstance(argument, torch.Tensor):
+            kind = "*" + names[argument.dtype]
             divisible = argument.storage_offset() * argument.element_size() % 16 == 0
         elif isinstance(argument, float):
-            signature[parameter.name] = "fp32"
+            kind = "fp32"
         else:
-            signature[parameter.name] = "i32" if argument < 2**31 else "i64"
+            kind = "i32" if argument < 2**31 else "i64"
             divisible = specialise and argument % 16 == 0
         if divisible:
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            attributes[place] = [["tt.divisibility", 16]]
+        return kind
+
+    signature = {
+        parameter.name: type_of((place,), argument, not parameter.do_not_specialize, parameter.is_constexpr)
+        for place, (parameter, argument) in enumerate(_bound(kernel, args, keywords))
+    }
     return ASTSource(kernel, signature, constants, attributes)
 
 
 def _bound(kernel, args: tuple, keywords: dict):
     """Each parameter with its argument."""
     return zip(kernel.params, [*args, *(keywords[p.name] for p in kernel.params[len(args) :])], strict=True)
+
+
+def _flat(args: tuple) -> list:
+    """Arguments, those of tuples one by one."""
+    return [each for a in args for each in (a if isinstance(a, tuple) else (a,))]
 
 
 def _wide_bytes(kernel, args: tuple, keywords: dict, threads: int) -> int:
@@ -147,7 +173,7 @@ def _wide_bytes(kernel, args: tuple, keywords: dict, threads: int) -> int:
     import torch
 
     block = keywords["BLOCK"]
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    tensors = [a for a in _flat(args) if isinstance(a, torch.Tensor)]
     size = max(block, *(a.numel() for a in tensors))
     return sum(a.element_size() * block // threads for a in tensors if a.is_floating_point() and a.numel() >= size)
 
@@ -208,7 +234,7 @@ def main(target: str) -> None:
 def _title(kernel, args: tuple, keywords: dict) -> str:
     import torch
 
-    dtypes = sorted({str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, torch.Tensor)})
+    dtypes = sorted({str(a.dtype).removeprefix("torch.") for a in _flat(args) if isinstance(a, torch.Tensor)})
     constants = [str(keywords[k]) for k in ("ROWS", "NOISE") if k in keywords]
     absent = [f"no {p.name}" for p, a in _bound(kernel, args, keywords) if a is None]
     return f"{kernel.fn.__name__}({', '.join([*dtypes, *constants, *absent])})"

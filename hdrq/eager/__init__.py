@@ -26,4 +26,12 @@ def sum_but(values: torch.Tensor, axis: int | None) -> torch.Tensor:
     """The float64 sum over all axes but ``axis``: one element for each element of the scale."""
     if axis is None:
         return values.sum(dtype=torch.float64).reshape(1)
-    return values.transpose(0, axis).flatten(1).sum(dim=1, dtype=torch.float64)
+    return values.unsqueeze(-1).transpose(0, axis).flatten(1).sum(dim=1, dtype=torch.float64)
+
+
+def straight_through(grad, inside, slope, keep, axis: int | None, grad_scale: float) -> tuple:
+    """Gradients of a quantizer: ``∂x`` is g inside and where dropped, else 0; ``∂s = grad_scale · Σ_kept g·slope``."""
+    terms = grad.double() * slope
+    if keep is not None:
+        inside, terms = inside | ~keep, torch.where(keep, terms, 0.0)
+    return torch.where(inside, grad, 0.0), (sum_but(terms, axis) * grad_scale).float()

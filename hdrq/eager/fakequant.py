@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hdrq.eager import per_element, sum_but, valid_scale
+from hdrq.eager import per_element, straight_through, valid_scale
+from hdrq.eager.drop import keep_mask
 
 
 def _divide_and_round(x, scale, zero_point, axis) -> tuple:
@@ -14,18 +15,19 @@ def _divide_and_round(x, scale, zero_point, axis) -> tuple:
     return s, z, v, torch.round(v) + z
 
 
-def fake_quantize(x, scale, qmin, qmax, zero_point, axis) -> torch.Tensor:
+def fake_quantize(x, scale, qmin, qmax, zero_point, axis, rng, threshold) -> torch.Tensor:
     s, z, _, shifted = _divide_and_round(x, scale, zero_point, axis)
-    return (shifted.clamp(qmin, qmax) - z) * s
+    y = (shifted.clamp(qmin, qmax) - z) * s
+    keep = keep_mask(x.shape, threshold, rng)
+    return y if keep is None else torch.where(keep, y, x.float())
 
 
-def fake_quantize_backward(grad, x, scale, qmin, qmax, zero_point, axis, grad_scale) -> tuple:
+def fake_quantize_backward(grad, x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold) -> tuple:
     _, z, v, shifted = _divide_and_round(x, scale, zero_point, axis)
     grad = grad.float()
     inside = (shifted >= qmin) & (shifted <= qmax)
     slope = shifted.clamp(qmin, qmax) - z - torch.where(inside, v, 0.0)
-    total = sum_but(grad.double() * slope, axis) * grad_scale
-    return torch.where(inside, grad, 0.0), total.float()
+    return straight_through(grad, inside, slope, keep_mask(x.shape, threshold, rng), axis, grad_scale)
 
 
 def quantize(x, scale, qmin, qmax, zero_point, axis) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from hdrq import rng as stream
-from hdrq.eager import sum_but, valid_scale
+from hdrq.eager import straight_through, valid_scale
+from hdrq.eager.drop import keep_mask
 
 BINS = 256
 
@@ -23,22 +24,23 @@ def unit_noise(shape: torch.Size, rng: torch.Tensor, cumulative: torch.Tensor | 
     return n if cumulative is None else torch.where(cumulative[-1] > 0, n, 0.0)
 
 
-def noise_quantize(x, scale, qmin, qmax, rng, cumulative, axis) -> torch.Tensor:
+def noise_quantize(x, scale, qmin, qmax, rng, cumulative, axis, threshold) -> torch.Tensor:
     x, s = x.float(), valid_scale(scale, x.ndim, axis)
     above, below = qmax * s, qmin * s
     y = x + unit_noise(x.shape, rng, cumulative) * s
     y = torch.where(x >= above, above, y)
-    return torch.where(x <= below, below, y)
+    y = torch.where(x <= below, below, y)
+    keep = keep_mask(x.shape, threshold, rng)
+    return y if keep is None else torch.where(keep, y, x)
 
 
-def noise_quantize_backward(grad, x, scale, qmin, qmax, rng, cumulative, axis, grad_scale) -> tuple:
+def noise_quantize_backward(grad, x, scale, qmin, qmax, rng, cumulative, axis, grad_scale, threshold) -> tuple:
     x, grad, s = x.float(), grad.float(), valid_scale(scale, x.ndim, axis)
     above, below = x >= qmax * s, x <= qmin * s
     inside = (x < qmax * s) & (x > qmin * s)
     slope = torch.where(inside, unit_noise(x.shape, rng, cumulative), 0.0)
     slope = slope.masked_fill(above, qmax).masked_fill(below, qmin)
-    total = sum_but(grad.double() * slope, axis) * grad_scale
-    return torch.where(inside, grad, 0.0), total.float()
+    return straight_through(grad, inside, slope, keep_mask(x.shape, threshold, rng), axis, grad_scale)
 
 
 def error_histogram(x, scale, qmin, qmax, axis) -> torch.Tensor:

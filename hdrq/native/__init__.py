@@ -39,6 +39,35 @@ def grid(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, 
     return _C.Grid(scale.data_ptr(), address(zero_point), *layout(x, axis), qmin, qmax)
 
 
+def quantizer(x, scale, zero_point, qmin, qmax, axis, rng, threshold, *, noise, cumulative=None, source=None):
+    """A tensor to quantize, for :func:`forward` and :func:`backward`; the tensors given here must outlive the call."""
+    on = grid(x, scale, zero_point, qmin, qmax, axis)
+    draw = (address(rng), address(cumulative), threshold)
+    return _C.Quantizer(x.numel(), address(x), on, noise, *draw, address(source))
+
+
+def forward(quantizers: list, tensors: list) -> tuple[list[torch.Tensor], list[float]]:
+    """Quantize tensors of one dtype in one pass: results, and squared distances to the sources."""
+    results = [empty(x.shape, x.dtype) for x in tensors]
+    addresses = [address(y) for y in results]
+    squares = _C.quantizer_forward(torch.get_num_threads(), FLOATS[tensors[0].dtype], quantizers, addresses)
+    return results, squares
+
+
+def backward(quantizers: list, grads: list, scales: list, grad_scales: list, pulls: list) -> tuple[list, list]:
+    """Gradients of tensors and of their scales, in one pass."""
+    grad_xs = [empty(g.shape, g.dtype) for g in grads]
+    totals = [torch.empty(s.numel(), dtype=torch.float64) for s in scales]
+    _C.quantizer_backward(
+        torch.get_num_threads(),
+        FLOATS[grads[0].dtype],
+        quantizers,
+        *([address(t) for t in tensors] for tensors in (grads, grad_xs, totals)),
+        pulls,
+    )
+    return grad_xs, [(total * factor).float() for total, factor in zip(totals, grad_scales, strict=True)]
+
+
 def address(x: torch.Tensor | None) -> int:
     """Where a tensor's elements are; 0 for none."""
     return 0 if x is None else x.data_ptr()

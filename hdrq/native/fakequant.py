@@ -6,20 +6,19 @@ import torch
 
 import hdrq._C as _C
 from hdrq import checks
-from hdrq.native import CODES, FLOATS, address, empty, grid, job
+from hdrq.native import CODES, FLOATS, address, backward, empty, forward, grid, job, quantizer
 
 
-def fake_quantize(x, scale, qmin, qmax, zero_point, axis) -> torch.Tensor:
-    y = empty(x.shape, x.dtype)
-    _C.fake_quantize(job(x), FLOATS[x.dtype], address(x), address(y), grid(x, scale, zero_point, qmin, qmax, axis))
+def fake_quantize(x, scale, qmin, qmax, zero_point, axis, rng, threshold) -> torch.Tensor:
+    q = quantizer(x, scale, zero_point, qmin, qmax, axis, rng, threshold, noise=False)
+    ((y,), _) = forward([q], [x])
     return y
 
 
-def fake_quantize_backward(grad, x, scale, qmin, qmax, zero_point, axis, grad_scale) -> tuple:
-    grad_x, total = empty(x.shape, x.dtype), torch.empty(scale.numel(), dtype=torch.float64)
-    tensors = (address(grad), address(x), address(grad_x), address(total))
-    _C.fake_quantize_backward(job(x), FLOATS[x.dtype], *tensors, grid(x, scale, zero_point, qmin, qmax, axis))
-    return grad_x, (total * grad_scale).float()
+def fake_quantize_backward(grad, x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold) -> tuple:
+    q = quantizer(x, scale, zero_point, qmin, qmax, axis, rng, threshold, noise=False)
+    ((grad_x,), (grad_s,)) = backward([q], [grad], [scale], [grad_scale], [0.0])
+    return grad_x, grad_s
 
 
 def quantize(x, scale, qmin, qmax, zero_point, axis) -> tuple[torch.Tensor, torch.Tensor]:

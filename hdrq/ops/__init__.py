@@ -6,15 +6,21 @@ from hdrq.ops.fakequant import dequantize, fake_quantize, quantize
 from hdrq.ops.merge import MergedTensor, merge
 from hdrq.ops.noise import noise_quantize
 from hdrq.ops.ranges import search_scale
+from hdrq.ops.rounding import adaround, adaround_init, adaround_regularized
+from hdrq.ops.weights import quantize_weights
 
 __all__ = [
     "MergedTensor",
+    "adaround",
+    "adaround_init",
+    "adaround_regularized",
     "dequantize",
     "drop_mix",
     "fake_quantize",
     "merge",
     "noise_quantize",
     "quantize",
+    "quantize_weights",
     "search_scale",
     "source_distance",
 ]

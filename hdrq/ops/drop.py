@@ -8,6 +8,7 @@ from hdrq import checks
 from hdrq.backends import implementation
 from hdrq.ops._library import differentiable, not_differentiable, register
 from hdrq.ops.noise import NO_VMAP
+from hdrq.rng import KEEP_ALL
 
 
 def drop_mix(a: torch.Tensor, b: torch.Tensor, p: float, rng: torch.Tensor) -> torch.Tensor:
@@ -29,7 +30,7 @@ def drop_mix(a: torch.Tensor, b: torch.Tensor, p: float, rng: torch.Tensor) -> t
 
     Source: QDrop (Wei et al., ICLR 2022).
     """
-    threshold = round(checks.real("p", p, 0.0, 1.0) * 2**24)
+    threshold = checks.keep_threshold("p", p)
     _check(a, b, threshold, rng)
     return _forward_op(a, b, threshold, rng)
 
@@ -38,7 +39,7 @@ def _check(a, b, threshold, rng) -> None:
     checks.tensor("a", a, checks.FLOATS)
     checks.tensor("b", b, (a.dtype,), a.device)
     checks.same_shape("b", b, "a", a)
-    checks.integer("threshold", threshold, 0, 2**24)
+    checks.integer("threshold", threshold, 0, KEEP_ALL)
     checks.rng(rng, a.device)
 
 

@@ -7,6 +7,7 @@ import torch
 from hdrq import checks
 from hdrq.backends import implementation
 from hdrq.ops._library import differentiable, not_differentiable, register
+from hdrq.rng import KEEP_ALL
 
 NO_VMAP = "put the batch into x itself and name its channel with axis"
 
@@ -20,6 +21,8 @@ def fake_quantize(
     zero_point: torch.Tensor | None = None,
     axis: int | None = None,
     grad_scale: float = 1.0,
+    keep: float = 1.0,
+    rng: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Round to the grid and back, with the straight-through gradient and a learnable scale.
 
@@ -27,8 +30,11 @@ def fake_quantize(
 
         q = clamp(round_half_even(x/s) + z, qmin, qmax),  y = (q − z)·s
 
+    With ``keep`` under 1, ``y = x`` with probability ``1 − keep`` for each element (QDrop): the same bits as
+    :func:`drop_mix` of the result and x, in the same pass.
+
     Gradients, upstream g, inside meaning ``qmin ≤ round(x/s) + z ≤ qmax``: ``∂x = g`` inside, else 0; ``∂scale =
-    grad_scale · Σ g·((q − z) − [inside]·x/s)``; none for z.
+    grad_scale · Σ g·((q − z) − [inside]·x/s)``; none for z. A dropped element passes g on, and adds no term.
 
     Args:
         x: float32, bfloat16 or float16, any shape and strides. Half types are computed in float32 and rounded once.
@@ -38,6 +44,8 @@ def fake_quantize(
         zero_point: integer-valued float32, shaped as ``scale``; None for 0.
         axis: the axis along which ``scale`` and ``zero_point`` vary; None for one of each.
         grad_scale: factor on the gradient of ``scale``; LSQ uses ``1/sqrt(numel·qmax)``.
+        keep: probability in [0, 1] that an element is quantized.
+        rng: :func:`hdrq.rng_state`, on the device of x; needed where keep < 1.
 
     Returns:
         A contiguous tensor like x, the same bits from every backend. A NaN stays NaN, at its element alone.
@@ -45,7 +53,7 @@ def fake_quantize(
     Raises:
         TypeError, ValueError: "X must be …, got …".
 
-    Source: Esser et al., "Learned Step Size Quantization", ICLR 2020.
+    Source: Esser et al., "Learned Step Size Quantization", ICLR 2020; QDrop (Wei et al., ICLR 2022).
 
     Example::
 
@@ -55,8 +63,9 @@ def fake_quantize(
         >>> y.sum().backward(); y.detach(), x.grad
         (tensor([0.5000, 1.0000, 1.5000]), tensor([1., 1., 0.]))
     """
-    _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale)
-    return _forward_op(x, scale, qmin, qmax, zero_point, axis, grad_scale)
+    threshold = checks.keep_threshold("keep", keep)
+    _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
+    return _forward_op(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
 
 
 def quantize(
@@ -112,8 +121,11 @@ def _check(x, scale, qmin, qmax, zero_point, axis) -> int | None:
     return _check_grid(x, scale, zero_point, axis)
 
 
-def _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale) -> int | None:
+def _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold) -> int | None:
     checks.real("grad_scale", grad_scale)
+    if checks.integer("threshold", threshold, 0, KEEP_ALL) < KEEP_ALL or rng is not None:
+        checks.tensor("x", x, checks.FLOATS)
+        checks.rng(rng, x.device)
     return _check(x, scale, qmin, qmax, zero_point, axis)
 
 
@@ -134,28 +146,34 @@ def _flat(values: torch.Tensor | None) -> torch.Tensor | None:
     return None if values is None else values.flatten()
 
 
-def _forward(x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0) -> torch.Tensor:
-    axis = _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale)
+def _forward(
+    x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0, rng=None, threshold=KEEP_ALL
+) -> torch.Tensor:
+    axis = _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
     _check_values(scale, zero_point)
     run = implementation("fakequant", "fake_quantize", x)
-    return run(x.contiguous(), scale.flatten(), qmin, qmax, _flat(zero_point), axis).to(x.dtype)
+    return run(x.contiguous(), scale.flatten(), qmin, qmax, _flat(zero_point), axis, rng, threshold).to(x.dtype)
 
 
-def _forward_fake(x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0) -> torch.Tensor:
-    _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale)
+def _forward_fake(
+    x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0, rng=None, threshold=KEEP_ALL
+) -> torch.Tensor:
+    _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
     return x.new_empty(x.shape)
 
 
-def _backward(grad, x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0):
-    axis = _check(x, scale, qmin, qmax, zero_point, axis)
+def _backward(grad, x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0, rng=None, threshold=KEEP_ALL):
+    axis = _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
     checks.same_shape("grad", grad, "x", x)
     run = implementation("fakequant", "fake_quantize_backward", x)
-    args = (scale.flatten(), qmin, qmax, _flat(zero_point), axis, grad_scale)
+    args = (scale.flatten(), qmin, qmax, _flat(zero_point), axis, grad_scale, rng, threshold)
     grad_x, grad_s = run(grad.to(x.dtype).contiguous(), x.contiguous(), *args)
     return grad_x.to(x.dtype), grad_s.reshape(scale.shape)
 
 
-def _backward_fake(grad, x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0):
+def _backward_fake(
+    grad, x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0, rng=None, threshold=KEEP_ALL
+):
     return x.new_empty(x.shape), scale.new_empty(scale.shape)
 
 
@@ -190,23 +208,23 @@ def _check_codes(codes, scale, zero_point, axis) -> int | None:
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, scale, ctx.qmin, ctx.qmax, zero_point, ctx.axis, ctx.grad_scale = inputs
-    ctx.save_for_backward(x, scale, zero_point)
+    x, scale, ctx.qmin, ctx.qmax, zero_point, ctx.axis, ctx.grad_scale, rng, ctx.threshold = inputs
+    ctx.save_for_backward(x, scale, zero_point, rng)
 
 
 def _autograd(ctx, grad):
-    x, scale, zero_point = ctx.saved_tensors
-    grad_x, grad_s = _backward_op(grad, x, scale, ctx.qmin, ctx.qmax, zero_point, ctx.axis, ctx.grad_scale)
-    return grad_x, grad_s, None, None, None, None, None
+    x, scale, zero_point, rng = ctx.saved_tensors
+    args = (ctx.qmin, ctx.qmax, zero_point, ctx.axis, ctx.grad_scale, rng, ctx.threshold)
+    grad_x, grad_s = _backward_op(grad, x, scale, *args)
+    return grad_x, grad_s, None, None, None, None, None, None, None
 
 
 _GRID = "Tensor? zero_point=None, int? axis=None"
 _ARGS = f"Tensor x, Tensor scale, int qmin, int qmax, {_GRID}"
-_forward_op = register(
-    f"fake_quantize({_ARGS}, float grad_scale=1.0) -> Tensor", _forward, _forward_fake, no_vmap=NO_VMAP
-)
+_TRAINED = f"{_ARGS}, float grad_scale=1.0, Tensor? rng=None, int threshold={KEEP_ALL}"
+_forward_op = register(f"fake_quantize({_TRAINED}) -> Tensor", _forward, _forward_fake, no_vmap=NO_VMAP)
 _backward_op = register(
-    f"fake_quantize_backward(Tensor grad, {_ARGS}, float grad_scale=1.0) -> (Tensor, Tensor)",
+    f"fake_quantize_backward(Tensor grad, {_TRAINED}) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
     no_vmap=NO_VMAP,

@@ -7,6 +7,7 @@ import torch
 from hdrq import checks
 from hdrq.backends import implementation
 from hdrq.ops._library import differentiable, not_differentiable, register
+from hdrq.rng import KEEP_ALL
 
 NO_VMAP = "an element's place in the whole tensor decides its noise; pass the whole batch as one tensor"
 
@@ -21,6 +22,7 @@ def noise_quantize(
     noise: str = "uniform",
     axis: int | None = None,
     grad_scale: float = 1.0,
+    keep: float = 1.0,
 ) -> torch.Tensor:
     """Noise in place of rounding: what a quantizer looks like to a reconstruction that should find flat minima.
 
@@ -30,9 +32,12 @@ def noise_quantize(
         n ~ U[−½, ½)                       noise="uniform"
         n ~ histogram of round(x/s) − x/s  noise="empirical": 256 bins over the unclipped elements of x
 
+    With ``keep`` under 1, ``y = x`` with probability ``1 − keep`` for each element (QDrop): the same bits as
+    :func:`drop_mix` of the result and x, in the same pass.
+
     Gradients, upstream g: ``∂x = g`` strictly inside the range, else 0; ``∂scale = grad_scale · Σ g·(n inside, qmax
-    above, qmin below)``. The backward pass draws the same noise again from ``rng``; it stores none, so ``rng`` must not
-    advance between forward and backward (autograd refuses if it did).
+    above, qmin below)``; a dropped element passes g on, and adds no term. The backward pass draws the same noise again
+    from ``rng``; it stores none, so ``rng`` must not advance between forward and backward (autograd refuses if it did).
 
     Args:
         x: float32, bfloat16 or float16, any shape and strides. Half types are computed in float32 and rounded once.
@@ -42,6 +47,7 @@ def noise_quantize(
         rng: :func:`hdrq.rng_state`, on the device of x.
         axis: the axis along which ``scale`` varies; None for one scale. An empirical histogram is one for the tensor.
         grad_scale: factor on the gradient of ``scale``; LSQ uses ``1/sqrt(numel·qmax)``.
+        keep: probability in [0, 1] that an element is quantized.
 
     Returns:
         A contiguous tensor like x, the same bits from every backend. A NaN stays NaN, at its element alone.
@@ -60,11 +66,12 @@ def noise_quantize(
         (tensor([True, True]), tensor(1.5000))
     """
     checks.choice("noise", noise, ("uniform", "empirical"))
-    _check_random(x, scale, qmin, qmax, rng, None, axis, grad_scale)
+    threshold = checks.keep_threshold("keep", keep)
+    _check_random(x, scale, qmin, qmax, rng, None, axis, grad_scale, threshold)
     cumulative = None
     if noise == "empirical":
         cumulative = _error_histogram_op(x.detach(), scale.detach(), qmin, qmax, axis)
-    return _forward_op(x, scale, qmin, qmax, rng, cumulative, axis, grad_scale)
+    return _forward_op(x, scale, qmin, qmax, rng, cumulative, axis, grad_scale, threshold)
 
 
 def _check(x, scale, qmin, qmax, axis) -> int | None:
@@ -75,10 +82,11 @@ def _check(x, scale, qmin, qmax, axis) -> int | None:
     return axis
 
 
-def _check_random(x, scale, qmin, qmax, rng, cumulative, axis, grad_scale) -> int | None:
+def _check_random(x, scale, qmin, qmax, rng, cumulative, axis, grad_scale, threshold) -> int | None:
     axis = _check(x, scale, qmin, qmax, axis)
     checks.rng(rng, x.device)
     checks.real("grad_scale", grad_scale)
+    checks.integer("threshold", threshold, 0, KEEP_ALL)
     if cumulative is not None:
         checks.tensor("cumulative", cumulative, (torch.int64,), x.device)
         if cumulative.shape != (257,):
@@ -91,28 +99,30 @@ def _check_countable(x) -> None:
         raise ValueError(f"x must have fewer than 2**32 elements for empirical noise, got {x.numel()}")
 
 
-def _forward(x, scale, qmin, qmax, rng, cumulative=None, axis=None, grad_scale=1.0) -> torch.Tensor:
-    axis = _check_random(x, scale, qmin, qmax, rng, cumulative, axis, grad_scale)
+def _forward(x, scale, qmin, qmax, rng, cumulative=None, axis=None, grad_scale=1.0, threshold=KEEP_ALL) -> torch.Tensor:
+    axis = _check_random(x, scale, qmin, qmax, rng, cumulative, axis, grad_scale, threshold)
     checks.scale_values("scale", scale)
     run = implementation("noise", "noise_quantize", x)
-    return run(x.contiguous(), scale.flatten(), qmin, qmax, rng, cumulative, axis).to(x.dtype)
+    return run(x.contiguous(), scale.flatten(), qmin, qmax, rng, cumulative, axis, threshold).to(x.dtype)
 
 
-def _forward_fake(x, scale, qmin, qmax, rng, cumulative=None, axis=None, grad_scale=1.0) -> torch.Tensor:
-    _check_random(x, scale, qmin, qmax, rng, cumulative, axis, grad_scale)
+def _forward_fake(
+    x, scale, qmin, qmax, rng, cumulative=None, axis=None, grad_scale=1.0, threshold=KEEP_ALL
+) -> torch.Tensor:
+    _check_random(x, scale, qmin, qmax, rng, cumulative, axis, grad_scale, threshold)
     return x.new_empty(x.shape)
 
 
-def _backward(grad, x, scale, qmin, qmax, rng, cumulative=None, axis=None, grad_scale=1.0):
-    axis = _check_random(x, scale, qmin, qmax, rng, cumulative, axis, grad_scale)
+def _backward(grad, x, scale, qmin, qmax, rng, cumulative=None, axis=None, grad_scale=1.0, threshold=KEEP_ALL):
+    axis = _check_random(x, scale, qmin, qmax, rng, cumulative, axis, grad_scale, threshold)
     checks.same_shape("grad", grad, "x", x)
     run = implementation("noise", "noise_quantize_backward", x)
-    args = (scale.flatten(), qmin, qmax, rng, cumulative, axis, grad_scale)
+    args = (scale.flatten(), qmin, qmax, rng, cumulative, axis, grad_scale, threshold)
     grad_x, grad_s = run(grad.to(x.dtype).contiguous(), x.contiguous(), *args)
     return grad_x.to(x.dtype), grad_s.reshape(scale.shape)
 
 
-def _backward_fake(grad, x, scale, qmin, qmax, rng, cumulative=None, axis=None, grad_scale=1.0):
+def _backward_fake(grad, x, scale, qmin, qmax, rng, cumulative=None, axis=None, grad_scale=1.0, threshold=KEEP_ALL):
     return x.new_empty(x.shape), scale.new_empty(scale.shape)
 
 
@@ -130,19 +140,19 @@ def _error_histogram_fake(x, scale, qmin, qmax, axis=None) -> torch.Tensor:
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, scale, ctx.qmin, ctx.qmax, rng, cumulative, ctx.axis, ctx.grad_scale = inputs
+    x, scale, ctx.qmin, ctx.qmax, rng, cumulative, ctx.axis, ctx.grad_scale, ctx.threshold = inputs
     ctx.save_for_backward(x, scale, rng, cumulative)
 
 
 def _autograd(ctx, grad):
     x, scale, rng, cumulative = ctx.saved_tensors
-    args = (ctx.qmin, ctx.qmax, rng, cumulative, ctx.axis, ctx.grad_scale)
+    args = (ctx.qmin, ctx.qmax, rng, cumulative, ctx.axis, ctx.grad_scale, ctx.threshold)
     grad_x, grad_s = _backward_op(grad, x, scale, *args)
-    return grad_x, grad_s, None, None, None, None, None, None
+    return grad_x, grad_s, None, None, None, None, None, None, None
 
 
 _ARGS = "Tensor x, Tensor scale, int qmin, int qmax"
-_DRAW = "Tensor rng, Tensor? cumulative=None, int? axis=None, float grad_scale=1.0"
+_DRAW = f"Tensor rng, Tensor? cumulative=None, int? axis=None, float grad_scale=1.0, int threshold={KEEP_ALL}"
 _forward_op = register(f"noise_quantize({_ARGS}, {_DRAW}) -> Tensor", _forward, _forward_fake, no_vmap=NO_VMAP)
 _backward_op = register(
     f"noise_quantize_backward(Tensor grad, {_ARGS}, {_DRAW}) -> (Tensor, Tensor)",

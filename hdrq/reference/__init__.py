@@ -22,3 +22,10 @@ def sum_but(values: np.ndarray, axis: int | None) -> np.ndarray:
     """The float64 sum over all axes but ``axis``: one element for each element of the scale."""
     others = tuple(i for i in range(values.ndim) if i != axis)
     return np.atleast_1d(values.sum(axis=others, dtype=np.float64))
+
+
+def straight_through(grad, inside, slope, keep, axis: int | None, grad_scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of a quantizer: ``∂x`` is g inside and where dropped, else 0; ``∂s = grad_scale · Σ_kept g·slope``."""
+    terms = np.where(keep, grad.astype(np.float64) * slope, 0.0)
+    grad_s = sum_but(terms, axis) * grad_scale
+    return np.where(inside | ~keep, grad, np.float32(0)), grad_s.astype(np.float32)

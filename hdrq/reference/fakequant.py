@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hdrq.reference import per_element, sum_but
+from hdrq import rng as stream
+from hdrq.reference import per_element, straight_through
+from hdrq.reference.drop import keep_mask
 
 
 def _divide_and_round(x, scale, qmin, qmax, zero_point, axis) -> tuple[np.ndarray, ...]:
@@ -15,23 +17,29 @@ def _divide_and_round(x, scale, qmin, qmax, zero_point, axis) -> tuple[np.ndarra
     return s, z, v, np.rint(v) + z
 
 
-def fake_quantize(x, scale, qmin, qmax, zero_point=None, axis=None) -> np.ndarray:
-    """``q = clamp(round_half_even(x/s) + z, qmin, qmax)``, ``y = (q − z)·s``, each operation rounded by itself."""
+def fake_quantize(x, scale, qmin, qmax, zero_point=None, axis=None, rng=None, threshold=stream.KEEP_ALL) -> np.ndarray:
+    """``q = clamp(round_half_even(x/s) + z, qmin, qmax)``, ``y = (q − z)·s``, each operation rounded by itself.
+
+    Dropped elements are x itself.
+    """
     s, z, _, shifted = _divide_and_round(x, scale, qmin, qmax, zero_point, axis)
     q = np.clip(shifted, np.float32(qmin), np.float32(qmax))
-    return (q - z) * s
+    return np.where(keep_mask(x.shape, threshold, rng), (q - z) * s, x)
 
 
-def fake_quantize_backward(grad, x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0) -> tuple:
+def fake_quantize_backward(
+    grad, x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0, rng=None, threshold=stream.KEEP_ALL
+) -> tuple:
     """``∂x = g`` where ``qmin ≤ round(v) + z ≤ qmax``, else 0; ``∂s = grad_scale · Σ g·((q − z) − [inside]·v)``.
 
-    The sum is float64, rounded once to float32. Source: Esser et al., "Learned Step Size Quantization", ICLR 2020.
+    A dropped element gives ``∂x = g`` and no term. The sum is float64, rounded once to float32.
+
+    Source: Esser et al., "Learned Step Size Quantization", ICLR 2020.
     """
     _, z, v, shifted = _divide_and_round(x, scale, qmin, qmax, zero_point, axis)
     inside = (shifted >= qmin) & (shifted <= qmax)
     slope = np.clip(shifted, np.float32(qmin), np.float32(qmax)) - z - np.where(inside, v, np.float32(0))
-    total = sum_but(grad.astype(np.float64) * slope, axis) * grad_scale
-    return np.where(inside, grad, np.float32(0)), total.astype(np.float32)
+    return straight_through(grad, inside, slope, keep_mask(x.shape, threshold, rng), axis, grad_scale)
 
 
 def quantize(x, scale, qmin, qmax, zero_point=None, axis=None) -> tuple[np.ndarray, np.ndarray]:

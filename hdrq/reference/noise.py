@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from hdrq import rng as stream
-from hdrq.reference import per_element, sum_but
+from hdrq.reference import per_element, straight_through
+from hdrq.reference.drop import keep_mask
 
 BINS = 256
 
@@ -28,30 +29,32 @@ def unit_noise(shape: tuple[int, ...], rng: np.ndarray, cumulative: np.ndarray |
     return m.astype(np.float32) * np.float32(2**-24) - np.float32(0.5)
 
 
-def noise_quantize(x, scale, qmin, qmax, rng, cumulative=None, axis=None) -> np.ndarray:
+def noise_quantize(x, scale, qmin, qmax, rng, cumulative=None, axis=None, threshold=stream.KEEP_ALL) -> np.ndarray:
     """``y = x + n·s``, then ``qmax·s`` where ``x ≥ qmax·s`` and ``qmin·s`` where ``x ≤ qmin·s``.
 
-    Rounded, each by itself: n·s, x + n·s, qmax·s, qmin·s.
+    A dropped element is x itself. Rounded, each by itself: n·s, x + n·s, qmax·s, qmin·s.
     """
     s = per_element(scale, x.ndim, axis)
     above, below = np.float32(qmax) * s, np.float32(qmin) * s
     y = x + unit_noise(x.shape, rng, cumulative) * s
     y = np.where(x >= above, above, y)
-    return np.where(x <= below, below, y)
+    y = np.where(x <= below, below, y)
+    return np.where(keep_mask(x.shape, threshold, rng), y, x)
 
 
-def noise_quantize_backward(grad, x, scale, qmin, qmax, rng, cumulative=None, axis=None, grad_scale=1.0) -> tuple:
+def noise_quantize_backward(
+    grad, x, scale, qmin, qmax, rng, cumulative=None, axis=None, grad_scale=1.0, threshold=stream.KEEP_ALL
+) -> tuple:
     """``∂x = g`` strictly inside the range, else 0; ``∂s = grad_scale · Σ g·(n inside, qmax above, qmin below)``.
 
-    The sum is float64, rounded once to float32.
+    A dropped element gives ``∂x = g`` and no term. The sum is float64, rounded once to float32.
     """
     s = per_element(scale, x.ndim, axis)
     above, below = x >= np.float32(qmax) * s, x <= np.float32(qmin) * s
     inside = (x < np.float32(qmax) * s) & (x > np.float32(qmin) * s)
     slope = np.where(inside, unit_noise(x.shape, rng, cumulative), np.float32(0))
     slope = np.where(above, np.float32(qmax), np.where(below, np.float32(qmin), slope))
-    total = sum_but(grad.astype(np.float64) * slope, axis) * grad_scale
-    return np.where(inside, grad, np.float32(0)), total.astype(np.float32)
+    return straight_through(grad, inside, slope, keep_mask(x.shape, threshold, rng), axis, grad_scale)
 
 
 def error_histogram(x, scale, qmin, qmax, axis=None) -> np.ndarray:

@@ -1,0 +1,83 @@
+"""AdaRound, in Triton. Definition: :mod:`hdrq.reference.rounding`."""
+
+import torch
+import triton
+import triton.language as tl
+
+from hdrq.kernels import _elementary as elementary
+from hdrq.kernels import _lang as lang
+from hdrq.kernels._launch import launch, operand, tiling
+
+
+@triton.jit
+def _soft(alpha):
+    """h and its slope."""
+    sigma = elementary.sigmoid(alpha)
+    u = 1.2 * sigma + -0.1
+    slope = tl.where((u >= 0.0) & (u <= 1.0), 1.2 * sigma * (1.0 - sigma), 0.0)
+    return lang.clamp(u, 0.0, 1.0), slope
+
+
+@triton.jit(do_not_specialize=["inner", "channels"])
+def adaround_kernel(
+    y, penalties, x, scale, alpha, beta, qmin, qmax, numel, inner, channels, ROWS: tl.constexpr, HARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
+    live = i < numel - start
+    value = tl.load(x + start + i, mask=live, other=0.0).to(tl.float32)
+    a = tl.load(alpha + start + i, mask=live, other=0.0)
+    s = lang.valid_scale(lang.per_element(scale, start, i, inner, channels, ROWS))
+    if HARD:
+        h = tl.where(a >= 0.0, 1.0, 0.0)
+    else:
+        h, _ = _soft(a)
+    q = lang.clamp(lang.floor(tl.div_rn(value, s)) + h, qmin, qmax)
+    tl.store(y + start + i, (q * s).to(y.dtype.element_ty), mask=live)
+    if beta is not None:
+        term = 1.0 - elementary.power(tl.abs(2.0 * h - 1.0), tl.load(beta))
+        tl.store(penalties + tl.program_id(0), tl.sum(tl.where(live, term, 0.0)))
+
+
+@triton.jit(do_not_specialize=["inner", "channels"])
+def adaround_backward_kernel(
+    grad_alpha, grad, grad_penalty, x, scale, alpha, beta, qmin, qmax, numel, inner, channels, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
+    live = i < numel - start
+    value = tl.load(x + start + i, mask=live, other=0.0).to(tl.float32)
+    g = tl.load(grad + start + i, mask=live, other=0.0).to(tl.float32)
+    s = lang.valid_scale(lang.per_element(scale, start, i, inner, channels, ROWS))
+    h, slope = _soft(tl.load(alpha + start + i, mask=live, other=0.0))
+    q = lang.floor(tl.div_rn(value, s)) + h
+    total = tl.where((q >= qmin) & (q <= qmax), g * s, 0.0)
+    if beta is not None:
+        b, t = tl.load(beta), 2.0 * h - 1.0
+        pull = (-2.0 * b * tl.load(grad_penalty)) * elementary.power(tl.abs(t), b - 1.0)
+        total += tl.where(t > 0.0, pull, tl.where(t < 0.0, -pull, t * 0.0))
+    tl.store(grad_alpha + start + i, tl.where(slope == 0.0, 0.0, total * slope), mask=live)
+
+
+def adaround(x, scale, alpha, qmin, qmax, beta, axis, hard) -> tuple[torch.Tensor, torch.Tensor]:
+    x = operand(x)
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y, alpha.new_zeros(())
+    t = tiling(x, axis)
+    penalties = None if beta is None else alpha.new_empty(t.count)
+    args = (y, penalties, x, scale, alpha, beta, float(qmin), float(qmax), t.numel, t.inner, t.channels)
+    launch(adaround_kernel, t.count, x, *args, ROWS=t.rows, HARD=hard, block=t.block)
+    return y, alpha.new_zeros(()) if penalties is None else penalties.sum(dtype=torch.float64).float()
+
+
+def adaround_backward(grad, grad_penalty, x, scale, alpha, qmin, qmax, beta, axis) -> torch.Tensor:
+    grad, x = operand(grad), operand(x)
+    grad_alpha = torch.empty_like(alpha)
+    if x.numel() > 0:
+        t = tiling(x, axis)
+        args = (grad_alpha, grad, grad_penalty, x, scale, alpha, beta, float(qmin), float(qmax))
+        launch(adaround_backward_kernel, t.count, x, *args, t.numel, t.inner, t.channels, ROWS=t.rows, block=t.block)
+    return grad_alpha
