@@ -1,4 +1,4 @@
-"""A step of block reconstruction: ``python benchmarks/bench_reconstruct.py --out benchmarks/results/NAME``.
+"""A step of block reconstruction: ``python -m hdrq.benchmarks.reconstruct_step --out NAME``.
 
 One block of a ResNet-50 (stage 3, 14 × 14) and one of a ViT-B (197 tokens), W4A4, HDRQ with the official preset:
 empirical noise on weights and activations, drops, distance, LSQ, Adam. Three steps take turns: hdrq's; the same step as
@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 
 import torch
-from bench_noise import official as official_noise
-from harness import pin
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from hdrq.benchmarks.bench_noise import official as official_noise
+from hdrq.benchmarks.harness import pinned
 from hdrq.block import Data, Learner, reconstruction_loss
 from hdrq.cache import Cache
 from hdrq.calibration import Call, run_all
@@ -177,11 +177,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="without an ending: CSV and JSON")
     options = parser.parse_args()
-    pin(options.threads)
     print(f"{facts()['processor']}, torch {torch.__version__}, batch {options.batch}, {options.iterations} iterations")
     records = []
     for block in BLOCKS:
-        times = measure(steps(block, options.batch, options.device), options.iterations, options.device)
+        with pinned(options.threads):
+            times = measure(steps(block, options.batch, options.device), options.iterations, options.device)
         median = {name: statistics.median(samples) for name, samples in times.items()}
         rest = {name: median[name] - median["full precision"] for name in median}
         whole, part = (t["official, eager"] / max(t["hdrq"], 1e-9) for t in (median, rest))

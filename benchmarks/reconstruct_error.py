@@ -1,6 +1,6 @@
 """How much of the output survives: accumulated error of every recipe on a trained network, block by block.
 
-``python benchmarks/error_reconstruct.py --bits W4A4 --iterations 300``: the demo's ResNet, adapted to one domain;
+``python -m hdrq.benchmarks.reconstruct_error --bits W4A4 --iterations 300``: the demo's ResNet, adapted to one domain;
 relative squared error on data held out, as :func:`hdrq.evaluate.accumulated_errors` defines it.
 """
 
