@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hdrq import checks
+from hdrq.files import write_atomically
 from hdrq.model import (
     BATCHNORM,
     WEIGHTED,
@@ -58,16 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     text = json.dumps(manifest, sort_keys=True, default=lambda number: number.item())  # a knob may be NumPy's
     own = {n: v.detach().cpu().clone(memory_format=torch.contiguous_format) for n, v in tensors.items()}  # untied
     data = serialize(own, {"hdrq": text})
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, data)
 
 
 def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
