@@ -45,6 +45,7 @@ class Recipe:
     norm: float = 2.4  # exponent of the range search
     candidates: int = 100  # clip thresholds of the range search
     range_samples: int = 128  # calibration samples that the scales of activations are searched on
+    placement: str = "qdrop"  # of activations' quantizers: "input" of layers; "qdrop", what blocks read besides
     per_channel: bool = False  # a weight scale for each output channel
 
     def __post_init__(self) -> None:
@@ -56,6 +57,7 @@ class Recipe:
         checks.integer("range_samples", self.range_samples, 1, 2**31)
         checks.choice("learns", self.learns, ("weights", "rounding"))
         checks.choice("noise", self.noise, ("uniform", "empirical"))
+        checks.choice("placement", self.placement, ("input", "qdrop"))
         checks.choice("weight_schedule", self.weight_schedule, ("cosine", "constant"))
         checks.choice("beta_schedule", self.beta_schedule, ("linear", "cosine"))
         for name in ("noise_activations", "per_channel"):

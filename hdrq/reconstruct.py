@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -15,16 +15,16 @@ from torch import nn
 
 from hdrq import checks
 from hdrq.block import Data, Diverged, Learner, settle
+from hdrq.blocks import find_blocks
 from hdrq.cache import Cache
 from hdrq.calibration import Call, calibration_calls, first_samples, run_all
 from hdrq.chain import Chain, trace
 from hdrq.evaluate import accumulated_errors
+from hdrq.folding import fold_batchnorm
 from hdrq.model import (
     QuantizedLayer,
     attach_quantizers,
     check_float,
-    find_blocks,
-    fold_batchnorm,
     quantized_layers,
     set_origin,
 )
@@ -45,6 +45,7 @@ def quantize(
     *,
     bits: str | Mapping[str, str] = "W4A4",
     source: nn.Module | None = None,
+    blocks: Sequence[str] | None = None,
     preset: str = "paper",
     seed: int = 0,
     iterations: int | None = None,
@@ -72,7 +73,8 @@ def quantize(
         calibration: a tensor, or an iterable of batches: each a tensor, a tuple or a dict of the model's arguments.
         recipe: ``"hdrq"``, ``"qdrop"``, ``"brecq"``, ``"rtn"`` (round to nearest), or a :class:`hdrq.recipes.Recipe`.
         bits: ``"W4A4"``, with 8 bits for the first and the last layer; or patterns of layer names,
-            ``{"stem*": "W8A8", "*": "W4A4"}``, of which the first that matches decides.
+            ``{"stem": "W8A8", "head": "float", "*": "W4A4"}``, of which the first that matches decides.
+        blocks: the names of the units of reconstruction; None finds them (:func:`hdrq.blocks.find_blocks`).
         source: the model before its adaptation; needed where the recipe has a distance.
         preset: ``"paper"`` or ``"official"``.
         seed: of the batches, the noise and the drops: the same seed gives the same bits on the same machine.
@@ -119,20 +121,19 @@ def quantize(
     began = time.perf_counter()
     full, folded = prepare_float(model, batches)
     quantized = copy.deepcopy(full)
-    attach_quantizers(quantized, run_all(first_samples(batches, plan.range_samples)), bits, plan)
-    blocks = find_blocks(full, run_all(first_samples(batches, 1)))
+    example = run_all(first_samples(batches, 1))
+    units = find_blocks(full, example, blocks)
+    attach_quantizers(quantized, run_all(first_samples(batches, plan.range_samples)), example, bits, plan, units)
 
     def errors() -> dict[str, float]:
-        return {} if checked is None else accumulated_errors(quantized, full, checked, blocks)
+        return {} if checked is None else accumulated_errors(quantized, full, checked, units)
 
     report = RunReport(plan.name, nearest=errors())
     if learns:
         pull = {} if source is None or plan.distance == 0 else source_weights(source, quantized, batches)
         store = Cache(device_of(full), cache, cache_bytes, None if folder is None else folder.path)
         with bars() if progress is True else nullcontext(progress or None) as tell:
-            loop = Loop(
-                full, quantized, blocks, batches, plan, pull, seed, store, graph, folder, checkpoint_every, tell
-            )
+            loop = Loop(full, quantized, units, batches, plan, pull, seed, store, graph, folder, checkpoint_every, tell)
             try:
                 loop.run(report)
             except Diverged as error:

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import hdrq
+from hdrq.blocks import find_blocks
+from hdrq.folding import fold_batchnorm
 from hdrq.model import (
     Bits,
     bit_policy,
-    find_blocks,
-    fold_batchnorm,
     input_quantizers,
     quantized_layers,
 )

@@ -11,7 +11,8 @@ from torch import nn
 import hdrq
 from hdrq.block import SMALLEST_SCALE, Learner, reconstruction_loss, schedule
 from hdrq.calibration import calibration_calls
-from hdrq.model import fold_batchnorm, input_quantizers, quantized_layers
+from hdrq.folding import fold_batchnorm
+from hdrq.model import input_quantizers, quantized_layers
 from hdrq.quantizers import ActivationQuantizer, WeightQuantizer
 from hdrq.recipes import Recipe, recipe
 from hdrq.reconstruct import source_weights
