@@ -50,22 +50,21 @@ void range_errors(int threads, const typename T::type* x, const RangeSearch& sea
     alignas(HDRQ_VECTOR_BYTES) float values[kChunk], weights[kChunk];
     double* sums = partial.at((row * parts + part) * count + first);
     for_chunks(part * kTile, min((part + 1) * kTile, search.length), [&](int64_t i, int64_t n) {
-      for_vectors(n, [&](int64_t j, auto width) {  // what is beyond the end has no weight
-        write(T::load(x + begin + i + j, width), values + j, kLanes);
-        vf weight{};
-        if (search.weights) weight = F32::load(search.weights + begin + i + j, width);
-        else for (int lane = 0; lane < width; ++lane) weight[lane] = 1.0f;
-        write(weight, weights + j, kLanes);
+      for_vectors(n, [&](int64_t j, auto width) {
+        const int64_t e = begin + i + j;
+        write(T::load(x + e, width), values + j, kLanes);
+        write(search.weights ? F32::load(search.weights + e, width) : splat(1.0f), weights + j, kLanes);
       });
+      fill(weights + n, -n & (kLanes - 1), 0.0f);  // what is beyond the end has no weight
       for (int64_t c = 0; c < candidates; ++c) {
         const int64_t at = row * count + first + c;
-        const float s = search.scale[at], over_s = 1.0f / s, low = search.low[at], high = search.high[at];
+        const float s = search.scale[at], low = search.low[at], high = search.high[at];
         Sum sum;
         for (int64_t run = 0; run < n; run += kShortRun * kLanes) {
           vf total{};
           for (int64_t j = run; j < min(n, run + kShortRun * kLanes); j += kLanes) {
             const vf v = read<vf>(values + j, kLanes);
-            const vf e = v - (clamp(v * over_s, low, high) + 0x1.8p23f - 0x1.8p23f) * s;
+            const vf e = v - (clamp(v / s, low, high) + 0x1.8p23f - 0x1.8p23f) * s;
             const vf magnitude = bits<vf>(bits<vi>(e) & 0x7fffffff) * over_unit;
             total += fast_power(magnitude, search.norm) * read<vf>(weights + j, kLanes);
           }

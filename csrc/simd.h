@@ -191,10 +191,11 @@ inline vf round_even(vf v) {
   return magnitude < 0x1p23f ? rounded : v;
 }
 
-// NaN passes through.
+// NaN passes through. With both sides of a choice in its comparison it is one instruction.
 inline vf clamp(vf v, float low, float high) {
-  v = v > high ? splat(high) : v;
-  return v < low ? splat(low) : v;
+  const vf lowest = splat(low), highest = splat(high);
+  v = highest < v ? highest : v;
+  return lowest > v ? lowest : v;
 }
 
 // The lanes of a vector that hold elements: the rest of a partial vector must not count in a sum.

@@ -62,8 +62,8 @@ def range_errors_kernel(
     sums += (tl.cast(row, tl.int64) * parts + part) * candidates
     for c in range(first, tl.minimum(first + CANDIDATES, candidates)):
         s = tl.load(scale + candidate + c)
-        v = lang.clamp(value * tl.div_rn(1.0, s), tl.load(low + candidate + c), tl.load(high + candidate + c))
-        e = tl.abs(value - lang.round_half_even(v) * s) * over_unit
+        v = lang.clamp(tl.div_rn(value, s), tl.load(low + candidate + c), tl.load(high + candidate + c))
+        e = tl.abs(value - lang.round_half_even(v) * s) * over_unit  # bounds are integers: they may come first
         tl.store(sums + c, tl.sum(_power(e, norm) * weight))
 
 

@@ -13,7 +13,7 @@ def range_errors(x, weights, scale, low, high, unit, norm) -> np.ndarray:
 
     s, low and high are those of candidate c in row r: (rows, candidates). ``x`` and ``weights`` (None: 1) are
     (rows, length), ``unit`` is (rows,). The difference is the float32 one of ``fake_quantize`` (low = qmin − z, high =
-    qmax − z); the rest is float64. Others may take x·(1/s) for x/s, which decides ties alone, and powers to 1e-6.
+    qmax − z); the rest is float64. Others take powers of float32, to 1e-6.
     """
     errors = np.empty(scale.shape)
     for c in range(scale.shape[1]):
