@@ -177,7 +177,7 @@ class Learner:
             loss = loss + self.plan.distance * torch.stack(distances).sum()
         if self.plan.learns == "rounding":
             penalties = [layer.weight_quantizer.penalty for layer in self.layers]
-            loss = loss + self.now[3] * torch.stack([p for p in penalties if p is not None]).sum()
+            loss = loss + self.now[3] * sum(p for p in penalties if p is not None)
         return error, loss
 
     def _mixed(self, quantized: torch.Tensor, full: torch.Tensor) -> torch.Tensor:

@@ -180,16 +180,26 @@ def attach_quantizers(model: nn.Module, run, example, bits, plan: Recipe, blocks
     """
     weighted = weighted_layers(model)
     readers = dict.fromkeys([*(blocks if plan.placement == "qdrop" else ()), *weighted])
-    reads = _first_reads(model, example, list(readers))
+    packed = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    reads = _first_reads(model, example, [*readers, *packed])
+    _refuse_packed([n for n in packed if reads.pop(n, None)], bits)
     layers = [name for name in reads if name in weighted]
     if not layers:
         raise ValueError("model must run at least one convolution or linear layer on calibration, got none")
     policy = bit_policy(layers, bits)
-    _refuse_unreached(model, layers, bits)
+    tied: dict[int, str] = {}  # the first of the layers that share a weight
     for name in layers:
-        own = policy[name]
-        if own is not None and not parametrize.is_parametrized(weighted[name], "weight"):
-            _attach_weight_quantizer(name, weighted[name], own, plan)
+        layer: Any = weighted[name]
+        own, first = policy[name], tied.setdefault(id(layer.weight), name)
+        if own is not None and first == name:
+            parametrize.register_parametrization(layer, "weight", _search_weight(name, layer, own, plan))
+        elif own is not None and own == policy[first]:
+            quantizer = quantized_layers(model)[first].weight_quantizer
+            parametrize.register_parametrization(layer, "weight", quantizer)
+        elif own != policy[first]:
+            raise ValueError(
+                f"bits must agree where a weight is shared, got {own} for {name}, {policy[first]} for {first}"
+            )
     owners: dict[tuple, str] = {}
     shared: dict[str, str] = {}
     ranges: dict[str, int] = {}
@@ -211,18 +221,18 @@ def attach_quantizers(model: nn.Module, run, example, bits, plan: Recipe, blocks
         attach_input_quantizer(model.get_submodule(name), quantizers[owner])
 
 
-def _refuse_unreached(model: nn.Module, layers: list[str], bits) -> None:
+def _refuse_packed(attentions: list[str], bits: str | Mapping[str, str]) -> None:
     """A packed attention reads its projections' weights without calling them: they would silently stay in float."""
     floats = [pattern for pattern, text in bits.items() if text == "float"] if isinstance(bits, Mapping) else []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) and not any(_matches(name, pattern) for pattern in floats):
+    for name in attentions:
+        if not any(_matches(name, pattern) for pattern in floats):
             raise ValueError(
                 f"model must call its projections as layers to quantize them, got nn.MultiheadAttention {name!r}; "
                 f'write it with nn.Linear, or keep it in full precision with bits={{"{name}": "float", …}}'
             )
 
 
-def _attach_weight_quantizer(name: str, layer: Any, bits: Bits, plan: Recipe) -> None:
+def _search_weight(name: str, layer: Any, bits: Bits, plan: Recipe) -> WeightQuantizer:
     weight = layer.weight
     axis = None
     if plan.per_channel:
@@ -235,7 +245,7 @@ def _attach_weight_quantizer(name: str, layer: Any, bits: Bits, plan: Recipe) ->
     checks.finite(f"weight of {name}", weight)
     qmin, qmax = integer_range(bits.weight, signed=True)
     scale = ops.search_scale(weight, qmin, qmax, norm=plan.norm, candidates=plan.candidates, axis=axis)
-    parametrize.register_parametrization(layer, "weight", WeightQuantizer(scale, qmin, qmax, axis))
+    return WeightQuantizer(scale, qmin, qmax, axis)
 
 
 def _search_activation(name: str, x: torch.Tensor, bits: int, plan: Recipe) -> ActivationQuantizer:

@@ -155,7 +155,8 @@ class TestBackends:
             hdrq.use_backend("cuda").__enter__()
 
     def test_one_without_the_op_lists_those_that_have_it(self, monkeypatch):
-        monkeypatch.setattr("hdrq.backends.implements", lambda name, family: name in ("reference", "torch"))
+        module = sys.modules["hdrq.backends"]  # hdrq.backends itself is the function
+        monkeypatch.setattr(module, "implements", lambda name, family: name in ("reference", "torch"))
         with (
             hdrq.use_backend("cpp"),
             pytest.raises(hdrq.BackendError, match=r"implements range_errors \(reference, torch\), got 'cpp'"),
