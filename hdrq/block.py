@@ -169,16 +169,40 @@ class Learner:
         *inputs, target = batch
         count = len(self.data.quantized)
         mixed = [self._mixed(*pair) for pair in zip(inputs, inputs[count:] or inputs, strict=False)]
+        distance = self._quantize_weights()
         with parametrize.cached():
             error = self._error(mixed, target)
+        for layer in self.layers:
+            layer.weight_quantizer.ready = None
         loss = error
         if self.source:
-            distances = [ops.source_distance(layer.latent, self.source[layer.name]) for layer in self.layers]
-            loss = loss + self.plan.distance * torch.stack(distances).sum()
+            loss = loss + self.plan.distance * distance
         if self.plan.learns == "rounding":
             penalties = [layer.weight_quantizer.penalty for layer in self.layers]
             loss = loss + self.now[3] * sum(p for p in penalties if p is not None)
         return error, loss
+
+    def _quantize_weights(self) -> torch.Tensor | float:
+        """Make the weights of this step ready, layers of a kind in one pass; the sum of the distances to the source."""
+        total: torch.Tensor | float = 0.0
+        for axis in dict.fromkeys(layer.weight_quantizer.axis for layer in self.layers):
+            layers = [layer for layer in self.layers if layer.weight_quantizer.axis == axis]
+            quantizers = [layer.weight_quantizer for layer in layers]
+            if quantizers[0].mode == "adaround":
+                continue
+            weights, distances = ops.quantize_weights(
+                [layer.latent for layer in layers],
+                [q.scale for q in quantizers],
+                [(q.qmin, q.qmax) for q in quantizers],
+                sources=[self.source[layer.name] for layer in layers] if self.source else None,
+                rngs=[q.rng for q in quantizers] if quantizers[0].mode == "noise" else None,
+                noise=self.plan.noise,
+                axis=axis,
+            )
+            for quantizer, weight in zip(quantizers, weights, strict=True):
+                quantizer.ready = weight
+            total = total if distances is None else total + distances.sum()
+        return total
 
     def _mixed(self, quantized: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
         """Of the quantized prefix with probability ``input_keep``, element by element, else of full precision."""
@@ -241,7 +265,7 @@ class Learner:
             if quantizer.alpha is not None:
                 grid = (quantizer.scale, quantizer.alpha.detach(), quantizer.qmin, quantizer.qmax)
                 layer.latent.copy_(ops.adaround(layer.latent, *grid, axis=quantizer.axis, hard=True))
-            quantizer.alpha = quantizer.beta = quantizer.penalty = None
+            quantizer.alpha = quantizer.beta = quantizer.penalty = quantizer.ready = None
             settle(layer)
             quantizer.dtype = None
         for each in self._quantizers:

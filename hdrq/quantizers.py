@@ -68,15 +68,19 @@ class WeightQuantizer(Quantizer):
 
     In mode ``"adaround"`` a weight is rounded up or down as ``alpha``, which is learned, says; ``penalty`` is then the
     rounding loss for the exponent ``beta``. ``dtype`` is the weight's, where what is learned has a finer one.
+    ``ready`` is the quantized weight where a step has made it already, together with those of other layers.
     """
 
     dtype: torch.dtype | None = None
     alpha: torch.Tensor | None = None
     beta: torch.Tensor | None = None
     penalty: torch.Tensor | None = None
+    ready: torch.Tensor | None = None
 
     def forward(self, w: torch.Tensor) -> torch.Tensor:
-        if self.mode == "adaround" and self.alpha is not None and self.beta is not None:
+        if self.ready is not None:
+            y = self.ready
+        elif self.mode == "adaround" and self.alpha is not None and self.beta is not None:
             grid = (w, self.scale, self.alpha, self.qmin, self.qmax)
             y, self.penalty = ops.adaround_regularized(*grid, self.beta, axis=self.axis)
         else:
