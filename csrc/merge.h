@@ -7,6 +7,9 @@
 
 namespace hdrq::HDRQ_ISA {
 
+// Vectors whose products are summed in float32, before they join a sum in float64: that costs several times as much.
+constexpr int kTogether = 4, kRun = kTogether * kLanes;
+
 // A chunk of the K inputs: values w_k = J_k·Δ_k, midpoint Σ λ_k·w_k, distances d_k = midpoint − w_k, and the merged
 // codes of one draw. K is a constant of the type, or 0: as many as there are.
 template <int K>
@@ -30,6 +33,7 @@ class MergeChunk {
     begin_ = begin, n_ = n;
     merged_.seek(begin, n);
     for (int k = 0; k < models(); ++k) steps_[k].seek(begin, n);
+    const bool odd = merge_.noise == Merge::Noise::odd;
     for_vectors(n, [&](int64_t i, auto count) {
       vf middle{}, mean{};
       for (int k = 0; k < models(); ++k) {
@@ -37,13 +41,28 @@ class MergeChunk {
         const vf value = integer * steps_[k].scale(i);
         write(value, values_.at(k * kChunk + i), kLanes);
         middle = k == 0 ? value * merge_.weights[0] : middle + value * merge_.weights[k];
-        mean = k == 0 ? integer * merge_.weights[0] : mean + integer * merge_.weights[k];
+        if (odd) mean = k == 0 ? integer * merge_.weights[0] : mean + integer * merge_.weights[k];
       }
-      for (int k = 0; k < models(); ++k)
-        write(only(middle - value(k, i), count), distances_.at(k * kChunk + i), kLanes);
       write(middle, middle_.at(i), kLanes);
       write(noisy_at(mean), noisy_.at(i), kLanes);
     });
+  }
+
+  // The distances of the chunk sought, 0 in lanes that hold no element, and Σ d_k² added to own[0 … K − 1].
+  void measure(double* own) {
+    for (int k = 0; k < models(); ++k) {
+      Sum total;
+      for (int64_t run = 0; run < n_; run += kRun) {
+        vf squares{};
+        for_vectors(min(kRun, n_ - run), [&](int64_t j, auto count) {
+          const vf d = only(middle(run + j) - value(k, run + j), count);
+          write(d, distances_.at(k * kChunk + run + j), kLanes);
+          squares += d * d;
+        });
+        total.add(squares);
+      }
+      own[k] += total.total();
+    }
   }
 
   // The noise of one draw, for the chunk sought.
@@ -75,7 +94,7 @@ class MergeChunk {
   vf residue(int64_t i, vf q) const { return (q - merged_.zero(i)) * merged_.scale(i) - middle(i); }
 
   int models() const { return K ? K : merge_.models; }
-  int64_t begin() const { return begin_; }
+  bool constant() const { return merged_.constant(); }
   vf share(int k, int64_t i) const { return steps_[k].scale(i) * merge_.weights[k] / merged_.scale(i); }
   vf mean(int64_t i) const { return middle(i) / merged_.scale(i); }
   vf middle(int64_t i) const { return read<vf>(middle_.at(i), kLanes); }
@@ -107,9 +126,6 @@ class MergeChunk {
   int64_t begin_ = 0, n_ = 0;
 };
 
-// Vectors whose products are summed in float32, before they join a sum in float64: that costs several times as much.
-constexpr int kTogether = 4, kRun = kTogether * kLanes;
-
 // Adds Σ r² and Σ d_k·r over a chunk to own[0 … K]; residue(i, count) gives r, 0 in lanes that hold no element.
 template <int K, class Residue>
 inline void add_products(const MergeChunk<K>& chunk, int64_t n, double* own, const Residue& residue) {
@@ -137,9 +153,13 @@ class FastChunk : public MergeChunk<2> {
   void seek(int64_t begin, int64_t n) {
     MergeChunk<2>::seek(begin, n);
     MergeChunk<2>::draw(0);
+    vf narrow{}, wide{};
     for_vectors(n, [&](int64_t i, int) {
-      const vf first = share(0, i), second = share(1, i), v = mean(i);
-      const vf narrow = second < first ? second : first, wide = second < first ? first : second;
+      if (i == 0 || !constant()) {
+        const vf first = share(0, i), second = share(1, i);
+        narrow = second < first ? second : first, wide = second < first ? first : second;
+      }
+      const vf v = mean(i);
       const vf low = noisy(i) ? floor(v) : round_even(v);
       const vf y = v - low, rest = 1.0f - y, h = rest < y ? rest : y;
       const vi inner = h < narrow;
@@ -219,11 +239,7 @@ inline void merge_score(Job job, const Merge& merge, int draws, double* sums, co
     double* own = partial.at(tile * width);
     for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
       chunk.seek(begin, n);
-      for (int k = 0; k < models; ++k) {
-        Sum dd;
-        for_vectors(n, [&](int64_t i, int) { dd.add_product(chunk.distance(k, i), chunk.distance(k, i)); });
-        own[k] += dd.total();
-      }
+      chunk.measure(own);
       score(chunk, n, own + models);
     });
   });
