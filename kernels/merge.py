@@ -19,7 +19,7 @@ GROUP = 64  # fast draws that one program scores: their sums stay in its registe
 
 @triton.jit
 def _load_code(codes, k, stride, start, i, live, PACKED: tl.constexpr):
-    """Codes of input k, whose rows are ``stride`` long; PACKED: "signed" or "unsigned" nibbles, two to a byte, or ""."""
+    """Codes of input k, whose rows are ``stride`` long; PACKED: "signed" or "unsigned" nibbles; "": none."""
     codes += tl.cast(k, tl.int64) * stride
     if PACKED == "":
         code = tl.load(codes + start + i, mask=live, other=0).to(tl.int32)
@@ -128,7 +128,9 @@ def _residue(q, zero, step_size, midpoint, qmin, qmax, live):
 
 
 @triton.jit
-def merged_grid_kernel(merged_scale, merged_zero, scales, zeros, weights, channels, MODELS: tl.constexpr, BLOCK: tl.constexpr):
+def merged_grid_kernel(
+    merged_scale, merged_zero, scales, zeros, weights, channels, MODELS: tl.constexpr, BLOCK: tl.constexpr
+):
     c = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     step = tl.zeros([BLOCK], tl.float32)
     zero = tl.zeros([BLOCK], tl.float32)

@@ -77,7 +77,12 @@ def _launches(warp_size: int) -> list[tuple]:
         fakequant.dequantize(codes, s, None, axis)
         if number in (0, 1, 3):
             mode = ("odd", "none", None, "all")[number]
-            merge.merge([codes, codes], [s, s], -8, 7, rng, [0.5, 0.5], 4, mode, axis)
+            packed, half = number == 3, empty(codes.numel() // 2, dtype=torch.uint8)
+            how = ("official", "fast" if number else "exact", codes.shape, [packed] * 2, packed)
+            pair = [half, half] if packed else [codes, codes]
+            merge.merge(pair, [s, s], [s, s], -8, 7, rng, [0.5, 0.5], 4, mode, axis, *how)
+            if number == 0:
+                merge.merge(pair, [s, s], [s, s], -8, 7, rng, [0.5, 0.5], 4, mode, axis, "first", "fast", *how[2:])
         if axis is None:
             drop.drop_mix(x, x, 5, rng)
             drop.drop_mix_backward(x, 5, rng)

@@ -36,6 +36,6 @@ def merge(
     similarity = cosines(sums[:models], per_draw[:, 1:], per_draw[:, :1])
     best = kept(similarity, select)
     dtype = checks.code_range(qmin, qmax)
-    merged = empty(((shape.numel() + 1) // 2,), torch.uint8) if packed else empty(shape, dtype)
+    merged = empty(torch.Size([(shape.numel() + 1) // 2]), torch.uint8) if packed else empty(shape, dtype)
     _C.merge_codes(work, inputs, int(best), PACKED[True] if packed else CODES[dtype], address(merged))
     return merged, step, zero, similarity, best

@@ -118,7 +118,9 @@ def _check(
     for name, value, choices in (("noise", noise, NOISES), ("select", select, SELECTIONS), ("mode", mode, MODES)):
         checks.choice(name, value, choices)
     if mode == "fast" and (len(codes) != 2 or min(weights) < 0):
-        raise ValueError(f'mode must be "exact" but for two tensors without extrapolation, got "fast" for λ = {weights}')
+        raise ValueError(
+            f'mode must be "exact" but for two tensors without extrapolation, got "fast" for λ = {weights}'
+        )
     if packed:
         checks.packed_range("qmin and qmax", qmin, qmax)
     logical = torch.empty(shape, device="meta")
@@ -138,7 +140,9 @@ def _check(
     return axis
 
 
-def _merge(codes, scales, zero_points, ranges, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, packed):
+def _merge(
+    codes, scales, zero_points, ranges, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, packed
+):
     axis = _check(
         codes, scales, zero_points, ranges, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, packed
     )
@@ -161,7 +165,9 @@ def _merge(codes, scales, zero_points, ranges, qmin, qmax, rng, weights, draws, 
 def _merge_fake(
     codes, scales, zero_points, ranges, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, packed
 ):
-    _check(codes, scales, zero_points, ranges, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, packed)
+    _check(
+        codes, scales, zero_points, ranges, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, packed
+    )
     first, grid = codes[0], scales[0]
     size, dtype = (shape, checks.code_range(qmin, qmax))
     if packed:

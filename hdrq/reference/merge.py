@@ -14,7 +14,7 @@ f32 = np.float32
 def merge(
     codes, scales, zero_points, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, signed, packed
 ) -> tuple:
-    """``I* = clamp(round_half_even(Σ_k λ_k·(J_k·Δ_k + n_k·Δ_k) / Δ*) + z*)``, ``J_k = I_k − z_k``: the best of ``draws``.
+    """``I* = clamp(round_half_even(Σ_k λ_k·(J_k·Δ_k + n_k·Δ_k) / Δ*) + z*)``, ``J = I − z``, best of ``draws``.
 
     ``Δ* = Σ_k λ_k·Δ_k`` and ``z* = round_half_even(Σ_k λ_k·Δ_k·z_k / Δ*)``. Float32 throughout, every operation rounded
     by itself, products from the left, sums from the first term on. Returns the codes, Δ*, z*, the cosines (draws, K) in
