@@ -103,7 +103,8 @@ def test_mixed_ranges_layouts_and_zero_points_have_the_bits_of_the_contract(back
     with hdrq.use_backend(backend):
         result = hdrq.ops.merge(
             *([t.to(device) for t in tensors] for tensors in (codes, deltas)), -8, 7,
-            hdrq.rng_state(*STATE, device=device), weights=lam, axis=0, zero_points=[z.to(device) for z in zeros], ranges=ranges, shape=shape, packed=True,
+            hdrq.rng_state(*STATE, device=device), weights=lam, axis=0,
+            zero_points=[z.to(device) for z in zeros], ranges=ranges, shape=shape, packed=True,
             extrapolate=True,
         )  # fmt: skip
     got = hdrq.ops.unpack(result.codes.cpu(), shape).flatten()

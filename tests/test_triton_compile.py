@@ -130,6 +130,7 @@ def _source(kernel, args: tuple, keywords: dict):
         torch.int64: "i64",
         torch.int16: "i16",
         torch.int8: "i8",
+        torch.uint8: "u8",
     }
     constants, attributes = {}, {}
 

@@ -60,11 +60,12 @@ def merge(
     ``mode="exact"``: noise of input k in draw d comes from ``stream + k``, ``step + d``. ``mode="fast"``, for two
     tensors without extrapolation: noise can move the mean to one of two neighbours only, with a known probability, so a
     draw compares one word with one threshold; and the word of draw d is ``A + d·B`` modulo 2³², A and B being the
-    element's words of ``stream`` and ``stream + 1`` at ``step``. Each draw has the distribution of an exact one; two draws are
-    independent; more than two are not for one element, but are for sums over many. A hundred cost little more than one.
+    element's words of ``stream`` and ``stream + 1`` at ``step``. Each draw has the distribution of an exact one, and
+    any two are independent (to 16 bits or better). Three of one element are not, but sums over many elements, which
+    decide between draws, tend to be. More draws cost additions and comparisons, no random numbers.
 
     Args:
-        codes: 2 to 64 tensors of one shape and device, int8 or int16; or uint8, :func:`hdrq.ops.pack`-ed, with ``shape``.
+        codes: 2 to 64 tensors of one shape and device: int8, int16, or :func:`hdrq.ops.pack`-ed uint8, with ``shape``.
         scales: as many float32 tensors, of one element, or ``shape[axis]`` elements each.
         qmin, qmax: the integer range of the result.
         rng: :func:`hdrq.rng_state`.
@@ -75,8 +76,8 @@ def merge(
             the sum of the integers is odd.
         axis: the axis along which the scales vary.
         select: the first draw of the greatest smallest (``"min-cosine"``) or mean (``"mean-cosine"``) cosine; the
-            ``"first"``; or the released code's rule (``"official"``): a draw replaces the one kept so far if all cosines
-            rise.
+            ``"first"``; or the released code's rule (``"official"``): a draw replaces the one kept so far if all
+            cosines rise.
         mode: how draws are made.
         zero_points: integer-valued float32 tensors shaped as the scales; None for 0.
         ranges: (qmin, qmax) of each input, where models differ in bits; None for that of the result.
