@@ -72,6 +72,21 @@ struct Merge {
   bool fast;
 };
 
+// Candidates for the scale of each of `rows` rows of `length` elements.
+struct RangeSearch {
+  int64_t rows, length, candidates;
+  const float* weights;                // (rows, length); null: 1
+  const float *scale, *low, *high;     // (rows, candidates)
+  const float* unit;                   // (rows,), of the errors
+  float norm;
+};
+
+// Tables of `bins` bins over the values of rows.
+struct RangeTable {
+  int64_t rows, length, bins;
+  const float *origin, *factor;  // (rows,): a value's position is (x/2 − origin)·factor, in [0, 2^24)
+};
+
 struct Job {
   int64_t count;  // elements
   int threads;
@@ -91,6 +106,8 @@ struct Kernels {
   double (*adaround)(Job, Float, const void* x, const float* alpha, void* y, Grid, const float* beta, bool hard);
   void (*adaround_backward)(Job, Float, const void* grad, float grad_penalty, const void* x, const float* alpha,
                             float* grad_alpha, Grid, const float* beta);
+  void (*range_errors)(int threads, Float, const void* x, const RangeSearch&, double* errors);
+  void (*range_table)(int threads, Float, const void* x, const RangeTable&, int64_t* table);
   void (*merge_score)(Job, const Merge&, int draws, double* sums);
   void (*merge_codes)(Job, const Merge&, int draw, Code, void* codes);
 };

@@ -211,6 +211,19 @@ void bind(py::module_& m) {
                                 at<float>(grad_alpha), g, at<float>(beta));
   }, Released());
 
+  m.def("range_errors", [](int threads, int f, uintptr_t x, uintptr_t weights, int64_t rows, int64_t length,
+                           int64_t candidates, uintptr_t scale, uintptr_t low, uintptr_t high, uintptr_t unit,
+                           float norm, uintptr_t errors) {
+    const RangeSearch search{rows, length, candidates, at<float>(weights), at<float>(scale), at<float>(low),
+                             at<float>(high), at<float>(unit), norm};
+    in_use()->range_errors(threads, Float(f), at<void>(x), search, at<double>(errors));
+  }, Released());
+  m.def("range_table", [](int threads, int f, uintptr_t x, int64_t rows, int64_t length, int64_t bins,
+                          uintptr_t origin, uintptr_t factor, uintptr_t table) {
+    const RangeTable shape{rows, length, bins, at<float>(origin), at<float>(factor)};
+    in_use()->range_table(threads, Float(f), at<void>(x), shape, at<int64_t>(table));
+  }, Released());
+
   py::class_<MergeArgs>(m, "Merge")
       .def(py::init([](const std::vector<int>& types, const std::vector<uintptr_t>& codes,
                        const std::vector<uintptr_t>& scales, const std::vector<uintptr_t>& zero_points,

@@ -7,10 +7,11 @@ namespace hdrq {
 
 constexpr int64_t kChunk = 1024;        // elements that stay in the first-level cache between steps of one kernel
 constexpr int64_t kTile = 16 * kChunk;  // elements of one unit of work and of one partial sum
+constexpr int64_t kTilesPerThread = 8;  // fewer are not worth starting a thread for
 
 inline int64_t tiles(int64_t count) { return (count + kTile - 1) / kTile; }
 
-// Calls body(context, tile, begin, end) for every tile, over up to `threads` threads.
-void run_tiles(int64_t count, int threads, void (*body)(const void*, int64_t, int64_t, int64_t), const void* context);
+// Calls body(context, unit) for every unit of work, over up to `threads` threads of at least `fewest` units each.
+void run_units(int64_t units, int64_t fewest, int threads, void (*body)(const void*, int64_t), const void* context);
 
 }  // namespace hdrq

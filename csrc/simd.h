@@ -198,10 +198,11 @@ inline vf floor(vf v) {
   return rounded > v ? rounded - 1.0f : rounded;
 }
 
-// NaN passes through.
+// NaN passes through. With both sides of a choice in its comparison it is one instruction.
 inline vf clamp(vf v, float low, float high) {
-  v = v > high ? splat(high) : v;
-  return v < low ? splat(low) : v;
+  const vf lowest = splat(low), highest = splat(high);
+  v = highest < v ? highest : v;
+  return lowest > v ? lowest : v;
 }
 
 // The lanes of a vector that hold elements: the rest of a partial vector must not count in a sum.
@@ -251,15 +252,19 @@ inline void for_vectors(int64_t n, const Body& body) {
   if (i < n) body(i, int(n - i));
 }
 
+// body(unit): all units, over threads of at least `fewest` units each.
+template <class Body>
+inline void for_units(int64_t units, int64_t fewest, int threads, const Body& body) {
+  run_units(
+      units, fewest, threads,
+      [](const void* context, int64_t unit) { (*static_cast<const Body*>(context))(unit); }, &body);
+}
+
 // body(tile, begin, end): all tiles, over threads.
 template <class Body>
 inline void for_tiles(Job job, const Body& body) {
-  run_tiles(
-      job.count, job.threads,
-      [](const void* context, int64_t tile, int64_t begin, int64_t end) {
-        (*static_cast<const Body*>(context))(tile, begin, end);
-      },
-      &body);
+  for_units(tiles(job.count), kTilesPerThread, job.threads,
+            [&](int64_t tile) { body(tile, tile * kTile, min((tile + 1) * kTile, job.count)); });
 }
 
 // body(begin, n): chunks of a tile.

@@ -4,6 +4,7 @@
 #include "distance.h"
 #include "merge.h"
 #include "quantizer.h"
+#include "ranges.h"
 #include "rounding.h"
 
 namespace hdrq {
@@ -77,6 +78,12 @@ inline Kernels table(const char* name) {
       using T = decltype(t);
       adaround_backward<T>(j, T::in(grad), grad_penalty, T::in(x), alpha, grad_alpha, g, beta);
     });
+  };
+  k.range_errors = [](int threads, Float f, const void* x, const RangeSearch& search, double* errors) {
+    with_float(f, [&](auto t) { range_errors<decltype(t)>(threads, t.in(x), search, errors); });
+  };
+  k.range_table = [](int threads, Float f, const void* x, const RangeTable& shape, int64_t* table) {
+    with_float(f, [&](auto t) { range_table<decltype(t)>(threads, t.in(x), shape, table); });
   };
   k.merge_score = [](Job j, const Merge& m, int draws, double* sums) { merge_score(j, m, draws, sums); };
   k.merge_codes = [](Job j, const Merge& m, int draw, Code code, void* codes) {

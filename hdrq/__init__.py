@@ -2,6 +2,7 @@
 
 from hdrq import evaluate, ops, recipes
 from hdrq.backends import BackendError, backends, use_backend
+from hdrq.block import Diverged
 from hdrq.checkpoint import load, save
 from hdrq.merging import merge
 from hdrq.reconstruct import quantize
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "Diverged",
     "backends",
     "evaluate",
     "load",

@@ -10,6 +10,7 @@ import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -252,13 +253,22 @@ def searched(draw: Draw) -> dict[str, Any]:
     return {"x": x, "qmin": qmin, "qmax": qmax} | options
 
 
-def search_error(x, qmin, qmax, norm, candidates, axis) -> dict[str, torch.Tensor]:
+def searched_affine(draw: Draw) -> dict[str, Any]:
+    """Few pairs, since the reference and an interpreter take their time for each."""
+    draw.largest = SMALL
+    qmin, qmax = draw.choice((-2, 1), (0, 7), (-3, 4))
+    return searched(draw) | {"qmin": qmin, "qmax": qmax, "candidates": draw.choice(3, 10)}
+
+
+def search_error(x, qmin, qmax, axis, affine=False, **options) -> dict[str, torch.Tensor]:
     """The error that the scale found leaves: scales of equal error may differ."""
-    scale = ops.search_scale(x, qmin, qmax, norm=norm, candidates=candidates, axis=axis).cpu()
+    search = ops.search_affine if affine else ops.search_scale
+    found = search(x, qmin, qmax, axis=axis, **options)
+    scale, zero_point = (t.cpu() for t in found) if isinstance(found, tuple) else (found.cpu(), None)
     x = x.cpu().float()
     with use_backend("reference"):
-        error = (ops.fake_quantize(x, scale, qmin, qmax, axis=axis) - x).double().abs() ** norm
-    return {"error": sum_but(error, axis)}
+        y = ops.fake_quantize(x, scale, qmin, qmax, zero_point=zero_point, axis=axis)
+    return {"error": sum_but((y - x).double().abs() ** options["norm"], checks.axis_of(x, axis))}
 
 
 def merged(draw: Draw) -> dict[str, Any]:
@@ -290,6 +300,7 @@ def merge(codes, scales, qmin, qmax, rng, draws, **options) -> dict[str, torch.T
 
 
 BLOCK_GRADIENTS = {f"grad {k}": ONE for k in range(3)}  # a norm, which is a sum, has its part in them
+SEARCHED = {"error": Close(ITSELF.magnitude, SEARCH_BOUND)}
 OPS: dict[str, Op] = {
     "noise_quantize": Op("noise", noise, ("x", "scale"), {"grad scale": terms("noise_quantize")}),
     "fake_quantize": Op("fakequant", fakequant, ("x", "scale"), {"grad scale": terms("fake_quantize")}),
@@ -306,7 +317,8 @@ OPS: dict[str, Op] = {
     "drop_mix": Op("drop", mixed, ("a", "b")),
     "source_distance": Op("distance", moved, ("w",), {"y": ITSELF, "grad w": ITSELF}),
     "quantize_weights": Op("weights", block, (), {"distances": ITSELF} | BLOCK_GRADIENTS, quantize_weights),
-    "search_scale": Op("ranges", searched, (), {"error": Close(ITSELF.magnitude, SEARCH_BOUND)}, search_error),
+    "search_scale": Op("ranges", searched, (), SEARCHED, search_error),
+    "search_affine": Op("ranges", searched_affine, (), SEARCHED, partial(search_error, affine=True)),
     "merge": Op("merge", merged, (), {"similarity": ONE, "best": ONE}, merge),
 }
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +12,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hdrq import checks
+from hdrq.files import write_atomically
+from hdrq.folding import BATCHNORM
 from hdrq.model import (
-    BATCHNORM,
     WEIGHTED,
     attach_input_quantizer,
     check_float,
     input_quantizers,
+    input_readers,
     origin,
     quantized_layers,
     replace_module,
@@ -28,6 +28,7 @@ from hdrq.model import (
 from hdrq.quantizers import ActivationQuantizer, WeightQuantizer
 
 FORMAT = 1
+TENSORS = ("format", "weights", "inputs", "shared")  # of the manifest: what the file holds; the rest is how it was made
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> None:
@@ -45,7 +46,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         raise ValueError(f"model must be quantized, by hdrq.quantize or hdrq.merge, got a plain {type(model).__name__}")
     held = _quantizer_state(model)
     tensors = {n: v for n, v in model.state_dict().items() if n not in held}
-    weights, inputs = {}, {}
+    weights, inputs, owners = {}, {}, {}
     for name, layer in quantized_layers(model).items():
         quantizer = layer.weight_quantizer
         tensors[f"{name}.weight.codes"] = quantizer.codes(layer.latent)
@@ -54,20 +55,13 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     for name, activation in input_quantizers(model).items():
         tensors[f"{name}.input.scale"] = activation.scale
         inputs[name] = [activation.qmin, activation.qmax]
-    manifest = {"format": FORMAT, "weights": weights, "inputs": inputs, **origin(model)}
+        owners[id(activation)] = name
+    shared = {n: owners[id(q)] for n, q in input_readers(model).items() if owners[id(q)] != n}
+    manifest = {"format": FORMAT, "weights": weights, "inputs": inputs, "shared": shared, **origin(model)}
     text = json.dumps(manifest, sort_keys=True, default=lambda number: number.item())  # a knob may be NumPy's
     own = {n: v.detach().cpu().clone(memory_format=torch.contiguous_format) for n, v in tensors.items()}  # untied
     data = serialize(own, {"hdrq": text})
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, data)
 
 
 def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
@@ -100,7 +94,7 @@ def _quantizer_state(model: nn.Module) -> set[str]:
     """The names, in the state of a model, of what its quantizers hold: the file has codes in its place."""
     parts = ("original", "0.scale")
     names = {f"{name}.parametrizations.weight.{part}" for name in quantized_layers(model) for part in parts}
-    names |= {f"{name}.input_quantizer.scale" for name in input_quantizers(model)}
+    names |= {f"{name}.input_quantizer.scale" for name in input_readers(model)}
     return {name.removeprefix(".") for name in names}  # the model itself may be a layer
 
 
@@ -112,7 +106,7 @@ def _manifest(text: str) -> dict:
     version = manifest.get("format") if isinstance(manifest, dict) else "no manifest"
     if version != FORMAT:
         raise ValueError(f"path must be a checkpoint of hdrq, format {FORMAT}, got {version}")
-    for key in ("folded", "weights", "inputs"):
+    for key in ("folded", "weights", "inputs", "shared"):
         if not isinstance(manifest.get(key), dict):
             raise ValueError(f"manifest must have a table of {key}, got {manifest.get(key)!r}")
     return manifest
@@ -151,10 +145,12 @@ def _restore(model: nn.Module, manifest: dict, tensors: dict[str, torch.Tensor])
     for name, (qmin, qmax) in manifest["inputs"].items():
         scale = take_scale(f"{name}.input.scale", torch.empty(0), None)
         attach_input_quantizer(model.get_submodule(name), ActivationQuantizer(scale, qmin, qmax).to(device))
+    for name, owner in manifest["shared"].items():
+        attach_input_quantizer(model.get_submodule(name), input_readers(model)[owner])
     held = _quantizer_state(model)
     _check_state({n: v for n, v in model.state_dict().items() if n not in held}, tensors)
     model.load_state_dict(tensors, strict=False)
-    set_origin(model, {key: value for key, value in manifest.items() if key not in ("format", "weights", "inputs")})
+    set_origin(model, {key: value for key, value in manifest.items() if key not in TENSORS})
     return model.requires_grad_(False)
 
 
@@ -163,7 +159,10 @@ def _check_modules(model: nn.Module, manifest: dict) -> None:
     modules = dict(model.named_modules())
     wanted: list[tuple[str, tuple[type, ...] | type]] = [(name, BATCHNORM) for name in manifest["folded"]]
     wanted += [(name, WEIGHTED) for name in (*manifest["folded"].values(), *manifest["weights"])]
-    wanted += [(name, nn.Module) for name in manifest["inputs"]]
+    wanted += [(name, nn.Module) for name in (*manifest["inputs"], *manifest["shared"])]
+    orphans = [name for name, owner in manifest["shared"].items() if owner not in manifest["inputs"]]
+    if orphans:
+        raise ValueError(f"checkpoint must have the input quantizer of every module that shares one, got {orphans}")
     wrong = dict.fromkeys(name for name, kind in wanted if not isinstance(modules.get(name), kind))
     if wrong:
         raise ValueError(f"checkpoint must fit the model, got modules that it does not have: {_listed(wrong)}")

@@ -14,7 +14,7 @@ try:
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 except ImportError as error:
-    sys.exit(f'hdrq: the command line needs {error.name}; pip install "hdrq[demo]"')
+    sys.exit(f'hdrq: the command line needs {error.name}; pip install "hdrq[cli]"')
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
@@ -32,6 +32,66 @@ def info() -> None:
 
     for name, value in facts().items():
         console.print(f"[bold]{name:>20}[/bold]  {escape(value)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def quantize(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file of settings; options override it.")] = None,
+    model: Annotated[str | None, typer.Option(help="The architecture: module:factory.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Its state, safetensors.")] = None,
+    source: Annotated[Path | None, typer.Option(help="The state before its adaptation.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A folder of images, a .npy or a .safetensors file.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="rtn, brecq, qdrop or hdrq.")] = None,
+    preset: Annotated[str | None, typer.Option(help="paper or official.")] = None,
+    bits: Annotated[str | None, typer.Option(help="Bits of weights and activations, like W4A4.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Steps for each block.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of batches, noise and drops.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The quantized model, safetensors.")] = None,
+    workdir: Annotated[Path | None, typer.Option(help="Checkpoints, losses and their plot.")] = None,
+    resume: Annotated[bool | None, typer.Option("--resume", help="Go on with the run in workdir.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: name=value.")] = None,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Also without distance, and without noise: a table.")
+    ] = False,
+) -> None:
+    """Quantize a model from unlabelled data."""
+    given = {
+        "model": model,
+        "weights": weights,
+        "source": source,
+        "data": data,
+        "recipe": recipe,
+        "preset": preset,
+        "bits": bits,
+        "iterations": iterations,
+        "seed": seed,
+        "device": device,
+        "out": out,
+        "workdir": workdir,
+        "resume": resume,
+    }
+    options = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
+    try:
+        from hdrq import run
+        from hdrq.report import errors_table, report_of, write_losses
+
+        settings = {} if config is None else run.read_settings(config)
+        plan = run.Run.of({**settings, **options, **dict(run.parse_setting(text) for text in set_ or [])})
+        title = f"Accumulated error: {plan.recipe}, {plan.bits}, seed {plan.seed}"
+        if ablate:
+            console.print(errors_table(run.ablate(plan), title))
+            return
+        report = report_of(run.execute(plan))
+    except ImportError as error:
+        sys.exit(f'hdrq: quantize needs {error.name}; pip install "hdrq[cli]"')
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        sys.exit(f"hdrq: {error}")
+    console.print(errors_table({plan.recipe: report}, title))
+    memory = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in report.peak_memory.items())
+    console.print(f"{report.seconds:.0f} s; peak memory: {memory}", highlight=False)
+    if plan.workdir is not None and report.losses:
+        write_losses(report.losses, Path(plan.workdir) / "losses.png")
 
 
 @app.command()

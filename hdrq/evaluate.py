@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from hdrq import checks
+from hdrq.calibration import Call
+from hdrq.model import hooks
 
 
 def harmonic_mean(values: Iterable[float]) -> float:
@@ -38,3 +41,42 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
     )
     return 100 * right / len(labels)
+
+
+@torch.no_grad()
+def accumulated_errors(
+    model: nn.Module, full: nn.Module, batches: Sequence[Call], blocks: Sequence[str]
+) -> dict[str, float]:
+    """How far a quantized model is from full precision: ``‖y_q − y‖² / ‖y‖²`` of each block's output and the model's.
+
+    Nothing is reset between blocks, so the error of a block contains that of all before it. Sums run over all
+    samples of ``batches``, in float64, of the first tensor that a block returns at its first call.
+    """
+    names = (*blocks, "output")
+    wrong, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for call in batches:
+        ours, theirs = (_outputs(m, call, blocks) for m in (model, full))
+        for name in names:
+            y = theirs[name].double()
+            wrong[name] += float((ours[name].double() - y).square().sum())
+            size[name] += float(y.square().sum())
+    return {name: wrong[name] / max(size[name], 1e-300) for name in names}
+
+
+def _outputs(model: nn.Module, call: Call, blocks: Sequence[str]) -> dict[str, torch.Tensor]:
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str):
+        def look(module, args, output) -> None:
+            if name not in seen:
+                seen[name] = _first(output).clone()  # what follows may work in place
+
+        return look
+
+    with hooks(model.get_submodule(name).register_forward_hook(keep(name)) for name in blocks):
+        seen["output"] = _first(call(model))
+    return seen
+
+
+def _first(tree) -> torch.Tensor:
+    return next(x for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and x.is_floating_point())

@@ -53,6 +53,7 @@ def merge(
         "models": [origin(model) for model in models],
     }
     set_origin(merged, how)
+    _merge_ranges(merged, models, lam)
     _average_floats(merged, models, lam)
     layers = [quantized_layers(model) for model in models]
     for i, (name, target) in enumerate(quantized_layers(merged).items()):
@@ -83,6 +84,16 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
     merged = copy.deepcopy(models[0])
     _average_floats(merged, models, lam)
     return merged
+
+
+def _merge_ranges(merged: nn.Module, models: list[nn.Module], lam: Sequence[float]) -> None:
+    """A range of integers that has a zero point inside, ``[−z, 2^b − 1 − z]``, lies where the merged values do:
+    ``low* = round(Σ λ_k·s_k·low_k / Σ λ_k·s_k)``, its width as it is. Equal ranges stay."""
+    inputs = [list(input_quantizers(model).values()) for model in models]
+    for target, *own in zip(input_quantizers(merged).values(), *inputs, strict=True):
+        steps = [w * float(each.scale) for w, each in zip(lam, own, strict=True)]
+        low = round(sum(step * each.qmin for step, each in zip(steps, own, strict=True)) / sum(steps))
+        target.qmin, target.qmax = low, low + target.qmax - target.qmin
 
 
 def _average_floats(merged: nn.Module, models: list[nn.Module], lam: Sequence[float]) -> None:
@@ -132,5 +143,5 @@ def _description(model: nn.Module) -> dict:
         weight = layer.weight_quantizer
         facts[f"{name}: weight range"] = (weight.qmin, weight.qmax, weight.axis)
     for name, activation in input_quantizers(model).items():
-        facts[f"{name}: input range"] = (activation.qmin, activation.qmax)
+        facts[f"{name}: input levels"] = activation.qmax - activation.qmin + 1
     return facts

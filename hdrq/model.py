@@ -1,26 +1,25 @@
-"""Preparing a model: fold BatchNorm, attach quantizers, assign bits, find the blocks to reconstruct."""
+"""Preparing a model: which layers it has, how many bits each gets, where quantizers are attached."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, ValuesView
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from hdrq import checks, ops
 from hdrq.quantizers import ActivationQuantizer, WeightQuantizer, integer_range
 from hdrq.recipes import Recipe
 
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear, nn.Embedding)
+SAMPLED = 2**20  # elements of an input, of each call, that its scale is searched on
 EDGE_BITS = 8  # of the first and the last layer, unless a pattern of the caller's says otherwise
 
 
@@ -69,8 +68,17 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def input_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
-    """The quantizers of what modules read, by the name of the module."""
-    return {n: m.input_quantizer for n, m in model.named_modules() if hasattr(m, "input_quantizer")}
+    """The quantizers of what modules read, by the name of the module; a shared one by its first reader's."""
+    found: dict[int, str] = {}
+    for name, quantizer in input_readers(model).items():
+        found.setdefault(id(quantizer), name)
+    return {name: cast(Any, model.get_submodule(name)).input_quantizer for name in found.values()}
+
+
+def input_readers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Every module whose input is quantized, by name, with its quantizer: modules that read one tensor share one."""
+    modules: Iterable[tuple[str, Any]] = model.named_modules()
+    return {n: m.input_quantizer for n, m in modules if hasattr(m, "input_quantizer")}
 
 
 def origin(model: nn.Module) -> dict:
@@ -95,12 +103,12 @@ def hooks(handles: Iterable) -> Iterator[None]:
 
 
 def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The convolutions and linear layers of a model, by name."""
+    """The convolutions, linear layers and embeddings of a model, subclasses too, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
 
 
 def check_float(name: str, model: nn.Module) -> None:
-    """``model`` is a module whose convolutions and linear layers hold their weights themselves."""
+    """``model`` is a module whose layers hold their weights themselves."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
     for layer, module in weighted_layers(model).items():
@@ -110,95 +118,17 @@ def check_float(name: str, model: nn.Module) -> None:
             )
 
 
-# --- BatchNorm ---------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def fold_batchnorm(model: nn.Module, run) -> dict[str, str]:
-    """Fold each BatchNorm into the layer whose output it reads, in place; ``run(model)`` executes the model.
-
-    The pairs are found by running the model, so it does not matter how the modules are nested. A BatchNorm that reads
-    no weighted layer's output, channel by channel and unchanged, stays as it is.
-
-    Returns:
-        What was folded: the names of the BatchNorms, each with the name of its layer.
-
-    Raises:
-        ValueError: folding changed the model's outputs by more than 1e-3 of their size, or 4 roundings of half types.
-    """
-    pairs, before = _batchnorm_pairs(model, run)
-    modules = dict(model.named_modules())
-    for norm_name, layer_name in pairs.items():
-        layer, norm = modules[layer_name], modules[norm_name]
-        fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
-        gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
-        shift = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
-        statistics = (norm.running_mean, norm.running_var, norm.eps, gain, shift)
-        layer.weight, layer.bias = fuse(layer.weight, layer.bias, *statistics)
-        replace_module(model, norm_name, nn.Identity())
-    after = run(model)
-    error = max((_relative(a, b) for a, b in zip(_tensors(after), _tensors(before), strict=True)), default=0.0)
-    roundings = [4 * torch.finfo(t.dtype).eps for t in _tensors(before) if t.is_floating_point()]
-    if error > max([1e-3, *roundings]):
-        raise ValueError(f"folding BatchNorm must leave the outputs as they are, got a relative change of {error:.2g}")
-    return pairs
-
-
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` in the place of the module called ``name``."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
 
-def _batchnorm_pairs(model: nn.Module, run) -> tuple[dict[str, str], object]:
-    made_by: dict[int, tuple[str, torch.Tensor, int]] = {}  # tensors are kept alive, so that no id is used twice
-    calls: Counter[str] = Counter()
-    pairs: dict[str, str] = {}
+def bit_policy(layers: list[str], bits: str | Mapping[str, str]) -> dict[str, Bits | None]:
+    """The bits of each layer, in execution order: the first pattern of ``bits`` that matches decides. None: in float.
 
-    def layer_hook(name):
-        def hook(module, args, output):
-            calls[name] += 1
-            if output.ndim == 2 or not isinstance(module, nn.Linear):  # channels on axis 1, where BatchNorm has them
-                made_by[id(output)] = (name, output, output._version)
-
-        return hook
-
-    def norm_hook(name):
-        def hook(module, args, output):
-            calls[name] += 1
-            layer, _, version = made_by.get(id(args[0]), (None, None, None))
-            if layer is not None and args[0]._version == version and module.track_running_stats:
-                pairs[name] = layer
-
-        return hook
-
-    handles = [m.register_forward_hook(layer_hook(n)) for n, m in weighted_layers(model).items()]
-    handles += [m.register_forward_hook(norm_hook(n)) for n, m in model.named_modules() if isinstance(m, BATCHNORM)]
-    with hooks(handles):
-        outputs = run(model)
-    return {n: layer for n, layer in pairs.items() if calls[n] == 1 and calls[layer] == 1}, outputs
-
-
-def _tensors(outputs) -> list[torch.Tensor]:
-    if isinstance(outputs, torch.Tensor):
-        return [outputs]
-    if isinstance(outputs, Mapping):
-        outputs = outputs.values()
-    return [t for item in outputs for t in _tensors(item)] if isinstance(outputs, tuple | list | ValuesView) else []
-
-
-def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    a, b = a.double(), b.double()
-    return float((a - b).norm() / b.norm().clamp(min=1e-12))
-
-
-# --- Quantizers --------------------------------------------------------------------------------------------------
-
-
-def bit_policy(layers: list[str], bits: str | Mapping[str, str]) -> dict[str, Bits]:
-    """The bits of each layer, in execution order: the first pattern of ``bits`` that matches its name decides.
-
-    A string is the pattern ``"*"``; then the first and the last layer take 8 bits. Patterns are those of a shell.
+    A string is the pattern ``"*"``; then the first and the last layer take 8 bits. Patterns are those of a shell, and
+    match a layer's name or that of a module it lies in: ``"stem"`` is for all of the stem.
 
     Raises:
         TypeError: ``bits`` is neither a string nor a mapping.
@@ -210,104 +140,185 @@ def bit_policy(layers: list[str], bits: str | Mapping[str, str]) -> dict[str, Bi
         edge = Bits(EDGE_BITS, EDGE_BITS)
         inner = Bits.parse(bits)
         return {name: edge if name in (layers[0], layers[-1]) else inner for name in layers}
-    patterns = {pattern: Bits.parse(text) for pattern, text in bits.items()}
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in layers):
+    patterns = {pattern: None if text == "float" else Bits.parse(text) for pattern, text in bits.items()}
+    for pattern, own in patterns.items():
+        if own is not None and not any(_matches(name, pattern) for name in layers):
             known = ", ".join(layers)
             raise ValueError(f"bits must have patterns that match a layer, got {pattern!r}; layers: {known}")
     policy = {}
     for name in layers:
-        chosen = next((p for p in patterns if fnmatchcase(name, p)), None)
+        chosen = next((p for p in patterns if _matches(name, p)), None)
         if chosen is None:
             raise ValueError(f'bits must have a pattern for every layer (end with "*"), got none for {name!r}')
         policy[name] = patterns[chosen]
     return policy
 
 
-@torch.no_grad()
-def attach_quantizers(model: nn.Module, run, bits, plan: Recipe) -> None:
-    """Give every weighted layer that ``run(model)`` reaches quantizers for its weight and for its input, in place.
+def _matches(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1)) or fnmatchcase(
+        name, pattern
+    )
 
-    Tensors are quantized where they enter: a block (:func:`find_blocks`) quantizes what it reads, once for all its
-    branches, so that a residual is quantized too, as in QDrop; inside it, a layer that reads anything else has a
-    quantizer of its own. Scales are searched: a weight's on the weight, an input's on what is read in ``run``. An input
-    that is nowhere negative is quantized unsigned, any other signed.
+
+@torch.no_grad()
+def attach_quantizers(model: nn.Module, run, example, bits, plan: Recipe, blocks: Sequence[str]) -> None:
+    """Give every layer that ``run(model)`` reaches quantizers for its weight and for its input, in place.
+
+    Inputs are quantized where they are read, once for all that read the same tensor (q, k and v). With ``placement``
+    ``"qdrop"`` blocks quantize what they read too, for all their branches, so that a residual is quantized. Scales are
+    searched: a weight's on the weight, an input's on what is read in ``run``. An input that is nowhere negative is
+    quantized unsigned; another signed or, where that lowers the error by a tenth, with a zero point, which is a range
+    of integers of its own: ``[qmin − z, qmax − z]``.
+
+    Args:
+        run, example: run the model on the samples that scales are searched on, and on one.
+        blocks: :func:`hdrq.blocks.find_blocks`.
+
+    Raises:
+        ValueError: a layer cannot be quantized; the message names it.
     """
-    blocks = find_blocks(model, run)
-    readers = dict.fromkeys([*blocks, *weighted_layers(model)])
-    inputs = module_inputs(model, run, list(readers))
-    layers = [name for name in inputs if name in weighted_layers(model)]
+    weighted = weighted_layers(model)
+    readers = dict.fromkeys([*(blocks if plan.placement == "qdrop" else ()), *weighted])
+    packed = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    reads = _first_reads(model, example, [*readers, *packed])
+    _refuse_packed([n for n in packed if reads.pop(n, None)], bits)
+    layers = [name for name in reads if name in weighted]
     if not layers:
         raise ValueError("model must run at least one convolution or linear layer on calibration, got none")
     policy = bit_policy(layers, bits)
+    tied: dict[int, str] = {}  # the first of the layers that share a weight
     for name in layers:
-        qmin, qmax = integer_range(policy[name].weight, signed=True)
-        layer: Any = model.get_submodule(name)
-        axis = 0 if plan.per_channel else None
-        checks.finite(f"weight of {name}", layer.weight)
-        scale = ops.search_scale(layer.weight, qmin, qmax, norm=plan.norm, candidates=plan.candidates, axis=axis)
-        parametrize.register_parametrization(layer, "weight", WeightQuantizer(scale, qmin, qmax, axis))
-    for name, parts in inputs.items():
-        block = next((b for b in blocks if name.startswith(f"{b}.")), None)
-        if block is not None and inputs[block][0] is parts[0]:
-            continue  # the block's own quantizer serves it
-        first = next(layer for layer in layers if layer == name or layer.startswith(f"{name}."))
-        x = torch.cat([part.flatten() for part in parts])
-        checks.finite(f"input of {name}", x)
-        qmin, qmax = integer_range(policy[first].activation, signed=bool((x < 0).any()))
-        scale = ops.search_scale(x, qmin, qmax, norm=plan.norm, candidates=plan.candidates)
-        attach_input_quantizer(model.get_submodule(name), ActivationQuantizer(scale, qmin, qmax))
+        layer: Any = weighted[name]
+        own, first = policy[name], tied.setdefault(id(layer.weight), name)
+        if own is not None and first == name:
+            parametrize.register_parametrization(layer, "weight", _search_weight(name, layer, own, plan))
+        elif own is not None and own == policy[first]:
+            quantizer = quantized_layers(model)[first].weight_quantizer
+            parametrize.register_parametrization(layer, "weight", quantizer)
+        elif own != policy[first]:
+            raise ValueError(
+                f"bits must agree where a weight is shared, got {own} for {name}, {policy[first]} for {first}"
+            )
+    owners: dict[tuple, str] = {}
+    shared: dict[str, str] = {}
+    ranges: dict[str, int] = {}
+    for name, tensors in reads.items():
+        inside = (policy[n] for n in layers if n == name or n.startswith(f"{name}."))
+        own = next((b for b in inside if b is not None), None)
+        if own is None or not tensors[0].is_floating_point():
+            continue
+        key = (own.activation, *map(id, tensors))
+        owner = next((o for o in owners.values() if name.startswith(f"{o}.") and reads[o][0] is tensors[0]), None)
+        if owner is not None:
+            continue  # the quantizer of the block around it serves it
+        owner = owners.setdefault(key, name)
+        shared[name] = owner
+        ranges[owner] = own.activation
+    samples = _read_samples(model, run, list(ranges))
+    quantizers = {name: _search_activation(name, samples[name], bits, plan) for name, bits in ranges.items()}
+    for name, owner in shared.items():
+        attach_input_quantizer(model.get_submodule(name), quantizers[owner])
+
+
+def _refuse_packed(attentions: list[str], bits: str | Mapping[str, str]) -> None:
+    """A packed attention reads its projections' weights without calling them: they would silently stay in float."""
+    floats = [pattern for pattern, text in bits.items() if text == "float"] if isinstance(bits, Mapping) else []
+    for name in attentions:
+        if not any(_matches(name, pattern) for pattern in floats):
+            raise ValueError(
+                f"model must call its projections as layers to quantize them, got nn.MultiheadAttention {name!r}; "
+                f'write it with nn.Linear, or keep it in full precision with bits={{"{name}": "float", …}}'
+            )
+
+
+def _search_weight(name: str, layer: Any, bits: Bits, plan: Recipe) -> WeightQuantizer:
+    weight = layer.weight
+    axis = None
+    if plan.per_channel:
+        axis = 1 if isinstance(layer, TRANSPOSED) else 0
+        if isinstance(layer, TRANSPOSED) and layer.groups > 1:
+            raise ValueError(
+                f"{name} must have one group for a scale for each output channel, got {layer.groups}: a transposed "
+                "convolution's groups have their channels along one axis; per_channel=False, or keep it in float"
+            )
+    checks.finite(f"weight of {name}", weight)
+    qmin, qmax = integer_range(bits.weight, signed=True)
+    scale = ops.search_scale(weight, qmin, qmax, norm=plan.norm, candidates=plan.candidates, axis=axis)
+    return WeightQuantizer(scale, qmin, qmax, axis)
+
+
+def _search_activation(name: str, x: torch.Tensor, bits: int, plan: Recipe) -> ActivationQuantizer:
+    checks.finite(f"input of {name}", x)
+    options: Any = {"norm": plan.norm, "candidates": plan.candidates}
+    signed = bool((x < 0).any())
+    qmin, qmax = integer_range(bits, signed)
+    scale = ops.search_scale(x, qmin, qmax, **options)
+    if signed:
+        low, high = integer_range(bits, signed=False)
+        affine, zero_point = ops.search_affine(x, low, high, **options)
+        shift = int(zero_point)
+        if _error(x, affine, low - shift, high - shift, plan) < 0.9 * _error(x, scale, qmin, qmax, plan):
+            scale, qmin, qmax = affine, low - shift, high - shift
+    return ActivationQuantizer(scale, qmin, qmax)
+
+
+def _error(x: torch.Tensor, scale: torch.Tensor, qmin: int, qmax: int, plan: Recipe) -> float:
+    return float((ops.fake_quantize(x, scale, qmin, qmax) - x).abs().double().pow(plan.norm).sum())
 
 
 def attach_input_quantizer(module: nn.Module, quantizer: ActivationQuantizer) -> None:
-    """Quantize the first input of a module."""
+    """Quantize the first tensor that a module is called with."""
     module.input_quantizer = quantizer
-    module.register_forward_pre_hook(_quantize_input)
+    module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
 
 
-def _quantize_input(module: Any, args: tuple) -> tuple:
-    return (module.input_quantizer(args[0]), *args[1:])
+def _quantize_input(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    where = _first_tensor(args, kwargs)
+    if isinstance(where, int):
+        return (*args[:where], module.input_quantizer(args[where]), *args[where + 1 :]), kwargs
+    return args, {**kwargs, where: module.input_quantizer(kwargs[where])}
 
 
-def module_inputs(model: nn.Module, run, names: list[str]) -> dict[str, list[torch.Tensor]]:
-    """The first argument of modules at each of their calls while ``run(model)``, in execution order."""
-    seen: dict[str, list[torch.Tensor]] = {}
+def _first_tensor(args: tuple, kwargs: Mapping) -> int | str:
+    """The place or the name of the first tensor among a call's arguments."""
+    named = [*enumerate(args), *kwargs.items()]
+    where = next((key for key, value in named if isinstance(value, torch.Tensor)), None)
+    if where is None:
+        raise ValueError(f"a module to be quantized must be called with a tensor, got {[type(v) for _, v in named]}")
+    return where
+
+
+def _reading(model: nn.Module, run, names: list[str], see) -> None:
+    """Call ``see(name, tensor)`` with the first tensor that each module is called with, while ``run(model)``."""
 
     def hook(name):
-        def keep(module, args):
-            if not args:
-                raise ValueError(f"{name} must be called with its input as a positional argument, got keywords only")
-            seen.setdefault(name, []).append(args[0])
+        def look(module, args, kwargs):
+            where = _first_tensor(args, kwargs)
+            see(name, args[where] if isinstance(where, int) else kwargs[where])
 
-        return keep
+        return look
 
-    with hooks(model.get_submodule(n).register_forward_pre_hook(hook(n)) for n in names):
+    handles = [model.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in names]
+    with hooks(handles):
         run(model)
+
+
+def _first_reads(model: nn.Module, example, names: list[str]) -> dict[str, list[torch.Tensor]]:
+    """What modules read at each of their calls, the very tensors, in execution order."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    _reading(model, example, names, lambda name, x: seen.setdefault(name, []).append(x))
     return seen
 
 
-# --- Blocks ------------------------------------------------------------------------------------------------------
+def _read_samples(model: nn.Module, run, names: list[str]) -> dict[str, torch.Tensor]:
+    """Of what modules read, evenly spaced elements, few enough to keep for all of them, and the extremes."""
+    seen: dict[str, list[torch.Tensor]] = {}
 
+    def keep(name, x):
+        flat = x.detach().flatten()
+        few = flat[:: max(1, flat.numel() // SAMPLED)]
+        seen.setdefault(name, []).append(torch.cat([few, *(v.reshape(1) for v in torch.aminmax(flat))]))
 
-def find_blocks(model: nn.Module, run) -> list[str]:
-    """The units of reconstruction, in execution order.
-
-    A block is the smallest module of a class of the model's own (not one of torch's) that occurs more than once and
-    holds at least two weighted layers that ``run(model)`` reaches; layers outside every block are units by themselves.
-    """
-    weighted = weighted_layers(model)
-    own = {n: m for n, m in model.named_modules() if n and not type(m).__module__.startswith("torch.")}
-    order: dict[str, None] = {}
-
-    def hook(name):
-        return lambda module, args: order.setdefault(name)
-
-    with hooks(model.get_submodule(n).register_forward_pre_hook(hook(n)) for n in {**own, **weighted}):
-        run(model)
-    layers = [n for n in order if n in weighted]
-    own = {n: own[n] for n in order if n in own and sum(layer.startswith(f"{n}.") for layer in layers) > 1}
-    kinds = Counter(type(m) for m in own.values())
-    repeated = [n for n, m in own.items() if kinds[type(m)] > 1]
-    blocks = [n for n in repeated if not any(other.startswith(f"{n}.") for other in repeated)]
-    alone = [n for n in layers if not any(n.startswith(f"{block}.") for block in blocks)]
-    return [n for n in order if n in blocks or n in alone]
+    _reading(model, run, names, keep)
+    return {name: torch.cat(parts) for name, parts in seen.items()}

@@ -28,6 +28,8 @@ class Quantizer(nn.Module):
         axis: the axis along which ``scale`` varies; None for one scale.
     """
 
+    keep = 1.0  # the probability that an element is quantized
+
     def __init__(self, scale: torch.Tensor, qmin: int, qmax: int, axis: int | None = None) -> None:
         super().__init__()
         checks.quant_range(qmin, qmax)
@@ -44,8 +46,10 @@ class Quantizer(nn.Module):
         grid = (x, self.scale, self.qmin, self.qmax)
         factor = 1 / math.sqrt(max(x.numel(), 1) * self.qmax)
         if self.mode == "noise":
-            return ops.noise_quantize(*grid, self.rng, noise=self.noise, axis=self.axis, grad_scale=factor)
-        return ops.fake_quantize(*grid, axis=self.axis, grad_scale=factor)
+            return ops.noise_quantize(
+                *grid, self.rng, noise=self.noise, axis=self.axis, grad_scale=factor, keep=self.keep
+            )
+        return ops.fake_quantize(*grid, axis=self.axis, grad_scale=factor, keep=self.keep, rng=self.rng)
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """The integers that ``x`` rounds to."""
@@ -60,16 +64,27 @@ class Quantizer(nn.Module):
 
 
 class WeightQuantizer(Quantizer):
-    """The parametrization of a layer's weight (:mod:`torch.nn.utils.parametrize`)."""
+    """The parametrization of a layer's weight (:mod:`torch.nn.utils.parametrize`).
+
+    In mode ``"adaround"`` a weight is rounded up or down as ``alpha``, which is learned, says; ``penalty`` is then the
+    rounding loss for the exponent ``beta``. ``dtype`` is the weight's, where what is learned has a finer one.
+    """
+
+    dtype: torch.dtype | None = None
+    alpha: torch.Tensor | None = None
+    beta: torch.Tensor | None = None
+    penalty: torch.Tensor | None = None
+
+    def forward(self, w: torch.Tensor) -> torch.Tensor:
+        if self.mode == "adaround" and self.alpha is not None and self.beta is not None:
+            grid = (w, self.scale, self.alpha, self.qmin, self.qmax)
+            y, self.penalty = ops.adaround_regularized(*grid, self.beta, axis=self.axis)
+        else:
+            y = super().forward(w)
+        return y if self.dtype is None else y.to(self.dtype)
 
 
 class ActivationQuantizer(Quantizer):
     """The quantizer of a layer's input. While a block is reconstructed it leaves each element as it is with
     probability ``1 − keep`` (QDrop, Wei et al., ICLR 2022); the mask draws from the stream of the noise.
     """
-
-    keep = 1.0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)
-        return y if self.keep == 1.0 or self.mode == "float" else ops.drop_mix(y, x, self.keep, self.rng)

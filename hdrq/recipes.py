@@ -6,34 +6,46 @@ from dataclasses import dataclass, fields, replace
 
 from hdrq import checks
 
-NAMES = ("rtn", "hdrq")
+NAMES = ("rtn", "brecq", "qdrop", "hdrq")
 PRESETS = ("paper", "official")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is quantized.
+    """How a model is quantized. The defaults are HDRQ's, as the paper has it.
 
-    ``iterations`` steps are made for each block: first with noise in place of rounding, then, for the last ``tail`` of
-    them, with the real fake-quantizer. No iterations is round to nearest.
+    ``iterations`` steps are made for each block; none is round to nearest. What is learned of a weight:
+
+    - ``learns="weights"``: the weight and its scale, first with noise in place of rounding, then, for the last
+      ``tail`` of the steps, with the real fake-quantizer. HDRQ; without noise and distance, QDrop's loop on weights.
+    - ``learns="rounding"``: whether each weight is rounded up or down, its scale fixed: ``(floor(w/Δ) + h(α))·Δ`` with
+      α learned, and ``rounding_weight·Σ(1 − |2h − 1|^β)`` added to the loss; at the end h is 0 or 1. BRECQ and QDrop.
     """
 
     name: str
+    learns: str = "weights"  # or "rounding": AdaRound's α
     iterations: int = 20_000
     tail: float = 0.175  # share of the iterations, at the end, that fake-quantize; 1 is all of them: no noise
     noise: str = "uniform"  # of weights: "uniform" or "empirical"
     noise_activations: bool = False  # noise on activations too, while weights have it
     batch_size: int = 32
-    weight_lr: float = 1e-3  # Adam, of weights and their scales
+    weight_lr: float = 1e-3  # Adam, of weights and their scales, or of α
+    weight_schedule: str = "cosine"  # of that rate after its warm-up: "cosine", to 0, or "constant"
+    warmup: float = 0.2  # share of the iterations over which the weights' rate rises from 1e-3 of itself
     scale_step: float = 0.01  # bound on the rate of a weight's scale, as a share of the scale it starts from
-    warmup: float = 0.2  # share of the iterations over which the weights' rate rises from 1e-3 of itself; then cosine
     activation_lr: float = 4e-5  # Adam, cosine, of the activations' scales
     distance: float = 5e-2  # λ of Σ ‖W − W_src‖₂, not squared
+    rounding_weight: float = 0.01  # of AdaRound's loss
+    rounding_warmup: float = 0.2  # share of the iterations, at the start, without AdaRound's loss
+    beta_start: float = 20.0  # AdaRound's β after that warm-up …
+    beta_end: float = 2.0  # … and at the end
+    beta_schedule: str = "linear"  # "linear", as the code of BRECQ and QDrop has it, or "cosine", as AdaRound's
     input_keep: float = 0.5  # QDrop: probability that an input of the block is the quantized prefix's
     activation_keep: float = 0.5  # QDrop: probability that an activation is quantized
     norm: float = 2.4  # exponent of the range search
     candidates: int = 100  # clip thresholds of the range search
     range_samples: int = 128  # calibration samples that the scales of activations are searched on
+    placement: str = "qdrop"  # of activations' quantizers: "input" of layers; "qdrop", what blocks read besides
     per_channel: bool = False  # a weight scale for each output channel
 
     def __post_init__(self) -> None:
@@ -43,27 +55,38 @@ class Recipe:
         checks.integer("batch_size", self.batch_size, 1, 2**31)
         checks.integer("candidates", self.candidates, 1, 2**16)
         checks.integer("range_samples", self.range_samples, 1, 2**31)
+        checks.choice("learns", self.learns, ("weights", "rounding"))
         checks.choice("noise", self.noise, ("uniform", "empirical"))
+        checks.choice("placement", self.placement, ("input", "qdrop"))
+        checks.choice("weight_schedule", self.weight_schedule, ("cosine", "constant"))
+        checks.choice("beta_schedule", self.beta_schedule, ("linear", "cosine"))
         for name in ("noise_activations", "per_channel"):
             checks.choice(name, getattr(self, name), (False, True))
-        for name in ("tail", "warmup", "input_keep", "activation_keep"):
+        for name in ("tail", "warmup", "rounding_warmup", "input_keep", "activation_keep"):
             checks.real(name, getattr(self, name), 0.0, 1.0)
-        for name in ("weight_lr", "activation_lr", "distance", "norm", "scale_step"):
+        for name in ("weight_lr", "activation_lr", "distance", "rounding_weight", "norm", "scale_step"):
             checks.real(name, getattr(self, name), 0.0)
+        for name in ("beta_start", "beta_end"):
+            checks.real(name, getattr(self, name), 1.0)
+        if self.learns == "rounding" and (self.tail != 1 or self.distance != 0):
+            raise ValueError(
+                'tail must be 1 and distance 0 where learns="rounding", which knows no noise and leaves weights alone, '
+                f"got tail={self.tail:g}, distance={self.distance:g}"
+            )
 
 
-_PRESETS = {
-    ("hdrq", "paper"): Recipe("hdrq"),
-    ("hdrq", "official"): Recipe(
-        "hdrq", tail=0.2, noise="empirical", noise_activations=True, weight_lr=1e-4, scale_step=1.0
-    ),
-    ("rtn", "paper"): Recipe("rtn", iterations=0),
-    ("rtn", "official"): Recipe("rtn", iterations=0),
-}
+_HDRQ = Recipe("hdrq")
+_QDROP = Recipe("qdrop", learns="rounding", tail=1.0, distance=0.0, weight_schedule="constant", warmup=0.0)
+_BRECQ = replace(_QDROP, name="brecq", input_keep=1.0, activation_keep=1.0)
+_RTN = Recipe("rtn", iterations=0)
+_RECIPES = {"rtn": _RTN, "brecq": _BRECQ, "qdrop": _QDROP, "hdrq": _HDRQ}
+_OFFICIAL = replace(_HDRQ, tail=0.2, noise="empirical", noise_activations=True, weight_lr=1e-4, scale_step=1.0)
 
 
 def recipe(name: str | Recipe, preset: str = "paper", **knobs) -> Recipe:
     """A recipe by name, as the paper or the released code has it, with knobs of the caller's own.
+
+    The presets differ for ``"hdrq"`` alone.
 
     Raises:
         ValueError: an unknown name, preset or knob, or a knob out of range.
@@ -73,7 +96,7 @@ def recipe(name: str | Recipe, preset: str = "paper", **knobs) -> Recipe:
     else:
         checks.choice("recipe", name, NAMES)
         checks.choice("preset", preset, PRESETS)
-        base = _PRESETS[name, preset]
+        base = _OFFICIAL if (name, preset) == ("hdrq", "official") else _RECIPES[name]
     known = tuple(f.name for f in fields(Recipe) if f.name != "name")
     for knob in knobs:
         checks.choice("knob", knob, known)

@@ -1,12 +1,16 @@
-"""Tables and figures of a run, for a terminal and for files."""
+"""What a run found: its numbers, and tables and figures of them, for a terminal and for files."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from hdrq.evaluate import harmonic_mean
 from hdrq.parity import Report
@@ -24,6 +28,59 @@ class Row:
         return harmonic_mean(self.accuracies.values())
 
 
+@dataclass(frozen=True)
+class BlockReport:
+    """One block: its reconstruction loss on the first calibration samples, and the seconds it took."""
+
+    name: str
+    loss_before: float  # rounded to nearest, its inputs quantized
+    loss_after: float
+    seconds: float
+
+
+@dataclass
+class RunReport:
+    """How a model was quantized.
+
+    ``errors`` are ``‖y_q − y‖² / ‖y‖²`` of each block's output y, and of the model's (``"output"``), on data held out,
+    what comes before being quantized too; ``nearest`` is the same for rounding to nearest, before anything was learned.
+    """
+
+    recipe: str
+    blocks: list[BlockReport] = field(default_factory=list)
+    losses: list[tuple[str, int, float]] = field(default_factory=list)  # block, iteration, reconstruction loss
+    errors: dict[str, float] = field(default_factory=dict)
+    nearest: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_memory: dict[str, int] = field(default_factory=dict)  # bytes, of the process and of the device
+    cache_peak: dict[str, int] = field(default_factory=dict)  # bytes of blocks' inputs and targets, for each tier
+
+
+def report_of(model: nn.Module) -> RunReport:
+    """The report of the run that made a model.
+
+    Raises:
+        ValueError: the model was not made by :func:`hdrq.quantize` in this process.
+    """
+    report = model.__dict__.get("hdrq_report")
+    if report is None:
+        raise ValueError("model must be the result of hdrq.quantize, got one without a report")
+    return report
+
+
+def set_report(model: nn.Module, report: RunReport) -> None:
+    """Keep a report with the model that it is about."""
+    model.__dict__["hdrq_report"] = report
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most bytes that this process held so far, on the host and on a CUDA device."""
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
 def table(rows: Sequence[Row], title: str):
     """The rows as a :class:`rich.table.Table`."""
     from rich.table import Table
@@ -36,6 +93,44 @@ def table(rows: Sequence[Row], title: str):
     for row in rows:
         result.add_row(row.method, *(f"{v:.1f}" for v in row.accuracies.values()), f"{row.harmonic_mean:.1f}")
     return result
+
+
+def errors_table(reports: Mapping[str, RunReport], title: str):
+    """The accumulated errors of runs on data held out, as a :class:`rich.table.Table`; of one run losses too."""
+    from rich.table import Table
+
+    first = next(iter(reports.values()))
+    columns: dict[str, dict[str, str]] = {}
+    if len(reports) == 1:
+        columns["loss"] = {b.name: f"{b.loss_before:.3g} → {b.loss_after:.3g}" for b in first.blocks}
+    columns["nearest"] = {name: f"{error:.3g}" for name, error in first.nearest.items()}
+    for name, report in reports.items():
+        columns[name] = {block: f"{error:.3g}" for block, error in report.errors.items()}
+    columns = {name: cells for name, cells in columns.items() if cells}
+    result = Table(title=title)
+    result.add_column("block")
+    for name in columns:
+        result.add_column(name, justify="right")
+    for block in dict.fromkeys(block for cells in columns.values() for block in cells):
+        result.add_row(block, *(cells.get(block, "") for cells in columns.values()))
+    return result
+
+
+def write_losses(losses: Sequence[tuple[str, int, float]], path: Path) -> None:
+    """A figure: each block's reconstruction loss while it was learned."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    for block in dict.fromkeys(name for name, *_ in losses):
+        points = [(iteration, loss) for name, iteration, loss in losses if name == block]
+        axes.plot(*zip(*points, strict=True), marker=".", label=block)
+    axes.set(xlabel="iteration", ylabel="reconstruction loss", yscale="log")
+    axes.legend(fontsize=6, ncols=2)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def parity_table(report: Report):

@@ -109,12 +109,12 @@ def test_tied_parameters_and_other_parametrizations_are_kept(tmp_path):
         def __init__(self):
             super().__init__()
             self.layer = nn.Linear(6, 6)
-            self.up = nn.utils.parametrizations.weight_norm(nn.ConvTranspose1d(6, 6, 1))
+            self.up = nn.utils.parametrizations.weight_norm(nn.Bilinear(6, 6, 6))
             self.gain = nn.Parameter(torch.rand(6))
             self.same_gain = self.gain
 
         def forward(self, x):
-            return self.up((self.layer(x) * self.gain + self.same_gain)[..., None])
+            return self.up(x, self.layer(x) * self.gain + self.same_gain)
 
     def tied(seed):
         with torch.random.fork_rng():

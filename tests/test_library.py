@@ -81,6 +81,7 @@ CASES = {
         [0.1, 0.2],
     ),
     "search_scale": lambda: (torch.linspace(-1, 1, 50), -8, 7),
+    "search_affine": lambda: (torch.linspace(-1, 1, 50).view(10, 5), -2, 1, 2.4, 10, 1),
     "merge": lambda: merging([torch.ones(9, dtype=torch.int8)] * 2, "exact", False),
     "merge, packed": lambda: merging([torch.ones(5, dtype=torch.uint8)] * 2, "fast", True),
 }
@@ -161,17 +162,23 @@ class TestBackends:
         with pytest.raises(hdrq.BackendError, match="must be one of reference, torch, cpp, triton, got 'cuda'"):
             hdrq.use_backend("cuda").__enter__()
 
-    def test_one_without_the_op_lists_those_that_have_it(self):
+    def test_one_without_the_op_lists_those_that_have_it(self, monkeypatch):
+        module = sys.modules["hdrq.backends"]  # hdrq.backends itself is the function
+        monkeypatch.setattr(module, "implements", lambda name, family: name in ("reference", "torch"))
         with (
             hdrq.use_backend("cpp"),
-            pytest.raises(hdrq.BackendError, match=r"implements search_scale \(reference, torch\), got 'cpp'"),
+            pytest.raises(hdrq.BackendError, match=r"implements range_errors \(reference, torch\), got 'cpp'"),
         ):
             hdrq.ops.search_scale(torch.ones(3), -8, 7)
 
     @pytest.mark.parametrize(
         ("environment", "code", "expected"),
         [
-            ({"HDRQ_BACKEND": "cpp"}, "hdrq.ops.search_scale(x, -8, 7)", "(reference, torch), got 'cpp'"),
+            (
+                {"HDRQ_BACKEND": "reference"},
+                "hdrq.ops.drop_mix(x, x, 1.0, r); print('hdrq.reference.drop' in sys.modules)",
+                "True",
+            ),
             ({"HDRQ_BACKEND": "nonsense"}, "hdrq.ops.drop_mix(x, x, 1.0, r)", "must be one of reference, torch"),
             ({}, "print('triton' in sys.modules or 'hdrq._C' in sys.modules)", "False"),
         ],
@@ -265,6 +272,7 @@ def test_anything_but_a_tensor_is_a_type_error(wrong):
         lambda: hdrq.ops.drop_mix(x, wrong, 0.5, RNG),
         lambda: hdrq.ops.source_distance(wrong, x),
         lambda: hdrq.ops.search_scale(wrong, -8, 7),
+        lambda: hdrq.ops.search_affine(wrong, -8, 7),
         lambda: hdrq.ops.merge([wrong, wrong], [s, s], -8, 7, RNG),
     ):
         with pytest.raises(TypeError, match=r"must be a tensor of .*, got \w+"):

@@ -198,7 +198,7 @@ def test_models_must_be_quantized_modules(models):
             ["a.bias ((6,) torch.float32 in the first, (7,) torch.float32 in number 1)", "head.parametrizations"],
         ),
         ({"bits": "W3A4"}, ["b: weight range ((-8, 7, None) in the first, (-4, 3, None) in number 1)"]),
-        ({"bits": "W4A5"}, ["b: input range ((0, 15) in the first, (0, 31) in number 1)"]),
+        ({"bits": "W4A5"}, ["b: input levels (16 in the first, 32 in number 1)"]),
         ({"table": 17}, ["table ((16,) torch.int64 in the first, (17,) torch.int64 in number 1)"]),
     ],
 )

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import hdrq
+from hdrq.blocks import find_blocks
+from hdrq.folding import fold_batchnorm
 from hdrq.model import (
     Bits,
     bit_policy,
-    find_blocks,
-    fold_batchnorm,
     input_quantizers,
     quantized_layers,
 )
@@ -235,7 +235,10 @@ def test_module_without_a_layer_that_runs_is_no_block():
 
     model, x = nn.Sequential(nn.Linear(5, 8), Attention(), Attention()).eval(), data(9, 6, 5)
     assert find_blocks(model, lambda m: m(x)) == ["0"]  # attention calls its projections' weights, not the modules
-    assert list(input_quantizers(hdrq.quantize(model, x, "rtn"))) == ["0"]
+    with pytest.raises(ValueError, match=r"must call its projections as layers .*got nn.MultiheadAttention '1.one'"):
+        hdrq.quantize(model, x, "rtn")
+    kept = hdrq.quantize(model, x, "rtn", bits={"1": "float", "2": "float", "0": "W4A4"})
+    assert list(input_quantizers(kept)) == ["0"]
 
 
 def test_nested_blocks_are_the_smallest():
@@ -288,7 +291,7 @@ def test_both_branches_read_the_quantized_input():
     assert len(steps.round().unique()) <= 16
 
 
-def test_layers_that_share_an_input_outside_a_block_each_quantize_it():
+def test_layers_that_read_one_tensor_share_its_quantizer():
     class Heads(nn.Module):
         def __init__(self):
             super().__init__()
@@ -297,7 +300,9 @@ def test_layers_that_share_an_input_outside_a_block_each_quantize_it():
         def forward(self, x):
             return self.a(x) + self.b(x)
 
-    assert list(input_quantizers(hdrq.quantize(lively(Heads()), data(9, 6), "rtn"))) == ["a", "b"]
+    quantized = hdrq.quantize(lively(Heads()), data(9, 6), "rtn")
+    assert list(input_quantizers(quantized)) == ["a"]
+    assert quantized.b.input_quantizer is quantized.a.input_quantizer
 
 
 def test_layer_that_pads_in_its_forward_quantizes_its_weight():

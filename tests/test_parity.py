@@ -42,7 +42,9 @@ def test_all_backends_of_this_machine_agree():
     assert report.mismatches == []
     assert {t.op for t in report.tallies} == set(cases.OPS)
     assert {b.name for b in parity.available()} == {t.backend for t in report.tallies}
-    assert all(t.cases and t.error < 1e-6 for t in report.tallies if t.backend != "triton" and t.op != "search_scale")
+    assert all(
+        t.cases and t.error < 1e-6 for t in report.tallies if t.backend != "triton" and not t.op.startswith("search")
+    )
 
 
 def test_every_public_op_has_cases():

@@ -1,16 +1,22 @@
 """The block-wise loop: better than rounding, repeatable, on the grid, and clear about bad input."""
 
 import copy
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import hdrq
-from hdrq.model import fold_batchnorm, input_quantizers, quantized_layers
+from hdrq.block import SMALLEST_SCALE, Learner, reconstruction_loss, schedule
+from hdrq.calibration import calibration_calls
+from hdrq.folding import fold_batchnorm
+from hdrq.model import input_quantizers, quantized_layers
 from hdrq.quantizers import ActivationQuantizer, WeightQuantizer
 from hdrq.recipes import Recipe, recipe
-from hdrq.reconstruct import SMALLEST_SCALE, calibration_calls, reconstruction_loss, source_weights
+from hdrq.reconstruct import source_weights
+from hdrq.report import report_of
 
 torch.set_num_threads(1)
 
@@ -69,6 +75,31 @@ def test_learned_is_well_below_round_to_nearest(preset):
     assert learned < 0.5 * nearest
 
 
+@pytest.mark.parametrize("recipe", ["brecq", "qdrop"])
+def test_learned_rounding_is_well_below_round_to_nearest(recipe):
+    model = net()
+    nearest = error(learn(model, recipe="rtn", iterations=0, bits="W2A4"), model)
+    options = {"recipe": recipe, "weight_lr": 1e-2, "iterations": 150, "bits": "W2A4"}
+    assert error(learn(model, **options), model) < 0.5 * nearest
+
+
+def test_learned_rounding_goes_up_or_down_and_leaves_scales():
+    nearest, learned = learn(recipe="rtn", iterations=0), learn(recipe="qdrop", weight_lr=0.1, iterations=30)
+    folded = copy.deepcopy(net())
+    fold_batchnorm(folded, lambda m: m(CALIBRATION))
+    moved = 0
+    for name, layer in quantized_layers(learned).items():
+        quantizer, before = layer.weight_quantizer, quantized_layers(nearest)[name].weight_quantizer
+        assert torch.equal(quantizer.scale, before.scale)
+        assert (quantizer.mode, quantizer.alpha, quantizer.penalty) == ("round", None, None)
+        down = (folded.get_submodule(name).weight / quantizer.scale).floor()
+        codes = quantizer.codes(layer.latent)
+        up = codes - down.clamp(quantizer.qmin, quantizer.qmax)
+        assert ((up == 0) | (up == 1)).all()
+        moved += int((codes != quantized_layers(nearest)[name].weight_quantizer.codes(down * before.scale)).sum())
+    assert moved > 0
+
+
 def test_no_iterations_is_round_to_nearest():
     a, b = learn(recipe="rtn", iterations=0), learn(iterations=0, distance=5e-2)
     assert same(state(a), state(b))
@@ -108,11 +139,36 @@ def test_seed_decides_every_bit():
     assert not torch.equal(first["3.parametrizations.weight.original"], other["3.parametrizations.weight.original"])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("recipe", ["hdrq", "qdrop"])
+def test_cuda_graph_moves_no_bit(recipe):
+    states = [
+        state(learn(net().cuda(), CALIBRATION.cuda(), recipe=recipe, iterations=30, graph=g)) for g in (True, False)
+    ]
+    assert same(*states)
+
+
 def test_global_random_state_does_not_matter():
     torch.manual_seed(1)
     first = state(learn())
     torch.manual_seed(2)
     assert same(first, state(learn()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recipe", ["hdrq", "qdrop"])
+def test_half_precision_is_learned_in_float32(dtype, recipe):
+    model = net().to(dtype)
+    nearest = learn(model, CALIBRATION.to(dtype), recipe="rtn", iterations=0, bits="W2A4")
+    rates = {"weight_lr": 1e-2} if recipe == "qdrop" else {}
+    result = learn(model, CALIBRATION.to(dtype), recipe=recipe, iterations=150, bits="W2A4", **rates)
+    for layer in quantized_layers(result).values():
+        quantizer = layer.weight_quantizer
+        assert layer.latent.dtype == layer.module.weight.dtype == dtype and quantizer.scale.dtype == torch.float32
+        assert torch.equal(quantizer.values(quantizer.codes(layer.latent)).to(dtype), layer.latent)
+    want = model(HELD_OUT.to(dtype)).float().detach()
+    errors = [float((m(HELD_OUT.to(dtype)).float() - want).square().mean()) for m in (nearest, result)]
+    assert errors[1] < 0.6 * errors[0]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -123,7 +179,8 @@ def test_grad_mode_of_the_caller_does_not_matter(mode):
 
 
 def test_distance_pulls_towards_the_source(monkeypatch):
-    monkeypatch.setattr(hdrq.reconstruct, "_finish", lambda model: model)  # before rounding hides small steps
+    for module in (hdrq.block, hdrq.reconstruct):
+        monkeypatch.setattr(module, "settle", lambda layer: None)  # rounding would hide small steps
     model, source = net(), net()
     with torch.no_grad():
         for parameter in source.parameters():
@@ -200,6 +257,23 @@ def test_progress_is_told_of_every_block():
     assert all(s.blocks == 4 and s.iterations == 60 and s.loss > 0 for s in steps)
 
 
+def test_report_says_how_it_went():
+    model = net()
+    result = learn(model, iterations=60, bits="W2A4", held_out=HELD_OUT)
+    report = report_of(result)
+    assert [b.name for b in report.blocks] == ["0", "3", "6", "9"]
+    assert all(b.loss_after < b.loss_before and b.seconds > 0 for b in report.blocks)
+    assert [(name, i) for name, i, _ in report.losses] == [(n, i) for n in ("0", "3", "6", "9") for i in (50, 60)]
+    assert list(report.errors) == list(report.nearest) == ["0", "3", "6", "9", "output"]
+    want = model(HELD_OUT).detach().double()
+    output = float((result(HELD_OUT) - want).square().sum() / want.square().sum())
+    assert report.errors["output"] == pytest.approx(output, rel=1e-4) and output < report.nearest["output"]
+    nearest = learn(model, recipe="rtn", iterations=0, bits="W2A4", held_out=HELD_OUT)
+    assert report_of(nearest).errors == report.nearest and report.peak_memory["host"] > 2**20
+    with pytest.raises(ValueError, match=r"model must be the result of hdrq.quantize, got one without a report"):
+        report_of(model)
+
+
 def test_loss_sums_channels_and_averages_the_rest():
     images, tokens = torch.zeros(2, 5, 3, 3), torch.zeros(2, 7, 5)
     assert reconstruction_loss(images, images + 2) == reconstruction_loss(tokens, tokens + 2) == 20
@@ -216,6 +290,33 @@ def test_presets_are_the_tables():
     for plan, tail in ((paper, 3500), (official, 4000)):
         assert plan.iterations == 20_000 and round(plan.tail * plan.iterations) == tail and plan.distance == 5e-2
     assert recipe("rtn").iterations == 0
+
+
+def test_baselines_are_the_table():
+    brecq, qdrop = recipe("brecq"), recipe("qdrop")
+    assert brecq.learns == qdrop.learns == "rounding" and recipe("brecq", "official") == brecq
+    assert (brecq.input_keep, brecq.activation_keep, qdrop.input_keep, qdrop.activation_keep) == (1, 1, 0.5, 0.5)
+    assert {(r.tail, r.distance, r.activation_lr) for r in (brecq, qdrop)} == {(1, 0, 4e-5)}
+
+
+def test_hdrq_without_noise_and_distance_is_qdrops_loop():
+    hdrq_, qdrop = recipe("hdrq", tail=1, distance=0), recipe("qdrop", learns="weights")
+    same_rates = {"weight_schedule": "cosine", "warmup": hdrq_.warmup}
+    assert replace(hdrq_, name="qdrop") == replace(qdrop, **same_rates)
+    states = [state(learn(recipe=r, iterations=6)) for r in (hdrq_, replace(qdrop, **same_rates))]
+    assert same(*states)
+
+
+def test_schedule():
+    plan = recipe("qdrop", iterations=100)
+    weights, activations, beta, rounding = schedule(plan).T
+    assert (weights == 1e-3).all() and activations[0] == pytest.approx(4e-5) and activations[50] == pytest.approx(2e-5)
+    assert not rounding[:20].any() and (rounding[20:] == 0.01).all()
+    assert (beta[:21] == 20).all() and beta[60] == pytest.approx(11) and beta[99] == pytest.approx(2.225)
+    cosine = schedule(replace(plan, beta_schedule="cosine"))[:, 2]
+    assert cosine[60] == pytest.approx(11) and cosine[40] == pytest.approx(20 - 9 * (1 - 0.5**0.5), rel=1e-4)
+    rate = schedule(recipe("hdrq", iterations=100))[:, 0]
+    assert rate[0] == pytest.approx(1e-6) and rate[20] == pytest.approx(1e-3) and rate[60] == pytest.approx(5e-4)
 
 
 def test_recipe_given_is_taken_with_knobs():
@@ -288,6 +389,12 @@ def test_model_of_two_tensors():
         ({"preset": "mine"}, ValueError, "preset must be one of 'paper', 'official', got 'mine'"),
         ({"weight_rl": 1e-3}, ValueError, "knob must be one of .*'weight_lr'.*, got 'weight_rl'"),
         ({"recipe": "rtn"}, ValueError, 'iterations must be 0 for recipe "rtn", got 6'),
+        ({"recipe": "qdrop", "tail": 0.5}, ValueError, 'tail must be 1 and distance 0 where learns="rounding"'),
+        ({"learns": "bits"}, ValueError, "learns must be one of 'weights', 'rounding', got 'bits'"),
+        ({"beta_end": 0.5}, ValueError, "beta_end must be finite and in"),
+        ({"checkpoint_every": -1}, ValueError, "checkpoint_every must be in"),
+        ({"held_out": CALIBRATION[:0]}, ValueError, "held_out must have at least one sample, got none"),
+        ({"calibration": [CALIBRATION, CALIBRATION[:, :, 1:]]}, ValueError, "samples of one shape, got .* in batch 1"),
         ({"tail": 1.5}, ValueError, r"tail must be finite and in \[0, 1\], got 1.5"),
         ({"weight_lr": float("nan")}, ValueError, "weight_lr must be finite"),
         ({"iterations": -1}, ValueError, "iterations must be in"),
@@ -330,6 +437,41 @@ def test_source_of_another_shape_lists_its_layers():
 def test_quantized_model_is_not_quantized_again():
     with pytest.raises(ValueError, match="model must have plain weights, got a parametrized one"):
         learn(learn(recipe="rtn", iterations=0))
+
+
+def test_one_sample_is_quantized_with_a_warning():
+    with pytest.warns(UserWarning, match="calibration has one sample"):
+        model = learn(calibration=CALIBRATION[:1])
+    assert model(HELD_OUT).isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", ["hdrq", "qdrop"])
+def test_scales_stay_positive_and_finite_whatever_the_optimiser_does(recipe):
+    for rates in ({"activation_lr": 1e3}, {"activation_lr": 1e38}):
+        with suppress(hdrq.Diverged):
+            model = learn(recipe=recipe, **rates)
+            scales = torch.cat([q.scale for q in model.modules() if hasattr(q, "qmin")])
+            assert ((scales > 0) & scales.isfinite()).all()
+
+
+def test_divergence_names_the_layer_and_the_iteration(monkeypatch):
+    def broken(self, i):
+        if i == 7:
+            with torch.no_grad():
+                self.layers[1].latent[0, 0] = torch.nan
+        return "round"
+
+    monkeypatch.setattr(Learner, "_phase", broken)
+    with pytest.raises(
+        hdrq.Diverged, match=r"block 0 must be finite, got nan at iteration 8, first in layer 0.1; "
+    ) as e:
+        learn(nn.Sequential(Pair(), Pair()).eval(), calibration=torch.randn(20, 4), iterations=60)
+    assert (e.value.iteration, e.value.good) == (8, 0) and e.value.model is not None
+
+
+class Pair(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
 
 
 @pytest.mark.parametrize("options", [{}, {"preset": "official"}])

@@ -40,7 +40,7 @@ def _launches(warp_size: int) -> list[tuple]:
     import torch
     import triton
 
-    from hdrq.kernels import _launch, distance, drop, fakequant, merge, noise, rounding, weights
+    from hdrq.kernels import _launch, distance, drop, fakequant, merge, noise, ranges, rounding, weights
 
     caught = []
     triton.JITFunction.run = lambda kernel, *args, grid, warmup, **keywords: caught.append((kernel, args, keywords))
@@ -83,6 +83,10 @@ def _launches(warp_size: int) -> list[tuple]:
             merge.merge(pair, [s, s], [s, s], -8, 7, rng, [0.5, 0.5], 4, mode, axis, *how)
             if number == 0:
                 merge.merge(pair, [s, s], [s, s], -8, 7, rng, [0.5, 0.5], 4, mode, axis, "first", "fast", *how[2:])
+        if number < 3:
+            candidates, rows = empty(64, 100), empty(64)
+            ranges.range_errors(x, x if number == 2 else None, candidates, candidates, candidates, rows, 2.4)
+            ranges.range_table(x, rows, rows, 2**16)
         if axis is None:
             drop.drop_mix(x, x, 5, rng)
             drop.drop_mix_backward(x, 5, rng)

@@ -16,7 +16,8 @@ from hdrq.demo.data import TARGETS, load
 from hdrq.demo.model import load_model
 from hdrq.evaluate import accuracy
 from hdrq.merging import average
-from hdrq.reconstruct import Step, fold
+from hdrq.progress import Step
+from hdrq.reconstruct import fold
 from hdrq.report import Row, write_bars, write_rows
 
 ITERATIONS = 400

@@ -1,28 +1,27 @@
-"""The search for the scale with the least error, in plain PyTorch. Definition: :mod:`hdrq.reference.ranges`."""
+"""The parts of the search for a scale, in plain PyTorch. Definition: :mod:`hdrq.reference.ranges`."""
 
 from __future__ import annotations
 
 import torch
 
-from hdrq.eager import sum_but
-from hdrq.eager.fakequant import fake_quantize
-from hdrq.rng import KEEP_ALL
-
-SMALLEST = 2.0**-126
+ROOM = 2**20  # errors that are in memory at a time, where a candidate has no more
 
 
-def search_scale(x, qmin, qmax, norm, candidates, axis) -> torch.Tensor:
-    x = x.float()
-    length = 1 if axis is None else x.shape[axis]
-    size = (x.abs() if qmin < 0 else x.clamp(min=0)).reshape(x.shape if x.ndim else (1,))
-    rows = size.reshape(1, -1) if axis is None else size.unsqueeze(-1).transpose(0, axis).flatten(1)
-    extent = rows.amax(dim=1) if rows.shape[1] else x.new_zeros(length)
-    levels = (qmax - qmin) / 2 if qmin < 0 else qmax
-    best = extent.new_full((length,), torch.inf, dtype=torch.float64)
-    scale = torch.ones_like(extent)
-    for i in range(1, candidates + 1):
-        trial = (extent * (i / candidates) / levels).clamp(min=SMALLEST)
-        error = sum_but((fake_quantize(x, trial, qmin, qmax, None, axis, None, KEEP_ALL) - x).abs_().pow_(norm), axis)
-        better = (error < best) & (extent > 0)
-        best, scale = torch.where(better, error, best), torch.where(better, trial, scale)
-    return scale
+def range_errors(x, weights, scale, low, high, unit, norm) -> torch.Tensor:
+    x, unit = x.float()[:, None], unit[:, None, None]
+    errors = []
+    for candidates in zip(*(t.split(max(1, ROOM // x.numel()), dim=1) for t in (scale, low, high)), strict=True):
+        s, lowest, highest = (t[..., None] for t in candidates)
+        power = (x - torch.round(x / s).clamp(lowest, highest) * s).abs_().div_(unit).pow_(norm)
+        power = power if weights is None else power.mul_(weights[:, None])
+        errors.append(power.sum(dim=2, dtype=torch.float64))
+    return torch.cat(errors, dim=1)
+
+
+def range_table(x, origin, factor, bins) -> torch.Tensor:
+    position = (x.float() * 0.5 - origin[:, None]) * factor[:, None]
+    position = position.clamp_(0, 2**24 - 1).long()
+    width = 2**24 // bins
+    terms = torch.stack((torch.ones_like(position), position % width), dim=2)
+    table = torch.zeros((len(x), bins, 2), dtype=torch.int64, device=x.device)
+    return table.scatter_add_(1, (position // width)[..., None].expand(terms.shape), terms)

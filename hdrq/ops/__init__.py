@@ -6,7 +6,7 @@ from hdrq.ops.fakequant import dequantize, fake_quantize, quantize
 from hdrq.ops.merge import MergedTensor, merge
 from hdrq.ops.noise import noise_quantize
 from hdrq.ops.packing import pack, unpack
-from hdrq.ops.ranges import search_scale
+from hdrq.ops.ranges import search_affine, search_scale
 from hdrq.ops.rounding import adaround, adaround_init, adaround_regularized
 from hdrq.ops.weights import quantize_weights
 
@@ -23,6 +23,7 @@ __all__ = [
     "pack",
     "quantize",
     "quantize_weights",
+    "search_affine",
     "search_scale",
     "source_distance",
     "unpack",

@@ -1,4 +1,8 @@
-"""Family ``ranges``: where a quantizer's scale starts."""
+"""Family ``ranges``: where a quantizer's scale, and its zero point, start.
+
+Every backend has two functions: the errors of candidates, all in one read of the values, and a table of the values.
+What is made of them is here, once.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,16 @@ from hdrq import checks
 from hdrq.backends import implementation
 from hdrq.ops._library import not_differentiable, register
 
+SMALLEST, LARGEST = 2.0**-126, torch.finfo(torch.float32).max  # a scale is a normal float32
+BINS = 2**16  # of a table that stands for a long row
+LONG = 4 * BINS  # elements of a row that is worth one
+FINEST = 2**10  # levels up to which a step has bins enough (64 at the widest range) to rank its errors by them
+COARSE = 2**9  # points that rank the zero points of a scale
+SHORTLIST = 8  # candidates left to rank on the elements, after a table of a long row
+AFFINE_SHORTLIST = 256  # candidates left of all scales and zero points
+UNCLIPPED = 2.0**22  # a level that no element reaches
+ROOM = 2**22  # candidates, or bins, that are in memory at a time
+
 
 def search_scale(
     x: torch.Tensor, qmin: int, qmax: int, *, norm: float = 2.4, candidates: int = 100, axis: int | None = None
@@ -16,7 +30,8 @@ def search_scale(
 
     Equation: of ``s_i = (i/candidates)·max|x|/h``, i = 1 … candidates, the first with the least
     ``Σ |fake_quantize(x, s_i) − x|^norm``; ``h = (qmax − qmin)/2`` where qmin < 0, else qmax (and then the maximum is
-    that of x itself).
+    that of x itself). Its error is within 1e-5 of the least, relative; a row of 262,144 elements or more is ranked by a
+    table of its values first, and only the best 8 scales on the elements themselves.
 
     Args:
         x: float32, bfloat16 or float16, any shape and strides.
@@ -37,6 +52,26 @@ def search_scale(
     return _search_op(x.detach(), qmin, qmax, norm, candidates, axis)
 
 
+def search_affine(
+    x: torch.Tensor, qmin: int, qmax: int, *, norm: float = 2.4, candidates: int = 100, axis: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and zero point whose quantization error is least in the L_p sense.
+
+    Equation: of ``s_i = (i/candidates)·(max(x, 0) − min(x, 0))/(qmax − qmin)``, i = 1 … candidates, and every integer
+    z in [qmin, qmax] (0 has a code), the pair with the least ``Σ |fake_quantize(x, s_i, zero_point=z) − x|^norm``:
+    25,600 pairs at 8 bits. Its error is within 1e-5 of the least, relative; pairs are ranked by tables of the values
+    first, and only the best on the elements themselves.
+
+    Arguments, errors and source as :func:`search_scale`.
+
+    Returns:
+        ``(scale, zero_point)``, float32, each one element or ``x.shape[axis]`` elements: a scale is positive and
+        finite, a zero point an integer in [qmin, qmax]; where x is all zero or empty, 1 and the one next to 0.
+    """
+    _check(x, qmin, qmax, norm, candidates, axis)
+    return _affine_op(x.detach(), qmin, qmax, norm, candidates, axis)
+
+
 def _check(x, qmin, qmax, norm, candidates, axis) -> int | None:
     checks.tensor("x", x, checks.FLOATS)
     checks.quant_range(qmin, qmax)
@@ -48,22 +83,103 @@ def _check(x, qmin, qmax, norm, candidates, axis) -> int | None:
 
 def _search(x, qmin, qmax, norm=2.4, candidates=100, axis=None) -> torch.Tensor:
     axis = _check(x, qmin, qmax, norm, candidates, axis)
-    if x.device.type == "cpu" and not x.isfinite().all():
+    scale, _ = _least(x, qmin, qmax, norm, candidates, axis, affine=False)
+    return scale
+
+
+def _affine(x, qmin, qmax, norm=2.4, candidates=100, axis=None) -> tuple[torch.Tensor, torch.Tensor]:
+    axis = _check(x, qmin, qmax, norm, candidates, axis)
+    return _least(x, qmin, qmax, norm, candidates, axis, affine=True)
+
+
+def _least(x, qmin, qmax, norm, candidates, axis, affine) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and zero point of each row; a row is the elements of a channel."""
+    count = 1 if axis is None else x.shape[axis]
+    zero = float(min(max(0, qmin), qmax))
+    if x.numel() == 0:
+        return x.new_ones(count, dtype=torch.float32), x.new_full((count,), zero, dtype=torch.float32)
+    rows = (x if axis is None else x.movedim(axis, 0)).reshape(count, -1).contiguous()
+    low, high = (extreme.float() for extreme in (rows.amin(1), rows.amax(1)))
+    if x.device.type == "cpu" and not (low.isfinite() & high.isfinite()).all():
         raise ValueError(
             f"x must be finite to search its scale, got {int((~x.isfinite()).sum())} elements that are not"
         )
-    return implementation("ranges", "search_scale", x)(x.contiguous(), qmin, qmax, norm, candidates, axis)
+    levels = (qmax - qmin) / 2 if affine or qmin < 0 else qmax
+    if affine:
+        extent = high.clamp(min=0) / 2 - low.clamp(max=0) / 2  # of both halved: their difference may overflow
+    else:
+        extent = torch.maximum(high, -low) if qmin < 0 else high.clamp(min=0)
+    fractions = torch.arange(1, candidates + 1, device=x.device) / candidates
+    scales = (extent[:, None] * fractions / levels).clamp(SMALLEST, LARGEST)
+    zeros = torch.arange(qmin, qmax + 1, device=x.device).float() if affine else torch.zeros(1, device=x.device)
+    long = rows.shape[1] >= LONG and qmax - qmin < FINEST
+    at_once = max(1, ROOM // max(candidates * len(zeros), BINS * long))
+    found = [
+        _least_of_rows(rows[i], low[i], high[i], scales[i], zeros, qmin, qmax, norm, long)
+        for i in (slice(first, first + at_once) for first in range(0, count, at_once))
+    ]
+    scale, zero_point = (torch.cat(f) for f in zip(*found, strict=True))
+    return torch.where(extent > 0, scale, 1.0), torch.where(extent > 0, zero_point, zero)
 
 
-def _search_fake(x, qmin, qmax, norm=2.4, candidates=100, axis=None) -> torch.Tensor:
+def _least_of_rows(x, low, high, scales, zeros, qmin, qmax, norm, long) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of ``scales`` (rows, N) with each of ``zeros`` (Z,), the pair with the least error on each row of x."""
+    pairs = (len(x), scales.shape[1], len(zeros))
+    scale, zero_point = scales[..., None].expand(pairs).flatten(1), zeros.expand(pairs).flatten(1)
+
+    def errors(points, scale, below, above):
+        arguments = (*points, scale, below.contiguous(), above.contiguous(), scales[:, -1].contiguous(), norm)
+        return implementation("ranges", "range_errors", x)(*arguments)
+
+    def shortlist(count, errors):
+        best = errors.argsort(dim=1, stable=True)[:, :count]  # of equals the first
+        return scale.gather(1, best), zero_point.gather(1, best)
+
+    elements = (x, None)
+    finest = _table(x, low, high, BINS) if long else elements
+    if scale.shape[1] > AFFINE_SHORTLIST and len(zeros) > 1 and x.shape[1] > 2 * COARSE:
+        # A zero point only decides what is clipped, and few points tell how far; rounding takes all of them, but once
+        # for each scale.
+        few = _coarser(*finest) if long else _table(x, low, high, COARSE)
+        unclipped = torch.full_like(scales, UNCLIPPED)
+        rounding, known = (errors(points, scales, -unclipped, unclipped) for points in (finest, few))
+        clipping = errors(few, scale, qmin - zero_point, qmax - zero_point).view(pairs)
+        scale, zero_point = shortlist(AFFINE_SHORTLIST, ((rounding - known)[..., None] + clipping).flatten(1))
+    for points, count in ((finest, SHORTLIST), (elements, 1))[not long :]:
+        scale, zero_point = shortlist(count, errors(points, scale, qmin - zero_point, qmax - zero_point))
+    return scale[:, 0], zero_point[:, 0]
+
+
+def _table(x, low, high, bins) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points that stand for the rows of x, and how many elements each: the mean of every bin between low and high."""
+    origin = low / 2  # of halves, whose difference does not overflow
+    factor = (2.0**24 / (high / 2 - origin)).clamp(max=LARGEST)
+    table = implementation("ranges", "range_table", x)(x, origin, factor, bins)
+    count, offsets = table.unbind(2)
+    first = torch.arange(bins, device=x.device) * (2**24 // bins)
+    position = first + offsets / count.clamp(min=1).double() + 0.5
+    return (2 * (origin[:, None] + position / factor[:, None])).float(), count.float()
+
+
+def _coarser(values, weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in COARSE points."""
+    values, weights = (t.view(len(t), COARSE, -1) for t in (values.double(), weights.double()))
+    count = weights.sum(2)
+    return ((values * weights).sum(2) / count.clamp(min=1)).float(), count.float()
+
+
+def _fake(x, qmin, qmax, norm=2.4, candidates=100, axis=None) -> torch.Tensor:
     axis = _check(x, qmin, qmax, norm, candidates, axis)
     return x.new_empty(1 if axis is None else x.shape[axis], dtype=torch.float32)
 
 
-_search_op = register(
-    "search_scale(Tensor x, int qmin, int qmax, float norm=2.4, int candidates=100, int? axis=None) -> Tensor",
-    _search,
-    _search_fake,
-    no_vmap="name the batch's axis with axis",
-)
-not_differentiable(_search_op, "it is the place where learning a scale starts")
+def _affine_fake(*args) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake(*args), _fake(*args)
+
+
+_ARGS = "Tensor x, int qmin, int qmax, float norm=2.4, int candidates=100, int? axis=None"
+NO_VMAP, NO_GRADIENT = "name the batch's axis with axis", "it is the place where learning a scale starts"
+_search_op = register(f"search_scale({_ARGS}) -> Tensor", _search, _fake, no_vmap=NO_VMAP)
+_affine_op = register(f"search_affine({_ARGS}) -> (Tensor, Tensor)", _affine, _affine_fake, no_vmap=NO_VMAP)
+not_differentiable(_search_op, NO_GRADIENT)
+not_differentiable(_affine_op, NO_GRADIENT)

@@ -1,0 +1,142 @@
+"""Where the inputs and targets of blocks lie while they are learned: on the device, on the host, or on disk."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+import tempfile
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from hdrq import checks
+
+TIERS = ("device", "host", "disk")
+AHEAD = 2  # batches that are gathered while a step runs
+
+
+class Cache:
+    """Memory for tensors with one row for each sample, in the fastest place that has room.
+
+    Args:
+        device: where blocks run.
+        where: ``"auto"`` (the device, then pinned memory of the host, then disk), or one of :data:`TIERS` for all.
+        budget: bytes that may be taken on the device, and again on the host; None for half of what is free now.
+        folder: where files are mapped from; they have no name there, so that none outlives the process. None for the
+            system's folder of temporary files.
+
+    ``peak`` says how many bytes each tier held at most.
+    """
+
+    def __init__(
+        self, device: torch.device, where: str = "auto", budget: int | None = None, folder: Path | None = None
+    ) -> None:
+        self.device, self.where, self.folder = device, checks.choice("cache", where, ("auto", *TIERS)), folder
+        if budget is not None:
+            budget = checks.integer("cache_bytes", budget, 0, 2**63 - 1)
+        self._room = {"device": budget, "host": budget} if budget is not None else _half_of_free(device)
+        if device.type == "cpu":
+            self._room["host"] = 0  # the host is the device
+        self._room["disk"] = 2**63 - 1
+        self.used = dict.fromkeys(TIERS, 0)
+        self.peak = dict.fromkeys(TIERS, 0)
+
+    def rows(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> Rows:
+        """Room for ``count`` rows.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        size = count * math.prod(shape) * dtype.itemsize
+        tier = self.where
+        if tier == "auto":
+            tier = next(t for t in TIERS if self.used[t] + size <= self._room[t])
+        if tier == "device":
+            tensor = torch.empty((count, *shape), dtype=dtype, device=self.device)
+        elif tier == "host":
+            tensor = torch.empty((count, *shape), dtype=dtype, pin_memory=self.device.type == "cuda")
+        else:
+            tensor = self._mapped(size, dtype).view(count, *shape)
+        self.used[tier] += size
+        self.peak[tier] = max(self.peak[tier], self.used[tier])
+        rows = Rows(tensor, tier, self.device)
+        weakref.finalize(rows, self._returned, tier, size)
+        return rows
+
+    def _returned(self, tier: str, size: int) -> None:
+        self.used[tier] -= size
+
+    def _mapped(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """A file without a name, all of its room taken now: writing to a map on a full disk would end the process."""
+        handle, path = tempfile.mkstemp(prefix="hdrq-cache-", dir=self.folder)
+        try:
+            if size and hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(handle, 0, size)
+            return torch.from_file(path, shared=True, size=size // dtype.itemsize, dtype=dtype)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            free = shutil.disk_usage(Path(path).parent).free
+            raise OSError(
+                error.errno,
+                f"the cache's folder must have room for {size:,} bytes, got {free:,} free; "
+                "workdir or TMPDIR says where it is, and fewer samples need less",
+                str(Path(path).parent),
+            ) from error
+        finally:
+            os.close(handle)
+            os.unlink(path)
+
+
+class Rows:
+    """A tensor with one row for each sample."""
+
+    def __init__(self, tensor: torch.Tensor, tier: str, device: torch.device) -> None:
+        self.tensor, self.tier, self.device = tensor, tier, device
+
+    def write(self, start: int, values: torch.Tensor) -> None:
+        self.tensor[start : start + len(values)] = values
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows, copied to the device: whoever reads may write to them."""
+        return self.tensor[start:stop].to(self.device, copy=True)
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """The rows at ``index``, where they lie."""
+        picked = self.tensor[index.to(self.tensor.device, non_blocking=True)]
+        return picked.pin_memory() if self.device.type == "cuda" and picked.device.type == "cpu" else picked
+
+
+def batches(sources: Sequence[Rows], indices: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """The rows at each row of ``indices``, on the device. What lies elsewhere is gathered ahead, while steps run."""
+
+    def gather(index: torch.Tensor) -> list[torch.Tensor]:
+        return [rows.gather(index) for rows in sources]
+
+    def arrived(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [part.to(rows.device, non_blocking=True) for part, rows in zip(parts, sources, strict=True)]
+
+    if all(rows.tier == "device" for rows in sources):
+        yield from map(gather, indices.to(sources[0].device))
+        return
+    with ThreadPoolExecutor(1, "hdrq-fetch") as worker:
+        coming: deque = deque()
+        for index in indices:
+            coming.append(worker.submit(gather, index))
+            if len(coming) > AHEAD:
+                yield arrived(coming.popleft().result())
+        while coming:
+            yield arrived(coming.popleft().result())
+
+
+def _half_of_free(device: torch.device) -> dict[str, int]:
+    free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS says the sum only
+    host = os.sysconf(free) * os.sysconf("SC_PAGE_SIZE") // 2
+    own = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else host
+    return {"device": own, "host": host}

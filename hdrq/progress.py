@@ -1,0 +1,49 @@
+"""What a run tells while it lasts: steps for a callable, bars for a terminal, losses for a file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+LOG_EVERY = 50  # iterations between two readings of the loss: each waits for the device
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a reconstruction is: what the caller's ``progress`` is told."""
+
+    block: str
+    index: int  # of the block
+    blocks: int
+    iteration: int  # iterations of this block that are done
+    iterations: int
+    loss: float  # reconstruction loss at the last reading
+
+
+@contextmanager
+def bars(description: str = "") -> Iterator[Callable[[Step], None] | None]:
+    """A callable that shows steps as rich bars; None where standard error is no terminal, or rich is missing."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        yield None
+        return
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        total = shown.add_task(description or "blocks")
+        block = shown.add_task("")
+
+        def show(step: Step) -> None:
+            done = step.index * step.iterations + step.iteration
+            title = f"{description} block {step.index + 1} of {step.blocks}".strip()
+            shown.update(total, total=step.blocks * step.iterations, completed=done, description=title)
+            text = f"{step.block}, loss {step.loss:.3g}"
+            shown.update(block, total=step.iterations, completed=step.iteration, description=text)
+
+        yield show

@@ -1,0 +1,202 @@
+"""A quantization described by data: what the command line and its YAML files say, carried out."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hdrq import checks, recipes
+from hdrq.checkpoint import save
+from hdrq.data import MEAN, STD, load_data
+from hdrq.model import origin, set_origin
+from hdrq.progress import Step
+from hdrq.reconstruct import quantize
+from hdrq.report import RunReport, report_of
+from hdrq.resume import listed
+
+ABLATION = {"as given": {}, "no distance": {"distance": 0.0}, "nor noise": {"distance": 0.0, "tail": 1.0}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Every setting of ``hdrq quantize``, with its default. Those that are not here are fields of the recipe."""
+
+    model: str  # "module:factory"; the factory takes model_args and returns the architecture
+    data: str  # a folder of images, or a .npy or .safetensors file
+    out: str | None = None  # the quantized model, safetensors
+    weights: str | None = None  # the model's state, safetensors; None for the factory's own
+    source: str | None = None  # the state of the model before its adaptation
+    model_args: dict = field(default_factory=dict)
+    recipe: str = "hdrq"
+    preset: str = "paper"
+    bits: str | dict = "W4A4"
+    seed: int = 0
+    samples: int | None = 1024  # of data, at most; None for all
+    held_out: float = 0.1  # share of the samples that nothing is learned from: the report's errors are taken on them
+    resize: int = 256
+    crop: int = 224
+    mean: tuple = MEAN
+    std: tuple = STD
+    device: str = "cpu"
+    cache: str = "auto"
+    cache_bytes: int | None = None
+    graph: bool | str = "auto"
+    workdir: str | None = None  # checkpoints, losses, their plot
+    resume: bool = False
+    checkpoint_every: int = 1000
+    knobs: dict = field(default_factory=dict)  # any field of hdrq.recipes.Recipe
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Run:
+        """From names and values, those of the recipe's fields among them.
+
+        Raises:
+            ValueError: a name that is none; no model or no data.
+        """
+        own = {f.name for f in fields(cls)}
+        knobs = {f.name for f in fields(recipes.Recipe)} - {"name"}
+        given = {name.replace("-", "_"): value for name, value in settings.items()}
+        for name in given:
+            checks.choice("setting", name, tuple(sorted(own | knobs)))
+        for name in ("model", "data"):
+            if not given.get(name):
+                raise ValueError(f"{name} must be given, got none")
+        merged = {**given.pop("knobs", {}), **{name: given.pop(name) for name in knobs & given.keys()}}
+        return cls(**given, knobs={name: _number(value) for name, value in merged.items()})
+
+
+def read_settings(path: str | os.PathLike) -> dict[str, Any]:
+    """The settings of a YAML file."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"config must be YAML, got {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config must be a mapping of settings, got {type(settings).__name__} in {path}")
+    return settings
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``"name=value"``, the value as YAML has it: ``"tail=0.2"``."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"set must be name=value, got {text!r}")
+    return name, _number(yaml.safe_load(value))
+
+
+def _number(value: Any) -> Any:
+    """A number that YAML takes for a string: it wants 1.0e-3 for 1e-3."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def execute(run: Run, progress: Callable[[Step], None] | bool = True) -> nn.Module:
+    """Load, quantize, save. The manifest of the result has every setting, given or not."""
+    plan, model, source, samples, held_out = _prepare(run)
+    quantized = quantize(
+        model,
+        samples,
+        plan,
+        bits=run.bits,
+        source=source,
+        seed=run.seed,
+        held_out=held_out,
+        cache=run.cache,
+        cache_bytes=run.cache_bytes,
+        graph=run.graph,
+        workdir=run.workdir,
+        resume=run.resume,
+        checkpoint_every=run.checkpoint_every,
+        progress=progress,
+    )
+    set_origin(quantized, {**origin(quantized), "run": asdict(run)})
+    if run.out is not None:
+        save(quantized, run.out)
+    return quantized
+
+
+def ablate(run: Run, progress: Callable[[Step], None] | bool = True) -> dict[str, RunReport]:
+    """The run as it is given, without distance, and without distance and noise: what each of them is worth."""
+    reports = {}
+    for name, knobs in ABLATION.items():
+        settings = {**asdict(run), "knobs": {**run.knobs, **knobs}, "workdir": None, "resume": False}
+        if knobs:
+            settings |= {"out": None}
+        reports[name] = report_of(execute(Run(**settings), progress))
+    return reports
+
+
+def _prepare(run: Run):
+    plan = recipes.recipe(run.recipe, run.preset, **run.knobs)
+    out = None if run.out is None else Path(run.out)
+    if out is not None and not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise FileNotFoundError(f"out must be a file in a folder that can be written to, got {run.out}")
+    share = checks.real("held_out", run.held_out, 0.0, 0.5)
+    build = factory(run.model)
+    model = _load(build, run, run.weights)
+    source = None if run.source is None or plan.iterations == 0 else _load(build, run, run.source)
+    data = load_data(run.data, resize=run.resize, crop=run.crop, mean=run.mean, std=run.std, limit=run.samples)
+    data = data.to(run.device)
+    every = round(1 / share) if share > 0 else 0
+    held = torch.arange(len(data)) % every == every - 1 if every else torch.zeros(len(data), dtype=torch.bool)
+    return plan, model, source, data[~held], data[held] if held.any() else None
+
+
+def factory(text: str) -> Callable[..., nn.Module]:
+    """``"module:factory"`` as the function it names; modules are looked for in the working folder too.
+
+    Raises:
+        ValueError: not written so, no such module, or nothing of that name in it.
+    """
+    module, colon, name = text.partition(":")
+    if not (module and colon and name):
+        raise ValueError(f'model must be written like "module:factory", got {text!r}')
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"model must be in a module that can be imported, got {text!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"model must name a function of {module}, got {name!r}, which it does not have")
+    return found
+
+
+def _load(build: Callable[..., nn.Module], run: Run, weights: str | None) -> nn.Module:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    model = build(**run.model_args)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a factory of a torch.nn.Module, got one of {type(model).__name__}")
+    if weights is not None:
+        try:
+            state = load_file(weights)
+        except SafetensorError as error:
+            raise ValueError(f"weights must be a safetensors file, got {weights}: {error}") from error
+        own = model.state_dict()
+        wrong = [f"{name} missing" for name in own if name not in state]
+        wrong += [f"{name} unexpected" for name in state if name not in own]
+        wrong += [
+            f"{name} {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+            for name in own.keys() & state.keys()
+            if state[name].shape != own[name].shape
+        ]
+        if wrong:
+            raise ValueError(f"{weights} must have the tensors of {run.model}, got {listed(sorted(wrong))}")
+        model.load_state_dict(state)
+    return model.eval().to(run.device)
