@@ -6,7 +6,7 @@
 namespace hdrq {
 
 enum class Float { f32, bf16, f16 };  // the order of hdrq.native.FLOATS
-enum class Code { i8, i16 };          // the order of hdrq.native.CODES
+enum class Code { i8, i16, i4, u4 };  // the order of hdrq.native.CODES; the last two packed two to a byte
 
 // One scale (and zero point) for all elements, or the channel (e / inner) % channels for element e.
 struct Grid {
@@ -57,16 +57,19 @@ struct Quantizer {
 // K tensors of codes to average.
 struct Merge {
   enum class Noise { all, odd, none };
-  Code code;
   int models;
+  const Code* types;
   const void* const* codes;
   const float* const* scales;
+  const float* const* zero_points;
   const float* weights;
   const float* merged_scale;
+  const float* merged_zero;
   int64_t channels, inner;
   float qmin, qmax;
   Stream stream;
   Noise noise;
+  bool fast;
 };
 
 // Candidates for the scale of each of `rows` rows of `length` elements.

@@ -2,37 +2,73 @@
 #pragma once
 
 #include "grid.h"
+#include "packing.h"
 #include "philox.h"
 
 namespace hdrq::HDRQ_ISA {
 
-// A chunk of the K inputs: values w_k = I_k·Δ_k, steps Δ_k, midpoint Σ λ_k·w_k, and the merged codes of one draw.
+// Vectors whose products are summed in float32, before they join a sum in float64: that costs several times as much.
+constexpr int kTogether = 4, kRun = kTogether * kLanes;
+
+// A chunk of the K inputs: values w_k = J_k·Δ_k, midpoint Σ λ_k·w_k, distances d_k = midpoint − w_k, and the merged
+// codes of one draw. K is a constant of the type, or 0: as many as there are.
+template <int K>
 class MergeChunk {
  public:
+  static constexpr int kMost = K ? K : 64;
+
   explicit MergeChunk(const Merge& merge)
       : merge_(merge),
         steps_(merge.models),
-        merged_step_(grid(merge.merged_scale)),
+        merged_(grid(merge.merged_scale, merge.merged_zero)),
         values_(merge.models * kChunk),
+        distances_(merge.models * kChunk),
+        middle_(kChunk),
+        noisy_(kChunk),
         words_(merge.models * kChunk) {
-    for (int k = 0; k < merge_.models; ++k) steps_[k] = ChunkGrid(grid(merge.scales[k]));
+    for (int k = 0; k < models(); ++k) steps_[k] = ChunkGrid(grid(merge.scales[k], merge.zero_points[k]));
   }
 
   void seek(int64_t begin, int64_t n) {
     begin_ = begin, n_ = n;
-    merged_step_.seek(begin, n);
-    for (int k = 0; k < merge_.models; ++k) {
-      steps_[k].seek(begin, n);
-      for_vectors(n, [&](int64_t i, auto count) {
-        write(code(k, i, count) * steps_[k].scale(i), values_.at(k * kChunk + i), kLanes);
-      });
+    merged_.seek(begin, n);
+    for (int k = 0; k < models(); ++k) steps_[k].seek(begin, n);
+    const bool odd = merge_.noise == Merge::Noise::odd;
+    for_vectors(n, [&](int64_t i, auto count) {
+      vf middle{}, mean{};
+      for (int k = 0; k < models(); ++k) {
+        const vf integer = read_codes(merge_.types[k], merge_.codes[k], begin + i, count) - steps_[k].zero(i);
+        const vf value = integer * steps_[k].scale(i);
+        write(value, values_.at(k * kChunk + i), kLanes);
+        middle = k == 0 ? value * merge_.weights[0] : middle + value * merge_.weights[k];
+        if (odd) mean = k == 0 ? integer * merge_.weights[0] : mean + integer * merge_.weights[k];
+      }
+      write(middle, middle_.at(i), kLanes);
+      write(noisy_at(mean), noisy_.at(i), kLanes);
+    });
+  }
+
+  // The distances of the chunk sought, 0 in lanes that hold no element, and Σ d_k² added to own[0 … K − 1].
+  void measure(double* own) {
+    for (int k = 0; k < models(); ++k) {
+      Sum total;
+      for (int64_t run = 0; run < n_; run += kRun) {
+        vf squares{};
+        for_vectors(min(kRun, n_ - run), [&](int64_t j, auto count) {
+          const vf d = only(middle(run + j) - value(k, run + j), count);
+          write(d, distances_.at(k * kChunk + run + j), kLanes);
+          squares += d * d;
+        });
+        total.add(squares);
+      }
+      own[k] += total.total();
     }
   }
 
   // The noise of one draw, for the chunk sought.
   void draw(int d) {
     if (merge_.noise == Merge::Noise::none) return;
-    for (int k = 0; k < merge_.models; ++k) {
+    for (int k = 0; k < models(); ++k) {
       Stream own = merge_.stream;
       own.stream += uint32_t(k), own.step += uint32_t(d);
       Philox(own).fill(words_.at(k * kChunk), begin_, n_);
@@ -40,103 +76,223 @@ class MergeChunk {
   }
 
   // I*, integers still in float32.
-  vf merged(int64_t i, int count) const {
-    vi noisy = merge_.noise == Merge::Noise::none ? vi{} : ~vi{};
-    if (merge_.noise == Merge::Noise::odd)
-      noisy = -(__builtin_convertvector(code(0, i, count) + code(1, i, count), vi) & 1);
+  vf merged(int64_t i) const {
+    const vi noisy = this->noisy(i);
     vf total{};
-    for (int k = 0; k < merge_.models; ++k) {
-      const vf n = __builtin_convertvector(bits<vi>(read<vu>(words_.at(k * kChunk + i), kLanes) >> 8), vf);
+    for (int k = 0; k < models(); ++k) {
+      const vf n = __builtin_convertvector(bits<vi>(word(k, i) >> 8), vf);
       const vf noise = noisy ? n * 0x1p-24f - 0.5f : vf{};
       const vf term = (value(k, i) + noise * steps_[k].scale(i)) * merge_.weights[k];
       total = k == 0 ? term : total + term;
     }
-    return clamp(round_even(total / merged_step_.scale(i)), merge_.qmin, merge_.qmax);
+    return clamped(i, round_even(total / merged_.scale(i)));
   }
 
-  vf midpoint(int64_t i) const {
-    vf total = value(0, i) * merge_.weights[0];
-    for (int k = 1; k < merge_.models; ++k) total += value(k, i) * merge_.weights[k];
-    return total;
+  vf clamped(int64_t i, vf q) const { return clamp(q + merged_.zero(i), merge_.qmin, merge_.qmax); }
+
+  // r: from the midpoint to the value of a merged code.
+  vf residue(int64_t i, vf q) const { return (q - merged_.zero(i)) * merged_.scale(i) - middle(i); }
+
+  int models() const { return K ? K : merge_.models; }
+  bool constant() const { return merged_.constant(); }
+  vf share(int k, int64_t i) const { return steps_[k].scale(i) * merge_.weights[k] / merged_.scale(i); }
+  vf mean(int64_t i) const { return middle(i) / merged_.scale(i); }
+  vf middle(int64_t i) const { return read<vf>(middle_.at(i), kLanes); }
+  vf distance(int k, int64_t i) const { return read<vf>(distances_.at(k * kChunk + i), kLanes); }
+  vi noisy(int64_t i) const { return read<vi>(noisy_.at(i), kLanes); }
+  vu word(int k, int64_t i) const { return read<vu>(words_.at(k * kChunk + i), kLanes); }
+
+ private:
+  Grid grid(const float* scale, const float* zero_point) const {
+    return {scale, zero_point, merge_.channels, merge_.inner, merge_.qmin, merge_.qmax};
   }
 
   vf value(int k, int64_t i) const { return read<vf>(values_.at(k * kChunk + i), kLanes); }
-  vf merged_step(int64_t i) const { return merged_step_.scale(i); }
 
- private:
-  Grid grid(const float* scale) const {
-    return {scale, nullptr, merge_.channels, merge_.inner, merge_.qmin, merge_.qmax};
-  }
-
-  vf code(int k, int64_t i, int count) const {
-    const int64_t e = begin_ + i;
-    if (merge_.code == Code::i8)
-      return __builtin_convertvector(read<vi8>(static_cast<const int8_t*>(merge_.codes[k]) + e, count), vf);
-    return __builtin_convertvector(read<vi16>(static_cast<const int16_t*>(merge_.codes[k]) + e, count), vf);
+  // Where there is noise, given the mean integer: "odd" where it is nearer to a tie than to an integer.
+  vi noisy_at(vf mean) const {
+    if (merge_.noise == Merge::Noise::none) return vi{};
+    if (merge_.noise == Merge::Noise::all) return ~vi{};
+    const vf off = mean - floor(mean) - 0.5f;
+    return (off < 0.25f) & (off > -0.25f);
   }
 
   const Merge& merge_;
   Buffer<ChunkGrid> steps_;
-  ChunkGrid merged_step_;
-  Buffer<float> values_;
+  ChunkGrid merged_;
+  Buffer<float> values_, distances_, middle_;
+  Buffer<int32_t> noisy_;
   Buffer<uint32_t> words_;
   int64_t begin_ = 0, n_ = 0;
 };
 
+// Adds Σ r² and Σ d_k·r over a chunk to own[0 … K]; residue(i, count) gives r, 0 in lanes that hold no element.
+template <int K, class Residue>
+inline void add_products(const MergeChunk<K>& chunk, int64_t n, double* own, const Residue& residue) {
+  Sum rr, dr[MergeChunk<K>::kMost];
+  for (int64_t run = 0; run < n; run += kRun) {
+    vf squares{}, dots[MergeChunk<K>::kMost];
+    for (int k = 0; k < chunk.models(); ++k) dots[k] = vf{};
+    for_vectors(min(kRun, n - run), [&](int64_t i, auto count) {
+      const vf r = only(residue(run + i), count);
+      squares += r * r;
+      for (int k = 0; k < chunk.models(); ++k) dots[k] += chunk.distance(k, run + i) * r;
+    });
+    rr.add(squares);
+    for (int k = 0; k < chunk.models(); ++k) dr[k].add(dots[k]);
+  }
+  own[0] += rr.total();
+  for (int k = 0; k < chunk.models(); ++k) own[1 + k] += dr[k].total();
+}
+
+// The two outcomes of each element of a chunk of two inputs, and the last word for which a draw takes the upper one.
+class FastChunk : public MergeChunk<2> {
+ public:
+  explicit FastChunk(const Merge& merge) : MergeChunk<2>(merge), lower_(kChunk), upper_(kChunk), last_(kChunk) {}
+
+  void seek(int64_t begin, int64_t n) {
+    MergeChunk<2>::seek(begin, n);
+    MergeChunk<2>::draw(0);
+    vf narrow{}, wide{};
+    for_vectors(n, [&](int64_t i, int) {
+      if (i == 0 || !constant()) {
+        const vf first = share(0, i), second = share(1, i);
+        narrow = second < first ? second : first, wide = second < first ? first : second;
+      }
+      const vf v = mean(i);
+      const vf low = noisy(i) ? floor(v) : round_even(v);
+      const vf y = v - low, rest = 1.0f - y, h = rest < y ? rest : y;
+      const vi inner = h < narrow;
+      const vf tail = (inner ? h * h : h - 0.5f * narrow) / (inner ? 2.0f * narrow * wide : wide);
+      const vf p = y <= 0.5f ? tail : 1.0f - tail;
+      const vi threshold = __builtin_convertvector(noisy(i) ? p * 0x1p24f : vf{}, vi);
+      write(clamped(i, low), lower_.at(i), kLanes);
+      write(clamped(i, threshold == 0 ? low : low + 1.0f), upper_.at(i), kLanes);
+      write(bits<vu>(threshold << 8) - 1, last_.at(i), kLanes);
+    });
+  }
+
+  vf lower(int64_t i) const { return read<vf>(lower_.at(i), kLanes); }
+  vf upper(int64_t i) const { return read<vf>(upper_.at(i), kLanes); }
+  vu last(int64_t i) const { return read<vu>(last_.at(i), kLanes); }
+
+  vf merged(int64_t i, uint32_t d) const { return word(0, i) + word(1, i) * d <= last(i) ? upper(i) : lower(i); }
+
+ private:
+  Buffer<float> lower_, upper_;
+  Buffer<uint32_t> last_;
+};
+
+// A chunk's sums of all draws, 3 numbers each: those of the lower outcomes for each draw, and for each element that a
+// draw moves up, the difference that this makes.
+inline void add_draws(const FastChunk& chunk, int64_t n, int draws, double* own) {
+  constexpr int kGroup = 32, kColumns = 3;
+  double lower[kColumns]{};
+  add_products(chunk, n, lower, [&](int64_t i) { return chunk.residue(i, chunk.lower(i)); });
+  for (int first = 0; first < draws; first += kGroup) {
+    const int group = int(min(kGroup, draws - first));
+    vf sums[kGroup][kColumns];
+    for (int d = 0; d < group; ++d)
+      for (vf& sum : sums[d]) sum = vf{};
+    for (int64_t run = 0; run < n; run += kRun) {
+      vu word[kTogether], stride[kTogether], last[kTogether];
+      vf gain[kTogether][kColumns];
+#pragma GCC unroll 4
+      for (int t = 0; t < kTogether; ++t) {
+        const int64_t i = run + t * kLanes;
+        stride[t] = chunk.word(1, i), word[t] = chunk.word(0, i) + stride[t] * uint32_t(first), last[t] = chunk.last(i);
+        const vf low = chunk.residue(i, chunk.lower(i)), high = chunk.residue(i, chunk.upper(i));
+        const int live = int(max(0, min(kLanes, n - i)));
+        gain[t][0] = only(high * high - low * low, live);
+        gain[t][1] = only((high - low) * chunk.distance(0, i), live);
+        gain[t][2] = only((high - low) * chunk.distance(1, i), live);
+      }
+      for (int d = 0; d < group; ++d) {
+        vf sum[kColumns]{};
+#pragma GCC unroll 4
+        for (int t = 0; t < kTogether; ++t) {
+          const vi up = word[t] <= last[t];
+          for (int c = 0; c < kColumns; ++c) sum[c] += up ? gain[t][c] : vf{};
+          word[t] += stride[t];
+        }
+        for (int c = 0; c < kColumns; ++c) sums[d][c] += sum[c];
+      }
+    }
+    for (int d = 0; d < group; ++d)
+      for (int c = 0; c < kColumns; ++c) {
+        Sum total;
+        total.add(sums[d][c]);
+        own[(first + d) * kColumns + c] += lower[c] + total.total();
+      }
+  }
+}
+
 // Sums for the cosines of all draws in one pass over the codes: first Σ d_k² of each model k, then for each draw
-// Σ r² and Σ d_k·r of each model, with d_k = midpoint − w_k and r = I*Δ* − midpoint.
-inline void merge_score(Job job, const Merge& merge, int draws, double* sums) {
+// Σ r² and Σ d_k·r of each model, with r = (I* − z*)Δ* − midpoint.
+template <class Chunk, class Score>
+inline void merge_score(Job job, const Merge& merge, int draws, double* sums, const Score& score) {
   const int models = merge.models;
   const int64_t width = models + int64_t(draws) * (1 + models);
   Buffer<double> partial(tiles(job.count) * width);
   for_tiles(job, [&](int64_t tile, int64_t tile_begin, int64_t tile_end) {
-    MergeChunk chunk(merge);
-    Buffer<Sum> dots(models);
+    Chunk chunk(merge);
+    double* own = partial.at(tile * width);
     for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
-      double* own = partial.at(tile * width);
-      const auto flush = [&] {
-        for (int k = 0; k < models; ++k) *own++ += dots[k].total(), dots[k] = Sum{};
-      };
       chunk.seek(begin, n);
-      for_vectors(n, [&](int64_t i, auto count) {
-        const vf middle = chunk.midpoint(i);
-        for (int k = 0; k < models; ++k) {
-          const vf d = only(middle - chunk.value(k, i), count);
-          dots[k].add_product(d, d);
-        }
-      });
-      flush();
-      for (int draw = 0; draw < draws; ++draw) {
-        chunk.draw(draw);
-        Sum rr;
-        for_vectors(n, [&](int64_t i, auto count) {
-          const vf middle = chunk.midpoint(i);
-          const vf r = only(chunk.merged(i, count) * chunk.merged_step(i) - middle, count);
-          rr.add_product(r, r);
-          for (int k = 0; k < models; ++k) dots[k].add_product(only(middle - chunk.value(k, i), count), r);
-        });
-        *own++ += rr.total();
-        flush();
-      }
+      chunk.measure(own);
+      score(chunk, n, own + models);
     });
   });
   fill(sums, width, 0.0);
   for (int64_t i = 0; i < partial.size(); ++i) sums[i % width] += partial[i];
 }
 
-template <class V>
-void merge_codes(Job job, const Merge& merge, int draw, V*, void* codes) {
-  lane_of<V>* out = static_cast<lane_of<V>*>(codes);
+inline void merge_score(Job job, const Merge& merge, int draws, double* sums) {
+  if (merge.fast) {
+    merge_score<FastChunk>(job, merge, draws, sums,
+                           [&](FastChunk& chunk, int64_t n, double* own) { add_draws(chunk, n, draws, own); });
+    return;
+  }
+  const auto exact = [&](auto& chunk, int64_t n, double* own) {
+    for (int d = 0; d < draws; ++d) {
+      chunk.draw(d);
+      add_products(chunk, n, own + d * (1 + merge.models), [&](int64_t i) { return chunk.residue(i, chunk.merged(i)); });
+    }
+  };
+  if (merge.models == 2) merge_score<MergeChunk<2>>(job, merge, draws, sums, exact);
+  else merge_score<MergeChunk<0>>(job, merge, draws, sums, exact);
+}
+
+// The codes of a draw: sought(chunk) is told of each chunk, code(chunk, i) gives its vectors.
+template <class Chunk, class V, class Sought, class Merged>
+void merge_codes(Job job, const Merge& merge, Code type, void* codes, V*, const Sought& sought, const Merged& merged) {
+  using Lane = lane_of<V>;
   for_tiles(job, [&](int64_t, int64_t tile_begin, int64_t tile_end) {
-    MergeChunk chunk(merge);
+    Chunk chunk(merge);
+    alignas(HDRQ_VECTOR_BYTES) Lane integers[kChunk];
     for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
       chunk.seek(begin, n);
-      chunk.draw(draw);
+      sought(chunk);
+      Lane* out = is_packed(type) ? integers : static_cast<Lane*>(codes) + begin;
       for_vectors(n, [&](int64_t i, auto count) {
-        write(__builtin_convertvector(__builtin_convertvector(chunk.merged(i, count), vi), V), out + begin + i, count);
+        write(__builtin_convertvector(__builtin_convertvector(merged(chunk, i), vi), V), out + i, count);
       });
+      if constexpr (sizeof(Lane) == 1)
+        if (is_packed(type)) pack(integers, n, static_cast<uint8_t*>(codes) + begin / 2);
     });
   });
+}
+
+inline void merge_codes(Job job, const Merge& merge, int draw, Code type, void* codes) {
+  const auto with = [&](auto* chunk, const auto& sought, const auto& merged) {
+    using Chunk = std::remove_pointer_t<decltype(chunk)>;
+    if (type == Code::i16) merge_codes<Chunk>(job, merge, type, codes, (vi16*)nullptr, sought, merged);
+    else merge_codes<Chunk>(job, merge, type, codes, (vi8*)nullptr, sought, merged);
+  };
+  if (merge.fast)
+    with((FastChunk*)nullptr, [](FastChunk&) {}, [&](FastChunk& c, int64_t i) { return c.merged(i, uint32_t(draw)); });
+  else
+    with((MergeChunk<0>*)nullptr, [&](auto& c) { c.draw(draw); }, [](auto& c, int64_t i) { return c.merged(i); });
 }
 
 }  // namespace hdrq::HDRQ_ISA

@@ -109,13 +109,15 @@ QuantizerArgs quantizer_of(int64_t count, uintptr_t x, const GridArgs& grid, boo
 }
 
 struct MergeArgs {
+  std::vector<Code> types;
   std::vector<const void*> codes;
-  std::vector<const float*> scales;
+  std::vector<const float*> scales, zero_points;
   std::vector<float> weights;
   Merge rest;
   Merge view() const {
     Merge merge = rest;
-    merge.codes = codes.data(), merge.scales = scales.data(), merge.weights = weights.data();
+    merge.types = types.data(), merge.codes = codes.data(), merge.weights = weights.data();
+    merge.scales = scales.data(), merge.zero_points = zero_points.data();
     return merge;
   }
 };
@@ -223,14 +225,19 @@ void bind(py::module_& m) {
   }, Released());
 
   py::class_<MergeArgs>(m, "Merge")
-      .def(py::init([](int code, const std::vector<uintptr_t>& codes, const std::vector<uintptr_t>& scales,
-                       uintptr_t merged_scale, std::vector<float> weights, int64_t channels, int64_t inner, int qmin,
-                       int qmax, uintptr_t rng, int noise) {
-        MergeArgs args{{}, {}, std::move(weights), {}};
+      .def(py::init([](const std::vector<int>& types, const std::vector<uintptr_t>& codes,
+                       const std::vector<uintptr_t>& scales, const std::vector<uintptr_t>& zero_points,
+                       std::vector<float> weights, uintptr_t merged_scale, uintptr_t merged_zero, int64_t channels,
+                       int64_t inner, int qmin, int qmax, uintptr_t rng, int noise, bool fast) {
+        MergeArgs args{{}, {}, {}, {}, std::move(weights), {}};
+        for (const int type : types) args.types.push_back(Code(type));
         for (const uintptr_t c : codes) args.codes.push_back(at<void>(c));
         for (const uintptr_t s : scales) args.scales.push_back(at<float>(s));
-        args.rest = {Code(code), int(codes.size()), nullptr, nullptr, nullptr, at<float>(merged_scale), channels, inner,
-                     float(qmin), float(qmax), stream_of(rng), Merge::Noise(noise)};
+        for (const uintptr_t z : zero_points) args.zero_points.push_back(at<float>(z));
+        Merge& m = args.rest;
+        m.models = int(codes.size()), m.merged_scale = at<float>(merged_scale), m.merged_zero = at<float>(merged_zero);
+        m.channels = channels, m.inner = inner, m.qmin = float(qmin), m.qmax = float(qmax);
+        m.stream = stream_of(rng), m.noise = Merge::Noise(noise), m.fast = fast;
         return args;
       }));
   m.def("merge_score", [](Job j, const MergeArgs& merge, int draws, uintptr_t sums) {

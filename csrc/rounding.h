@@ -6,12 +6,6 @@
 
 namespace hdrq::HDRQ_ISA {
 
-// To the next integer below.
-inline vf floor(vf v) {
-  const vf rounded = round_even(v);
-  return rounded > v ? rounded - 1.0f : rounded;
-}
-
 // h and its slope.
 struct Soft {
   vf h, slope;

@@ -30,6 +30,7 @@ typedef int16_t vi16 __attribute__((vector_size(HDRQ_VECTOR_BYTES / 2)));
 typedef int8_t vi8 __attribute__((vector_size(HDRQ_VECTOR_BYTES / 4)));
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
 
 template <class T>
 inline void fill(T* p, int64_t count, T value) {
@@ -189,6 +190,12 @@ inline vf round_even(vf v) {
   const vf magnitude = bits<vf>(bits<vu>(v) & 0x7fffffffu);
   const vf rounded = bits<vf>(bits<vu>((magnitude + 0x1p23f) - 0x1p23f) | sign);
   return magnitude < 0x1p23f ? rounded : v;
+}
+
+// To the next integer below.
+inline vf floor(vf v) {
+  const vf rounded = round_even(v);
+  return rounded > v ? rounded - 1.0f : rounded;
 }
 
 // NaN passes through. With both sides of a choice in its comparison it is one instruction.

@@ -87,8 +87,7 @@ inline Kernels table(const char* name) {
   };
   k.merge_score = [](Job j, const Merge& m, int draws, double* sums) { merge_score(j, m, draws, sums); };
   k.merge_codes = [](Job j, const Merge& m, int draw, Code code, void* codes) {
-    if (code == Code::i8) merge_codes(j, m, draw, (vi8*)nullptr, codes);
-    else merge_codes(j, m, draw, (vi16*)nullptr, codes);
+    merge_codes(j, m, draw, code, codes);
   };
   return k;
 }

@@ -278,8 +278,8 @@ def merged(draw: Draw) -> dict[str, Any]:
     scales = [torch.rand(length, generator=draw.generator) + 0.5 for _ in range(models)]
     raw = torch.rand(models, generator=draw.generator) + 0.1
     weights = draw.choice(None, tuple((raw / raw.sum()).double().tolist()))
-    noises = ("all", "odd", "none") if models == 2 and weights is None else ("all", "none")
-    options = {"weights": weights, "draws": draw.random.randint(1, 4), "noise": draw.choice(*noises), "axis": axis}
+    noise = draw.choice("all", "odd", "none")
+    options = {"weights": weights, "draws": draw.random.randint(1, 4), "noise": noise, "axis": axis}
     codes = [draw.codes(shape, qmin, qmax, checks.code_range(qmin, qmax)) for _ in range(models)]
     return {"codes": codes, "scales": scales, "qmin": qmin, "qmax": qmax, "rng": draw.rng()} | options
 

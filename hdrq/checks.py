@@ -144,13 +144,38 @@ def code_values(name: str, codes: torch.Tensor, qmin: int, qmax: int) -> None:
         raise ValueError(f"{name} must be in [{qmin}, {qmax}], got [{low}, {high}]")
 
 
-def mixing_weights(weights: Any, count: int) -> tuple[float, ...]:
-    """``weights`` as ``count`` float32 numbers, not negative, that sum to 1; None stands for 1/count each."""
+def nibble_values(name: str, codes: torch.Tensor) -> None:
+    """All in [-8, 7] or all in [0, 15], on a CPU. Elsewhere a value is not read."""
+    if codes.device.type != "cpu" or codes.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(codes))
+    if low < -8 or high > (7 if low < 0 else 15):
+        raise ValueError(f"{name} must be in [-8, 7] or in [0, 15] to be packed, got [{low}, {high}]")
+
+
+def packed(name: str, value: Any, count: int, device: torch.device | None = None) -> torch.Tensor:
+    """``value`` as ``count`` codes packed two to a byte."""
+    tensor(name, value, (torch.uint8,), device)
+    if value.shape != ((count + 1) // 2,):
+        wanted = f"({(count + 1) // 2},), two codes to a byte"
+        raise ValueError(f"{name} must have the shape {wanted}, got {tuple(value.shape)}")
+    return value
+
+
+def packed_range(name: str, qmin: int, qmax: int) -> None:
+    """A range that nibbles hold: inside [-8, 7] or [0, 15]."""
+    if qmin < -8 or qmax > (7 if qmin < 0 else 15):
+        raise ValueError(f"{name} must be inside [-8, 7] or [0, 15] for packed codes, got [{qmin}, {qmax}]")
+
+
+def mixing_weights(weights: Any, count: int, extrapolate: bool = False) -> tuple[float, ...]:
+    """``weights`` as ``count`` float32 numbers that sum to 1, in [0, 1] but to extrapolate; None for 1/count each."""
     if weights is None:
         return (float(np.float32(1 / count)),) * count
     if len(weights) != count:
         raise ValueError(f"weights must be as many as the models, {count}, got {len(weights)}")
-    values = [real(f"weights[{k}]", w, 0.0, 1.0) for k, w in enumerate(weights)]
+    bounds = () if extrapolate else (0.0, 1.0)
+    values = [real(f"weights[{k}]", w, *bounds) for k, w in enumerate(weights)]
     if abs(sum(values) - 1) > 1e-6:
         raise ValueError(f"weights must sum to 1, got {sum(values):g}")
     return tuple(float(np.float32(w)) for w in values)

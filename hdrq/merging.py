@@ -33,7 +33,7 @@ def merge(
         weights: λ, not negative, summing to 1; None for equal ones.
         draws: roundings tried for each weight, of which the best aligned is kept.
         seed: of the noise; stream 64·i serves the i-th layer.
-        noise: ``"all"``, ``"odd"`` (two models, equal weights) or ``"none"`` (round half to even).
+        noise: ``"all"``, ``"odd"`` (means nearer to a tie than to an integer) or ``"none"`` (half to even).
 
     Returns:
         A model of the class of the first.

@@ -1,105 +1,157 @@
 """Merging quantized tensors on their integers, in Triton. Definition: :mod:`hdrq.reference.merge`.
 
-Three launches, whatever the number of draws: Δ*; the sums of every draw's cosines; the codes of the draw kept, made
-again from the random stream, so that no draw is stored and its number never leaves the device.
+Three launches, whatever the number of draws: Δ* and z*; the sums of every draw's cosines; the codes of the draw kept,
+made again from the random stream, so that no draw is stored and its number never leaves the device.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from hdrq.eager import packing
+from hdrq.eager.merge import cosines, kept
 from hdrq.kernels import _lang as lang
 from hdrq.kernels._launch import BLOCK, launch, tiling
 
 PROGRAMS = 1024  # of one draw, each over its share of the tiles: bounds the sums kept, and the grid
+GROUP = 64  # fast draws that one program scores: their sums stay in its registers
 
 
 @triton.jit
-def _dequantized(codes, scales, k, start, i, live, numel, inner, channels, ROWS: tl.constexpr):
-    """``w_k = I_k·Δ_k`` of a tile, and Δ_k."""
-    k = tl.cast(k, tl.int64)
-    code = tl.load(codes + k * numel + start + i, mask=live, other=0)
-    delta = lang.valid_scale(lang.per_element(scales + k * channels, start, i, inner, channels, ROWS))
-    return code.to(tl.float32) * delta, delta
+def _load_code(codes, k, stride, start, i, live, PACKED: tl.constexpr):
+    """Codes of input k, whose rows are ``stride`` long; PACKED: "signed" or "unsigned" nibbles; "": none."""
+    codes += tl.cast(k, tl.int64) * stride
+    if PACKED == "":
+        code = tl.load(codes + start + i, mask=live, other=0).to(tl.int32)
+    else:
+        pair = tl.load(codes + start // 2 + i // 2, mask=live, other=0).to(tl.int32)
+        code = (pair >> (4 * (i % 2))) & 15
+        if PACKED == "signed":
+            code = (code ^ 8) - 8
+    return code.to(tl.float32)
 
 
 @triton.jit
-def _merged(
-    codes,
-    scales,
-    merged_scale,
-    weights,
-    rng,
-    draw,
-    qmin,
-    qmax,
-    start,
-    i,
-    live,
-    numel,
-    inner,
-    channels,
-    MODELS: tl.constexpr,
-    NOISE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """``I*`` as float32, NaN where a scale is invalid, ``Σ λw`` and Δ* of a tile. A sum may start at 0: exact."""
+def _store_code(merged, code, start, i, numel, PACK: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile of codes, int32; two to a byte if PACK."""
+    if PACK:
+        j = tl.arange(0, BLOCK // 2)
+        low, high = tl.split(tl.reshape(tl.where(i < numel - start, code & 15, 0), [BLOCK // 2, 2]))
+        tl.store(merged + start // 2 + j, (low | (high << 4)).to(tl.uint8), mask=2 * j < numel - start)
+    else:
+        tl.store(merged + start + i, code.to(merged.dtype.element_ty), mask=i < numel - start)
+
+
+@triton.jit
+def _input(inputs, k, start, i, live, ROWS: tl.constexpr, PACKED: tl.constexpr):
+    """``J_k`` of a tile, and Δ_k."""
+    codes, stride, scales, zeros, inner, channels = inputs
+    row = tl.cast(k, tl.int64) * channels
+    delta = lang.valid_scale(lang.per_element(scales + row, start, i, inner, channels, ROWS))
+    zero = lang.per_element(zeros + row, start, i, inner, channels, ROWS)
+    return _load_code(codes, k, stride, start, i, live, PACKED) - zero, delta
+
+
+@triton.jit
+def _midpoint(
+    inputs, weights, start, i, live,
+    MODELS: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``Σ λw`` of a tile, and where there is noise. A sum may start at 0: exact."""
+    midpoint = tl.zeros([BLOCK], tl.float32)
+    mean = tl.zeros([BLOCK], tl.float32)
+    for k in range(MODELS):
+        integer, delta = _input(inputs, k, start, i, live, ROWS, PACKED)
+        weight = tl.load(weights + k)
+        midpoint += weight * (integer * delta)
+        mean += weight * integer
+    noisy = tl.full([BLOCK], NOISE == "all", tl.int1)
+    if NOISE == "odd":
+        noisy = tl.abs(mean - lang.floor(mean) - 0.5) < 0.25
+    return midpoint, noisy
+
+
+@triton.jit
+def _exact(
+    inputs, weights, rng, draw, step_size, noisy, start, i, live,
+    MODELS: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A draw's ``round_half_even(Σ λ_k·(J_k·Δ_k + n_k·Δ_k) / Δ*)``: before the zero point and the clamp."""
     seed, stream, step = lang.read_state(rng)
     step += draw.to(tl.uint32)
-    if NOISE == "odd":
-        first = tl.load(codes + start + i, mask=live, other=0)
-        second = tl.load(codes + tl.cast(numel, tl.int64) + start + i, mask=live, other=0)
-        odd = ((first ^ second) & 1) != 0
     total = tl.zeros([BLOCK], tl.float32)
-    midpoint = tl.zeros([BLOCK], tl.float32)
     for k in range(MODELS):
-        w, delta = _dequantized(codes, scales, k, start, i, live, numel, inner, channels, ROWS)
-        weight = tl.load(weights + k)
-        midpoint += weight * w
+        integer, delta = _input(inputs, k, start, i, live, ROWS, PACKED)
+        w = integer * delta
         if NOISE != "none":
             n = lang.unit_noise(lang.words(seed, stream + tl.cast(k, tl.uint32), step, start, BLOCK), None)
-            if NOISE == "odd":
-                n = tl.where(odd, n, 0.0)
-            w += n * delta
-        total += weight * w
-    step_size = lang.per_element(merged_scale, start, i, inner, channels, ROWS)
-    q = lang.clamp(lang.round_half_even(tl.div_rn(total, step_size)), qmin, qmax)
-    return q, midpoint, step_size
+            w += tl.where(noisy, n, 0.0) * delta
+        total += tl.load(weights + k) * w
+    return lang.round_half_even(tl.div_rn(total, step_size))
 
 
 @triton.jit
-def merged_scale_kernel(merged_scale, scales, weights, channels, MODELS: tl.constexpr, BLOCK: tl.constexpr):
+def _fast(
+    inputs, weights, rng, midpoint, step_size, noisy, start, i, live,
+    ROWS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The lower outcome of each element, the threshold below which a draw takes the next one, and A and B."""
+    _, first = _input(inputs, 0, start, i, live, ROWS, PACKED)
+    _, second = _input(inputs, 1, start, i, live, ROWS, PACKED)
+    first = tl.div_rn(tl.load(weights) * first, step_size)
+    second = tl.div_rn(tl.load(weights + 1) * second, step_size)
+    narrow, wide = tl.minimum(first, second), tl.maximum(first, second)
+    v = tl.div_rn(midpoint, step_size)
+    low = tl.where(noisy, lang.floor(v), lang.round_half_even(v))
+    y = v - low
+    h = tl.minimum(y, 1.0 - y)
+    inner = h < narrow
+    tail = tl.where(inner, h * h, h - 0.5 * narrow)
+    tail = tl.div_rn(tail, tl.where(inner, 2.0 * narrow * wide, wide))
+    p = tl.where(y <= 0.5, tail, 1.0 - tail)
+    threshold = tl.where(noisy, p * 16777216.0, 0.0).to(tl.int32)
+    seed, stream, step = lang.read_state(rng)
+    word = lang.words(seed, stream, step, start, BLOCK)
+    stride = lang.words(seed, stream + tl.cast(1, tl.uint32), step, start, BLOCK)
+    return low, threshold, word, stride
+
+
+@triton.jit
+def _up(word, threshold):
+    return (word >> 8).to(tl.int32) < threshold
+
+
+@triton.jit
+def _residue(q, zero, step_size, midpoint, qmin, qmax, live):
+    """``r = (I* − z*)Δ* − Σ λw``, 0 where nothing lives."""
+    return tl.where(live, (lang.clamp(q + zero, qmin, qmax) - zero) * step_size - midpoint, 0.0)
+
+
+@triton.jit
+def merged_grid_kernel(
+    merged_scale, merged_zero, scales, zeros, weights, channels, MODELS: tl.constexpr, BLOCK: tl.constexpr
+):
     c = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
+    step = tl.zeros([BLOCK], tl.float32)
+    zero = tl.zeros([BLOCK], tl.float32)
     for k in range(MODELS):
-        delta = tl.load(scales + tl.cast(k, tl.int64) * channels + c, mask=c < channels, other=1.0)
-        total += tl.load(weights + k) * lang.valid_scale(delta)
-    tl.store(merged_scale + c, total, mask=c < channels)
+        at = tl.cast(k, tl.int64) * channels + c
+        delta = tl.load(weights + k) * lang.valid_scale(tl.load(scales + at, mask=c < channels, other=1.0))
+        step += delta
+        zero += delta * tl.load(zeros + at, mask=c < channels, other=0.0)
+    tl.store(merged_scale + c, step, mask=c < channels)
+    tl.store(merged_zero + c, lang.round_half_even(tl.div_rn(zero, step)), mask=c < channels)
 
 
 @triton.jit(do_not_specialize=["tiles", "programs", "inner", "channels"])
 def merge_score_kernel(
-    sums,
-    codes,
-    scales,
-    merged_scale,
-    weights,
-    rng,
-    qmin,
-    qmax,
-    tiles,
-    programs,
-    numel,
-    inner,
-    channels,
-    MODELS: tl.constexpr,
-    NOISE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    sums, codes, stride, scales, zeros, merged_scale, merged_zero, weights, rng, qmin, qmax,
+    tiles, programs, numel, inner, channels,
+    MODELS: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """``sums[draw, program] = (Σ d², Σ d·r, Σ r²)`` for each model, float64, over the tiles of this program."""
     PADDED: tl.constexpr = triton.next_power_of_2(MODELS)
+    inputs = codes, stride, scales, zeros, inner, channels
     draw, tile = tl.program_id(0) // programs, tl.program_id(0) % programs
     i = tl.arange(0, BLOCK)
     model = tl.arange(0, PADDED)
@@ -109,15 +161,15 @@ def merge_score_kernel(
     while tile < tiles:
         start = tile.to(tl.int64) * BLOCK
         live = i < numel - start
-        q, midpoint, step_size = _merged(
-            codes, scales, merged_scale, weights, rng, draw, qmin, qmax, start, i, live, numel, inner, channels,
-            MODELS, NOISE, ROWS, BLOCK,
-        )  # fmt: skip
-        r = tl.where(live, q * step_size - midpoint, 0.0).to(tl.float64)
+        step_size = lang.per_element(merged_scale, start, i, inner, channels, ROWS)
+        zero = lang.per_element(merged_zero, start, i, inner, channels, ROWS)
+        midpoint, noisy = _midpoint(inputs, weights, start, i, live, MODELS, NOISE, ROWS, PACKED, BLOCK)
+        q = _exact(inputs, weights, rng, draw, step_size, noisy, start, i, live, MODELS, NOISE, ROWS, PACKED, BLOCK)
+        r = _residue(q, zero, step_size, midpoint, qmin, qmax, live).to(tl.float64)
         rr += tl.sum(r * r)
         for k in range(MODELS):
-            w, _ = _dequantized(codes, scales, k, start, i, live, numel, inner, channels, ROWS)
-            d = tl.where(live, midpoint - w, 0.0).to(tl.float64)
+            integer, delta = _input(inputs, k, start, i, live, ROWS, PACKED)
+            d = tl.where(live, midpoint - integer * delta, 0.0).to(tl.float64)
             dd += tl.where(model == k, tl.sum(d * d), 0.0)
             dr += tl.where(model == k, tl.sum(d * r), 0.0)
         tile += programs
@@ -127,63 +179,130 @@ def merge_score_kernel(
     tl.store(sums + 2 * MODELS, rr, mask=model < MODELS)
 
 
+@triton.jit(do_not_specialize=["tiles", "programs", "draws", "inner", "channels"])
+def merge_fast_score_kernel(
+    sums, codes, stride, scales, zeros, merged_scale, merged_zero, weights, rng, qmin, qmax,
+    tiles, programs, draws, numel, inner, channels,
+    NOISE: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``sums[draw, program]`` of two inputs as above, for GROUP draws, which share their two words."""
+    inputs = codes, stride, scales, zeros, inner, channels
+    group, tile = tl.program_id(0) // programs, tl.program_id(0) % programs
+    program = tile
+    i = tl.arange(0, BLOCK)
+    member = tl.arange(0, GROUP)
+    dd0 = tl.zeros([GROUP], tl.float64)
+    dd1 = tl.zeros([GROUP], tl.float64)
+    dr0 = tl.zeros([GROUP], tl.float64)
+    dr1 = tl.zeros([GROUP], tl.float64)
+    rr = tl.zeros([GROUP], tl.float64)
+    while tile < tiles:
+        start = tile.to(tl.int64) * BLOCK
+        live = i < numel - start
+        step_size = lang.per_element(merged_scale, start, i, inner, channels, ROWS)
+        zero = lang.per_element(merged_zero, start, i, inner, channels, ROWS)
+        midpoint, noisy = _midpoint(inputs, weights, start, i, live, 2, NOISE, ROWS, PACKED, BLOCK)
+        low, threshold, word, gap = _fast(
+            inputs, weights, rng, midpoint, step_size, noisy, start, i, live, ROWS, PACKED, BLOCK
+        )
+        lower = _residue(low, zero, step_size, midpoint, qmin, qmax, live)
+        upper = _residue(low + 1.0, zero, step_size, midpoint, qmin, qmax, live)
+        integer, delta = _input(inputs, 0, start, i, live, ROWS, PACKED)
+        d0 = tl.where(live, midpoint - integer * delta, 0.0)
+        integer, delta = _input(inputs, 1, start, i, live, ROWS, PACKED)
+        d1 = tl.where(live, midpoint - integer * delta, 0.0)
+        dd0 += tl.sum(d0 * d0)
+        dd1 += tl.sum(d1 * d1)
+        word += (group * GROUP).to(tl.uint32) * gap
+        for d in range(GROUP):
+            r = tl.where(_up(word, threshold), upper, lower)
+            rr += tl.where(member == d, tl.sum(r * r), 0.0)
+            dr0 += tl.where(member == d, tl.sum(d0 * r), 0.0)
+            dr1 += tl.where(member == d, tl.sum(d1 * r), 0.0)
+            word += gap
+        tile += programs
+    draw = group * GROUP + member
+    sums += (draw.to(tl.int64) * programs + program) * 6
+    tl.store(sums, dd0, mask=draw < draws)
+    tl.store(sums + 1, dd1, mask=draw < draws)
+    tl.store(sums + 2, dr0, mask=draw < draws)
+    tl.store(sums + 3, dr1, mask=draw < draws)
+    tl.store(sums + 4, rr, mask=draw < draws)
+    tl.store(sums + 5, rr, mask=draw < draws)
+
+
 @triton.jit(do_not_specialize=["inner", "channels"])
 def merge_codes_kernel(
-    merged,
-    kept,
-    codes,
-    scales,
-    merged_scale,
-    weights,
-    rng,
-    qmin,
-    qmax,
-    numel,
-    inner,
-    channels,
-    MODELS: tl.constexpr,
-    NOISE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    merged, best, codes, stride, scales, zeros, merged_scale, merged_zero, weights, rng, qmin, qmax,
+    numel, inner, channels,
+    MODELS: tl.constexpr, NOISE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr,
+    PACK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    inputs = codes, stride, scales, zeros, inner, channels
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     live = i < numel - start
-    q, _, _ = _merged(
-        codes, scales, merged_scale, weights, rng, tl.load(kept), qmin, qmax, start, i, live, numel, inner, channels,
-        MODELS, NOISE, ROWS, BLOCK,
-    )  # fmt: skip
+    draw = tl.load(best)
+    step_size = lang.per_element(merged_scale, start, i, inner, channels, ROWS)
+    zero = lang.per_element(merged_zero, start, i, inner, channels, ROWS)
+    midpoint, noisy = _midpoint(inputs, weights, start, i, live, MODELS, NOISE, ROWS, PACKED, BLOCK)
+    if FAST:
+        low, threshold, word, gap = _fast(
+            inputs, weights, rng, midpoint, step_size, noisy, start, i, live, ROWS, PACKED, BLOCK
+        )
+        q = tl.where(_up(word + draw.to(tl.uint32) * gap, threshold), low + 1.0, low)
+    else:
+        q = _exact(inputs, weights, rng, draw, step_size, noisy, start, i, live, MODELS, NOISE, ROWS, PACKED, BLOCK)
+    q = lang.clamp(q + zero, qmin, qmax)
     q = tl.where(q == q, q, qmin)  # a NaN has no code
-    tl.store(merged + start + i, q.to(merged.dtype.element_ty), mask=live)
+    _store_code(merged, q.to(tl.int32), start, i, numel, PACK, BLOCK)
 
 
-def merge(codes, scales, qmin, qmax, rng, weights, draws, noise, axis) -> tuple[torch.Tensor, ...]:
-    first, models, channels = codes[0], len(codes), scales[0].numel()
-    merged = torch.empty_like(first, dtype=torch.int8 if qmin >= -128 and qmax <= 127 else torch.int16)
-    merged_scale = torch.empty_like(scales[0])
-    codes, scales = torch.stack(codes), torch.stack(scales)
+def merge(
+    codes, scales, zero_points, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, signed, packed
+) -> tuple[torch.Tensor, ...]:
+    models, channels = len(codes), scales[0].numel()
+    result = rng.new_empty(shape, dtype=torch.int8 if packed or (qmin >= -128 and qmax <= 127) else torch.int16)
+    merged = rng.new_empty((result.numel() + 1) // 2, dtype=torch.uint8) if packed else result
+    merged_scale, merged_zero = torch.empty_like(scales[0]), torch.empty_like(scales[0])
+    codes, layout = _alike(codes, shape, signed)
+    scales, zeros = torch.stack(scales), torch.stack(zero_points)
     # Filled on the device: a copy of a list from the host would wait for the device, and could not be captured.
-    lam = torch.stack([torch.full((), w, dtype=torch.float32, device=first.device) for w in weights])
+    lam = torch.stack([torch.full((), w, dtype=torch.float32, device=rng.device) for w in weights])
     if channels > 0:
-        args = (merged_scale, scales, lam, channels)
-        launch(merged_scale_kernel, triton.cdiv(channels, BLOCK), first, *args, MODELS=models)
-    if first.numel() == 0:
-        return merged, merged_scale, *_best(lam.new_zeros((draws, 1, 3, models), dtype=torch.float64))
-    t = tiling(first, axis)
+        args = (merged_scale, merged_zero, scales, zeros, lam, channels)
+        launch(merged_grid_kernel, triton.cdiv(channels, BLOCK), rng, *args, MODELS=models)
+    if result.numel() == 0:
+        similarity = _cosines(lam.new_zeros((draws, 1, 3, models), dtype=torch.float64))
+        return merged, merged_scale, merged_zero, similarity, kept(similarity, select)
+    t = tiling(result, axis)
     programs = min(t.count, PROGRAMS)
-    sums = torch.empty((draws, programs, 3, models), dtype=torch.float64, device=first.device)
-    inputs = (codes, scales, merged_scale, lam, rng, float(qmin), float(qmax))
+    sums = torch.empty((draws, programs, 3, models), dtype=torch.float64, device=rng.device)
+    inputs = (codes, codes.shape[1], scales, zeros, merged_scale, merged_zero, lam, rng, float(qmin), float(qmax))
     lengths = (t.numel, t.inner, t.channels)
-    constants = {"MODELS": models, "NOISE": noise, "ROWS": t.rows, "block": t.block}
-    launch(merge_score_kernel, draws * programs, first, sums, *inputs, t.count, programs, *lengths, **constants)
-    cosines, kept = _best(sums)
-    launch(merge_codes_kernel, t.count, first, merged, kept, *inputs, *lengths, **constants)
-    return merged, merged_scale, cosines, kept
+    constants = {"NOISE": noise, "ROWS": t.rows, "PACKED": layout, "block": t.block}
+    if mode == "fast":
+        group = min(GROUP, triton.next_power_of_2(draws))
+        args = (sums, *inputs, t.count, programs, draws, *lengths)
+        launch(merge_fast_score_kernel, triton.cdiv(draws, group) * programs, rng, *args, GROUP=group, **constants)
+    else:
+        args = (sums, *inputs, t.count, programs, *lengths)
+        launch(merge_score_kernel, draws * programs, rng, *args, MODELS=models, **constants)
+    similarity = _cosines(sums)
+    best = kept(similarity, select)
+    constants |= {"MODELS": models, "FAST": mode == "fast", "PACK": packed}
+    launch(merge_codes_kernel, t.count, rng, merged, best, *inputs, *lengths, **constants)
+    return merged, merged_scale, merged_zero, similarity, best
 
 
-def _best(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cosines, float64 (draws, K), and the first draw whose smaller one is greatest."""
-    dd, dr, rr = sums.sum(dim=1).unbind(1)
-    length = (dd * (dd + 2 * dr + rr).clamp(min=0)).sqrt()
-    cosines = torch.where(length > 0, (dd + dr) / length, 1.0)
-    return cosines, cosines.amin(dim=1).argmax()
+def _alike(codes: list, shape: torch.Size, signed: list[bool]) -> tuple[torch.Tensor, str]:
+    """The inputs as rows of one tensor, and what they hold; inputs that differ in layout are widened to int16."""
+    if all(c.dtype == codes[0].dtype for c in codes) and (codes[0].dtype != torch.uint8 or len(set(signed)) == 1):
+        layout = "" if codes[0].dtype != torch.uint8 else "signed" if signed[0] else "unsigned"
+        return torch.stack([c.flatten() for c in codes]), layout
+    plain = [packing.unpack(c, shape, s) if c.dtype == torch.uint8 else c for c, s in zip(codes, signed, strict=True)]
+    return torch.stack([c.flatten().to(torch.int16) for c in plain]), ""
+
+
+def _cosines(sums: torch.Tensor) -> torch.Tensor:
+    return cosines(*sums.sum(dim=1).unbind(1))

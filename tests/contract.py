@@ -85,14 +85,33 @@ def keeps(state, e: int, p: float) -> bool:
     return word(seed, stream ^ 0x80000000, step, e) >> 8 < round(p * 2**24)
 
 
-def merged_code(codes, deltas, weights, noises, qmin: int, qmax: int) -> int:
-    """One element of Eq. 12: integers, steps, λ and noise of each model."""
-    total = step = None
-    for i, delta, weight, n in zip(codes, deltas, weights, noises, strict=True):
-        term = weight * (f32(i) * delta + n * delta)
+def merged_code(codes, deltas, weights, noises, qmin: int, qmax: int, zeros=None) -> int:
+    """One element of Eq. 12: integers, steps, λ and noise of each model; zero points are merged as steps are."""
+    total = step = zero = None
+    for k, (i, delta, weight, n) in enumerate(zip(codes, deltas, weights, noises, strict=True)):
+        z = f32(0) if zeros is None else zeros[k]
+        term, part = weight * ((f32(i) - z) * delta + n * delta), weight * delta
         total = term if total is None else total + term
-        step = weight * delta if step is None else step + weight * delta
-    return int(min(max(nearest_even(total / step), qmin), qmax))
+        step = part if step is None else step + part
+        zero = part * z if zero is None else zero + part * z
+    return int(min(max(nearest_even(total / step) + nearest_even(zero / step), qmin), qmax))
+
+
+def fast_merged_code(state, e: int, draw: int, codes, deltas, weights, qmin: int, qmax: int) -> int:
+    """One element of two models by one threshold on the word ``A + draw·B``."""
+    seed, stream, step = state
+    first, second = (weight * delta for weight, delta in zip(weights, deltas, strict=True))
+    merged = first + second
+    v = (weights[0] * (f32(codes[0]) * deltas[0]) + weights[1] * (f32(codes[1]) * deltas[1])) / merged
+    narrow, wide = sorted((first / merged, second / merged))
+    low = f32(np.floor(v))
+    y = v - low
+    h = min(y, f32(1) - y)
+    tail = h * h / (f32(2) * narrow * wide) if h < narrow else (h - f32(0.5) * narrow) / wide
+    p = tail if y <= f32(0.5) else f32(1) - tail
+    a, b = (word(seed, (stream + k) % 2**32, step, e) for k in range(2))
+    up = (a + draw * b) % 2**32 >> 8 < int(p * f32(2**24))
+    return int(min(max(low + up, qmin), qmax))
 
 
 def exponential(x: np.float32) -> np.float32:

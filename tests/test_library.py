@@ -25,6 +25,13 @@ def pairs():
 
 RNG = hdrq.rng_state(7, 1, 2)
 COUNTS = torch.arange(257)
+
+
+def merging(codes, mode, packed):
+    grid = [[torch.ones(1)] * 2, [torch.zeros(1)] * 2, [-8, 7] * 2, -8, 7, RNG]
+    return codes, *grid, [0.5, 0.5], 2, "all", None, "min-cosine", mode, [9], packed
+
+
 CASES = {
     "noise_quantize": lambda: (*tensors(), -8, 7, RNG),
     "noise_quantize along an axis": lambda: (*tensors(1), -8, 7, RNG, None, 1, 0.5),
@@ -75,7 +82,8 @@ CASES = {
     ),
     "search_scale": lambda: (torch.linspace(-1, 1, 50), -8, 7),
     "search_affine": lambda: (torch.linspace(-1, 1, 50).view(10, 5), -2, 1, 2.4, 10, 1),
-    "merge": lambda: ([torch.ones(9, dtype=torch.int8)] * 2, [torch.ones(1)] * 2, -8, 7, RNG, [0.5, 0.5], 2, "all"),
+    "merge": lambda: merging([torch.ones(9, dtype=torch.int8)] * 2, "exact", False),
+    "merge, packed": lambda: merging([torch.ones(5, dtype=torch.uint8)] * 2, "fast", True),
 }
 
 

@@ -173,7 +173,6 @@ def test_average_of_floats():
         ({"draws": 0}, ValueError, "draws must be in"),
         ({"seed": -1}, ValueError, "seed must be in"),
         ({"noise": "some"}, ValueError, "noise must be one of 'all', 'odd', 'none', got 'some'"),
-        ({"noise": "odd", "weights": (0.4, 0.6)}, ValueError, 'for two tensors of equal weight, got "odd"'),
     ],
 )
 def test_bad_options_are_refused(models, options, error, message):

@@ -77,7 +77,12 @@ def _launches(warp_size: int) -> list[tuple]:
         fakequant.dequantize(codes, s, None, axis)
         if number in (0, 1, 3):
             mode = ("odd", "none", None, "all")[number]
-            merge.merge([codes, codes], [s, s], -8, 7, rng, [0.5, 0.5], 4, mode, axis)
+            packed, half = number == 3, empty(codes.numel() // 2, dtype=torch.uint8)
+            how = ("official", "fast" if number else "exact", codes.shape, [packed] * 2, packed)
+            pair = [half, half] if packed else [codes, codes]
+            merge.merge(pair, [s, s], [s, s], -8, 7, rng, [0.5, 0.5], 4, mode, axis, *how)
+            if number == 0:
+                merge.merge(pair, [s, s], [s, s], -8, 7, rng, [0.5, 0.5], 4, mode, axis, "first", "fast", *how[2:])
         if number < 3:
             candidates, rows = empty(64, 100), empty(64)
             ranges.range_errors(x, x if number == 2 else None, candidates, candidates, candidates, rows, 2.4)
@@ -129,6 +134,7 @@ def _source(kernel, args: tuple, keywords: dict):
         torch.int64: "i64",
         torch.int16: "i16",
         torch.int8: "i8",
+        torch.uint8: "u8",
     }
     constants, attributes = {}, {}
 

@@ -5,32 +5,93 @@ from __future__ import annotations
 import torch
 
 from hdrq import rng as stream
-from hdrq.eager import valid_scale
+from hdrq.eager import packing, per_element, valid_scale
 from hdrq.eager.noise import unit_noise
 
 
-def merge(codes, scales, qmin, qmax, rng, weights, draws, noise, axis) -> tuple[torch.Tensor, ...]:
+def merge(
+    codes, scales, zero_points, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, signed, packed
+) -> tuple[torch.Tensor, ...]:
     lam = torch.tensor(weights, dtype=torch.float32, device=rng.device).unbind()
+    codes = [packing.unpack(c, shape, s) if c.dtype == torch.uint8 else c for c, s in zip(codes, signed, strict=True)]
     steps = [valid_scale(s, codes[0].ndim, axis) for s in scales]
-    merged_step = _weighted_sum(lam, steps)
-    values = [c.float() * s for c, s in zip(codes, steps, strict=True)]
+    zeros = [per_element(z, codes[0].ndim, axis) for z in zero_points]
+    merged_step, merged_zero = merged_grid(lam, steps, zeros)
+    integers = [c.float() - z for c, z in zip(codes, zeros, strict=True)]
+    values = [j * s for j, s in zip(integers, steps, strict=True)]
     midpoint = _weighted_sum(lam, values)
     distances = [midpoint - v for v in values]
-    odd = (codes[0].int() + codes[1].int()) % 2 == 1 if noise == "odd" else None
+    noisy = torch.full_like(midpoint, noise != "none", dtype=torch.bool)
+    if noise == "odd":
+        mean = _weighted_sum(lam, integers)
+        noisy = (mean - mean.floor() - 0.5).abs() < 0.25
 
-    def draw(d: int | torch.Tensor) -> torch.Tensor:
+    def clamped(q: torch.Tensor) -> torch.Tensor:
+        return (q + merged_zero).clamp(qmin, qmax)
+
+    def exact(d: int | torch.Tensor) -> torch.Tensor:
         terms = []
         for k, (value, delta) in enumerate(zip(values, steps, strict=True)):
-            seed, first, step = rng.unbind()
-            own = torch.stack((seed, (first + k) & stream.LOW, (step + d) & stream.LOW))
-            n = torch.zeros_like(value) if noise == "none" else unit_noise(value.shape, own, None)
-            terms.append(value + (n if odd is None else n.masked_fill(~odd, 0.0)) * delta)
-        return torch.round(_weighted_sum(lam, terms) / merged_step).clamp(qmin, qmax)
+            n = unit_noise(value.shape, _state(rng, k, d), None) if noise != "none" else torch.zeros_like(value)
+            terms.append(value + torch.where(noisy, n, 0.0) * delta)
+        return clamped(torch.round(_weighted_sum(lam, terms) / merged_step))
 
-    cosines = torch.stack([_cosines(draw(d) * merged_step - midpoint, distances) for d in range(draws)])
-    kept = cosines.amin(dim=1).argmax()
-    dtype = torch.int8 if qmin >= -128 and qmax <= 127 else torch.int16
-    return draw(kept).to(dtype), merged_step.flatten(), cosines, kept
+    draw = exact if mode == "exact" else _fast(rng, lam, steps, merged_step, midpoint / merged_step, noisy, clamped)
+    scores = [_scores((draw(d) - merged_zero) * merged_step - midpoint, distances) for d in range(draws)]
+    similarity = cosines(*map(torch.stack, zip(*scores, strict=True)))
+    best = kept(similarity, select)
+    result = draw(best).to(torch.int8 if packed or (qmin >= -128 and qmax <= 127) else torch.int16)
+    result = packing.pack(result) if packed else result
+    return result, merged_step.flatten(), merged_zero.flatten(), similarity, best
+
+
+def merged_grid(lam, steps: list, zeros: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """``Δ*`` and ``z*``."""
+    step = _weighted_sum(lam, steps)
+    return step, torch.round(_weighted_sum([w * s for w, s in zip(lam, steps, strict=True)], zeros) / step)
+
+
+def cosines(dd: torch.Tensor, dr: torch.Tensor, rr: torch.Tensor) -> torch.Tensor:
+    """The cosines (draws, K), from the sums of d², d·r and r², float64."""
+    length = (dd * (dd + 2 * dr + rr).clamp(min=0)).sqrt()
+    return torch.where(length > 0, (dd + dr) / length, 1.0)
+
+
+def kept(cosines: torch.Tensor, select: str) -> torch.Tensor:
+    """The draw that a rule keeps, int64, on its device."""
+    if select == "min-cosine":
+        return cosines.amin(dim=1).argmax()
+    if select == "mean-cosine":
+        return cosines.mean(dim=1).argmax()
+    best, highest = torch.zeros((), dtype=torch.int64, device=cosines.device), cosines[0]
+    if select == "official":
+        for d in range(1, len(cosines)):
+            rises = (cosines[d] > highest).all()
+            best, highest = torch.where(rises, d, best), torch.where(rises, cosines[d], highest)
+    return best
+
+
+def _fast(rng, lam, steps, merged_step, v, noisy, clamped):
+    shares = [w * s / merged_step for w, s in zip(lam, steps, strict=True)]
+    narrow, wide = torch.minimum(*shares), torch.maximum(*shares)
+    low = torch.where(noisy, v.floor(), v.round())
+    y = v - low
+    h = torch.minimum(y, 1 - y)
+    inner = h < narrow
+    tail = torch.where(inner, h * h, h - 0.5 * narrow) / torch.where(inner, 2 * narrow * wide, wide)
+    threshold = torch.where(noisy, torch.where(y <= 0.5, tail, 1 - tail) * 2**24, 0.0).int()
+    first, second = (stream.torch_words(_state(rng, k, 0), v.numel()).reshape(v.shape) for k in range(2))
+
+    def draw(d: int | torch.Tensor) -> torch.Tensor:
+        up = ((first + d * second) & stream.LOW) >> 8 < threshold
+        return clamped(torch.where(up, low + 1, low))
+
+    return draw
+
+
+def _state(rng: torch.Tensor, k: int, d: int | torch.Tensor) -> torch.Tensor:
+    seed, first, step = rng.unbind()
+    return torch.stack((seed, (first + k) & stream.LOW, (step + d) & stream.LOW))
 
 
 def _weighted_sum(weights, terms: list) -> torch.Tensor:
@@ -40,13 +101,8 @@ def _weighted_sum(weights, terms: list) -> torch.Tensor:
     return total
 
 
-def _cosines(r: torch.Tensor, distances: list) -> torch.Tensor:
-    r = r.double()
-    rr = (r * r).sum()
-    result = []
-    for distance in distances:
-        d = distance.double()
-        dd, dr = (d * d).sum(), (d * r).sum()
-        length = (dd * (dd + 2 * dr + rr).clamp(min=0)).sqrt()
-        result.append(torch.where(length > 0, (dd + dr) / length, 1.0))
-    return torch.stack(result)
+def _scores(r: torch.Tensor, distances: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``Σ d²`` and ``Σ d·r`` of each model, and ``Σ r²``."""
+    r, ds = r.double(), [d.double() for d in distances]
+    dd, dr = torch.stack([(d * d).sum() for d in ds]), torch.stack([(d * r).sum() for d in ds])
+    return dd, dr, (r * r).sum().reshape(1)

@@ -11,6 +11,7 @@ import hdrq._C as _C
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Float of csrc/kernels.h
 CODES = {torch.int8: 0, torch.int16: 1}  # enum Code
+PACKED = {True: 2, False: 3}  # enum Code: two 4-bit codes to a byte, signed or not
 
 
 LARGE = 8 << 20  # bytes from which the pages of a result are worth a hint

@@ -6,37 +6,36 @@ import torch
 
 import hdrq._C as _C
 from hdrq import checks
-from hdrq.native import CODES, address, empty, job, layout
+from hdrq.eager.merge import cosines, kept, merged_grid
+from hdrq.native import CODES, PACKED, address, empty
 
 NOISE = {"all": 0, "odd": 1, "none": 2}  # enum Merge::Noise of csrc/kernels.h
 
 
-def merge(codes, scales, qmin, qmax, rng, weights, draws, noise, axis) -> tuple[torch.Tensor, ...]:
-    first = codes[0]
-    lam = torch.tensor(weights, dtype=torch.float32).unbind()
-    merged_scale = lam[0] * scales[0]
-    for weight, scale in zip(lam[1:], scales[1:], strict=True):
-        merged_scale = merged_scale + weight * scale
+def merge(
+    codes, scales, zero_points, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, signed, packed
+) -> tuple[torch.Tensor, ...]:
+    step, zero = merged_grid(torch.tensor(weights, dtype=torch.float32).unbind(), scales, zero_points)
     inputs = _C.Merge(
-        CODES[first.dtype],
-        [address(c) for c in codes],
-        [address(s) for s in scales],
-        address(merged_scale),
+        [PACKED[s] if c.dtype == torch.uint8 else CODES[c.dtype] for c, s in zip(codes, signed, strict=True)],
+        *([address(t) for t in tensors] for tensors in (codes, scales, zero_points)),
         weights,
-        *layout(first, axis),
+        address(step),
+        address(zero),
+        *((1, shape.numel()) if axis is None else (shape[axis], shape[axis + 1 :].numel())),
         qmin,
         qmax,
         address(rng),
         NOISE[noise],
+        mode == "fast",
     )
-    models = len(codes)
+    work, models = _C.Job(shape.numel(), torch.get_num_threads()), len(codes)
     sums = torch.empty(models + draws * (1 + models), dtype=torch.float64)
-    _C.merge_score(job(first), inputs, draws, address(sums))
-    dd, per_draw = sums[:models], sums[models:].view(draws, 1 + models)
-    rr, dr = per_draw[:, :1], per_draw[:, 1:]
-    length = (dd * (dd + 2 * dr + rr).clamp(min=0)).sqrt()
-    cosines = torch.where(length > 0, (dd + dr) / length, 1.0)
-    kept = cosines.amin(dim=1).argmax()
-    merged = empty(first.shape, checks.code_range(qmin, qmax))
-    _C.merge_codes(job(first), inputs, int(kept), CODES[merged.dtype], address(merged))
-    return merged, merged_scale, cosines, kept
+    _C.merge_score(work, inputs, draws, address(sums))
+    per_draw = sums[models:].view(draws, 1 + models)
+    similarity = cosines(sums[:models], per_draw[:, 1:], per_draw[:, :1])
+    best = kept(similarity, select)
+    dtype = checks.code_range(qmin, qmax)
+    merged = empty(torch.Size([(shape.numel() + 1) // 2]), torch.uint8) if packed else empty(shape, dtype)
+    _C.merge_codes(work, inputs, int(best), PACKED[True] if packed else CODES[dtype], address(merged))
+    return merged, step, zero, similarity, best

@@ -5,6 +5,7 @@ from hdrq.ops.drop import drop_mix
 from hdrq.ops.fakequant import dequantize, fake_quantize, quantize
 from hdrq.ops.merge import MergedTensor, merge
 from hdrq.ops.noise import noise_quantize
+from hdrq.ops.packing import pack, unpack
 from hdrq.ops.ranges import search_affine, search_scale
 from hdrq.ops.rounding import adaround, adaround_init, adaround_regularized
 from hdrq.ops.weights import quantize_weights
@@ -19,9 +20,11 @@ __all__ = [
     "fake_quantize",
     "merge",
     "noise_quantize",
+    "pack",
     "quantize",
     "quantize_weights",
     "search_affine",
     "search_scale",
     "source_distance",
+    "unpack",
 ]

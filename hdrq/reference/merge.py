@@ -5,48 +5,104 @@ from __future__ import annotations
 import numpy as np
 
 from hdrq import rng as stream
-from hdrq.reference import per_element
+from hdrq.reference import packing, per_element
 from hdrq.reference.noise import unit_noise
 
+f32 = np.float32
 
-def merge(codes, scales, qmin, qmax, rng, weights, draws=1, noise="all", axis=None) -> tuple:
-    """``I* = clamp(round_half_even(Σ_k λ_k·(I_k·Δ_k + n_k·Δ_k) / Δ*))``, ``Δ* = Σ_k λ_k·Δ_k``: the best of ``draws``.
 
-    Float32 throughout, every operation rounded by itself, sums from the first term on. Input k of draw d takes its
-    noise from ``stream + k``, ``step + d``. Returns the codes, Δ*, the cosines (draws, K) in float64 and the draw kept:
-    the first with the greatest smaller cosine.
+def merge(
+    codes, scales, zero_points, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, signed, packed
+) -> tuple:
+    """``I* = clamp(round_half_even(Σ_k λ_k·(J_k·Δ_k + n_k·Δ_k) / Δ*) + z*)``, ``J = I − z``, best of ``draws``.
 
-    The cosine of model k is that of the angle between the step taken, ``I*Δ* − w_k``, and the step to the midpoint,
-    ``d_k = Σ λw − w_k``, ``w_k = I_k·Δ_k``. With ``r = I*Δ* − Σ λw`` it is
+    ``Δ* = Σ_k λ_k·Δ_k`` and ``z* = round_half_even(Σ_k λ_k·Δ_k·z_k / Δ*)``. Float32 throughout, every operation rounded
+    by itself, products from the left, sums from the first term on. Returns the codes, Δ*, z*, the cosines (draws, K) in
+    float64 and the draw kept.
+
+    ``noise="odd"`` keeps noise where the mean integer ``c = Σ λ_k·J_k`` is nearer to a tie than to an integer,
+    ``abs(c − floor(c) − ½) < ¼``: for two tensors of equal weight, where their sum is odd.
+
+    The cosine of model k is that of the angle between the step taken, ``(I* − z*)Δ* − w_k``, and the step to the
+    midpoint, ``d_k = Σ λw − w_k``, ``w_k = J_k·Δ_k``. With ``r = (I* − z*)Δ* − Σ λw`` it is
     ``(Σ d² + Σ d·r) / sqrt(Σ d² · Σ (d + r)²)``, and 1 where a step is nothing. The terms d and r
     are float32, their products and sums float64.
     """
-    lam = [np.float32(w) for w in weights]
+    lam = [f32(w) for w in weights]
+    codes = [packing.unpack(c, shape, s) if c.dtype == np.uint8 else c for c, s in zip(codes, signed, strict=True)]
     steps = [per_element(s, codes[0].ndim, axis) for s in scales]
+    zeros = [per_element(z, codes[0].ndim, axis) for z in zero_points]
     merged_step = _weighted_sum(lam, steps)
-    values = [c.astype(np.float32) * s for c, s in zip(codes, steps, strict=True)]
+    merged_zero = np.rint(_weighted_sum([w * s for w, s in zip(lam, steps, strict=True)], zeros) / merged_step)
+    integers = [c.astype(f32) - z for c, z in zip(codes, zeros, strict=True)]
+    values = [j * s for j, s in zip(integers, steps, strict=True)]
     midpoint = _weighted_sum(lam, values)
     distances = [midpoint - v for v in values]
-    noisy = np.ones(codes[0].shape, bool)
-    if noise == "none":
-        noisy[...] = False
-    elif noise == "odd":
-        noisy = (codes[0].astype(np.int32) + codes[1].astype(np.int32)) % 2 == 1
+    noisy = np.full(codes[0].shape, noise != "none")
+    if noise == "odd":
+        mean = _weighted_sum(lam, integers)
+        noisy = np.abs(mean - np.floor(mean) - f32(0.5)) < f32(0.25)
 
-    def draw(d: int) -> np.ndarray:
-        seed, first, step = (int(v) for v in rng)
+    def clamped(q: np.ndarray) -> np.ndarray:
+        return np.clip(q + merged_zero, f32(qmin), f32(qmax))
+
+    def exact(d: int) -> np.ndarray:
         terms = []
         for k, (value, delta) in enumerate(zip(values, steps, strict=True)):
-            own = np.array([seed, (first + k) & stream.LOW, (step + d) & stream.LOW], dtype=np.int64)
-            n = np.where(noisy, unit_noise(value.shape, own, None), np.float32(0))
+            n = np.where(noisy, unit_noise(value.shape, _state(rng, k, d), None), f32(0))
             terms.append(value + n * delta)
-        q = np.rint(_weighted_sum(lam, terms) / merged_step)
-        return np.clip(q, np.float32(qmin), np.float32(qmax))
+        return clamped(np.rint(_weighted_sum(lam, terms) / merged_step))
 
-    cosines = np.array([_cosines(draw(d) * merged_step - midpoint, distances) for d in range(draws)])
-    kept = int(cosines.min(axis=1).argmax())
-    dtype = np.int8 if qmin >= -128 and qmax <= 127 else np.int16
-    return draw(kept).astype(dtype), merged_step.reshape(-1), cosines, np.int64(kept).reshape(())
+    draw = exact if mode == "exact" else _fast(rng, lam, steps, merged_step, midpoint / merged_step, noisy, clamped)
+    cosines = np.array([_cosines((draw(d) - merged_zero) * merged_step - midpoint, distances) for d in range(draws)])
+    kept = _kept(cosines, select)
+    result = draw(kept).astype(np.int8 if packed or (qmin >= -128 and qmax <= 127) else np.int16)
+    result = packing.pack(result) if packed else result
+    return result, merged_step.reshape(-1), merged_zero.reshape(-1), cosines, np.int64(kept).reshape(())
+
+
+def _fast(rng, lam, steps, merged_step, v, noisy, clamped):
+    """Draws of two tensors, by one threshold on one word.
+
+    With ``v = Σ λw / Δ*``, ``m = floor(v)``, ``y = v − m``, a rounding with noise gives m + 1 with probability p, else
+    m: the sum of two uniforms of widths ``a_k = λ_k·Δ_k / Δ*``, a ≤ b, a + b = 1, exceeds ``½ − y``. For
+    ``h = min(y, 1 − y)`` the nearer tail is ``h·h / (2·a·b)`` where h < a, else ``(h − ½·a) / b``, and p is that for
+    ``y ≤ ½``, else 1 minus it. Draw d gives m + 1 where ``(A + d·B mod 2³²) >> 8 < trunc(p·2²⁴)``; A and B are
+    the element's words of ``stream`` and ``stream + 1`` at ``step``.
+    """
+    shares = [w * s / merged_step for w, s in zip(lam, steps, strict=True)]
+    narrow, wide = np.minimum(*shares), np.maximum(*shares)
+    low = np.where(noisy, np.floor(v), np.rint(v))
+    y = v - low
+    h = np.minimum(y, f32(1) - y)
+    inner = h < narrow
+    tail = np.where(inner, h * h, h - f32(0.5) * narrow) / np.where(inner, f32(2) * narrow * wide, wide)
+    p = np.where(y <= f32(0.5), tail, f32(1) - tail)
+    threshold = np.where(noisy, p * f32(2**24), f32(0)).astype(np.uint32)
+    first, second = (stream.words(_state(rng, k, 0), v.size).reshape(v.shape) for k in range(2))
+
+    def draw(d: int) -> np.ndarray:
+        up = (first + np.uint32(d) * second) >> np.uint32(8) < threshold
+        return clamped(np.where(up, low + f32(1), low))
+
+    return draw
+
+
+def _state(rng, k: int, d: int) -> np.ndarray:
+    seed, first, step = (int(v) for v in rng)
+    return np.array([seed, (first + k) & stream.LOW, (step + d) & stream.LOW], dtype=np.int64)
+
+
+def _kept(cosines: np.ndarray, select: str) -> int:
+    """The first draw of the greatest smaller, or mean, cosine; or, in turn, each that raises all cosines at once."""
+    if select == "official":
+        best = 0
+        for d in range(1, len(cosines)):
+            best = d if (cosines[d] > cosines[best]).all() else best
+        return best
+    if select == "first":
+        return 0
+    return int((cosines.min(axis=1) if select == "min-cosine" else cosines.mean(axis=1)).argmax())
 
 
 def _weighted_sum(weights: list, terms: list) -> np.ndarray:
