@@ -22,9 +22,9 @@ class MergedTensor(NamedTuple):
 
     codes: torch.Tensor  # int8 or int16, shaped as the inputs; packed: uint8, two codes to a byte
     scale: torch.Tensor  # float32: Δ* = Σ λ_k·Δ_k
-    zero_point: torch.Tensor  # float32: z* = round_half_even(Σ λ_k·Δ_k·z_k / Δ*)
     similarity: torch.Tensor  # float64 (draws, K): the cosine of each draw's step from each model
     draw: torch.Tensor  # int64, zero-dimensional: the draw kept
+    zero_point: torch.Tensor  # float32: z* = round_half_even(Σ λ_k·Δ_k·z_k / Δ*)
 
 
 def merge(
@@ -106,7 +106,8 @@ def merge(
     flat = [bound for each in ranges for bound in each]
     args = (codes, scales, zeros, flat, qmin, qmax, rng, list(lam), draws, noise, axis, select, mode)
     _check(*args, list(shape), packed)
-    return MergedTensor(*_merge_op(*args, list(shape), packed))
+    merged, scale, zero_point, similarity, draw = _merge_op(*args, list(shape), packed)
+    return MergedTensor(merged, scale, similarity, draw, zero_point)
 
 
 def _check(
