@@ -260,7 +260,7 @@ def searched_affine(draw: Draw) -> dict[str, Any]:
     """Few pairs, since the reference and an interpreter take their time for each."""
     draw.largest = SMALL
     qmin, qmax = draw.choice((-2, 1), (0, 7), (-3, 4))
-    return searched(draw) | {"qmin": qmin, "qmax": qmax, "candidates": draw.choice(3, 10)}
+    return searched(draw) | {"qmin": qmin, "qmax": qmax, "candidates": draw.choice(1, 3, 10)}
 
 
 def search_error(x, qmin, qmax, axis, affine=False, **options) -> dict[str, torch.Tensor]:
@@ -275,15 +275,27 @@ def search_error(x, qmin, qmax, axis, affine=False, **options) -> dict[str, torc
 
 
 def merged(draw: Draw) -> dict[str, Any]:
-    shape, (qmin, qmax) = draw.shape(), draw.quant_range()
-    axis, models = draw.axis(shape), draw.random.randint(2, 4)
+    """Codes of one range, packed or not, in scales that differ by up to three times; sometimes with zero points."""
+    packed = draw.chance(0.3)
+    shape, (qmin, qmax) = draw.shape(), draw.choice((-8, 7), (0, 15), (-2, 1)) if packed else draw.quant_range()
+    axis, mode = draw.axis(shape), draw.choice("exact", "fast")
+    models = 2 if mode == "fast" else draw.random.randint(2, 4)
     length = 1 if axis is None else shape[axis]
     scales = [torch.rand(length, generator=draw.generator) + 0.5 for _ in range(models)]
     raw = torch.rand(models, generator=draw.generator) + 0.1
-    weights = draw.choice(None, tuple((raw / raw.sum()).double().tolist()))
-    noise = draw.choice("all", "odd", "none")
-    options = {"weights": weights, "draws": draw.random.randint(1, 4), "noise": noise, "axis": axis}
+    zeros = [torch.randint(qmin, qmax + 1, (length,), generator=draw.generator).float() for _ in range(models)]
     codes = [draw.codes(shape, qmin, qmax, checks.code_range(qmin, qmax)) for _ in range(models)]
+    options = {
+        "weights": draw.choice(None, tuple((raw / raw.sum()).double().tolist())),
+        "draws": draw.random.randint(1, 4),
+        "noise": draw.choice("all", "odd", "none"),
+        "axis": axis,
+        "mode": mode,
+        "zero_points": draw.choice(None, zeros),
+        "shape": shape,
+        "packed": packed,
+    }
+    codes = [ops.pack(c) for c in codes] if packed else codes
     return {"codes": codes, "scales": scales, "qmin": qmin, "qmax": qmax, "rng": draw.rng()} | options
 
 
@@ -296,10 +308,21 @@ def merge(codes, scales, qmin, qmax, rng, draws, **options) -> dict[str, torch.T
     best = ops.merge(codes, scales, qmin, qmax, rng, draws=draws, **options)
     kept = rng + torch.stack((torch.zeros_like(best.draw), torch.zeros_like(best.draw), best.draw))
     again = ops.merge(codes, scales, qmin, qmax, kept, draws=1, **options)
-    results = {"codes": first.codes, "scale": best.scale, "codes of another draw": best.codes != again.codes}
+    results = {"codes": first.codes, "scale": best.scale, "zero point": best.zero_point}
+    if options["mode"] == "exact":  # a fast draw is a function of its number, not of a step
+        results["codes of another draw"] = best.codes != again.codes
     if first.codes.numel() >= 64:  # of fewer, a step may vanish and leave its cosine to rounding
         results |= {"similarity": best.similarity, "best": best.similarity.amin(1)[best.draw]}
     return results
+
+
+def nibbles(draw: Draw) -> dict[str, Any]:
+    low, dtype = draw.choice(-8, 0), draw.choice(*checks.CODES)
+    return {"codes": draw.codes(draw.shape(), low, low + 15, dtype)}
+
+
+def unpack(codes) -> torch.Tensor:
+    return ops.unpack(ops.pack(codes), codes.shape, signed=bool((codes < 0).any()))
 
 
 BLOCK_GRADIENTS = {f"grad {k}": ONE for k in range(3)}  # a norm, which is a sum, has its part in them
@@ -322,6 +345,8 @@ OPS: dict[str, Op] = {
     "quantize_weights": Op("weights", block, (), {"distances": ITSELF} | BLOCK_GRADIENTS, quantize_weights),
     "search_scale": Op("ranges", searched, (), SEARCHED, search_error),
     "search_affine": Op("ranges", searched_affine, (), SEARCHED, partial(search_error, affine=True)),
+    "pack": Op("merge", nibbles),
+    "unpack": Op("merge", nibbles, call=unpack),
     "merge": Op("merge", merged, (), {"similarity": ONE, "best": ONE}, merge),
 }
 

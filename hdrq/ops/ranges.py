@@ -128,8 +128,9 @@ def _least_of_rows(x, low, high, scales, zeros, qmin, qmax, norm, long) -> tuple
     scale, zero_point = scales[..., None].expand(pairs).flatten(1), zeros.expand(pairs).flatten(1)
 
     def errors(points, scale, below, above):
-        arguments = (*points, scale, below.contiguous(), above.contiguous(), scales[:, -1].contiguous(), norm)
-        return implementation("ranges", "range_errors", x)(*arguments)
+        bounds = (below.contiguous(), above.contiguous())
+        unit = scales[:, -1].contiguous()
+        return implementation("ranges", "range_errors", x)(*points, scale.contiguous(), *bounds, unit, norm)
 
     def shortlist(count, errors):
         best = errors.argsort(dim=1, stable=True)[:, :count]  # of equals the first
