@@ -7,7 +7,7 @@ namespace hdrq {
 
 constexpr int64_t kChunk = 1024;        // elements that stay in the first-level cache between steps of one kernel
 constexpr int64_t kTile = 16 * kChunk;  // elements of one unit of work and of one partial sum
-constexpr int64_t kTilesPerThread = 8;  // fewer are not worth starting a thread for
+constexpr int64_t kTilesPerThread = 2;  // fewer are not worth waking a thread for
 
 inline int64_t tiles(int64_t count) { return (count + kTile - 1) / kTile; }
 
