@@ -15,6 +15,7 @@ few = hypothesis.settings(max_examples=25, deadline=None, derandomize=True, data
 BOUND = 1 + 1e-5
 BACKENDS = backend_params()
 FAST = backend_params(only=("reference", "torch", "cpp"))  # an interpreter takes seconds for a few hundred candidates
+LONG = 4 * ranges.BINS
 HUGE = torch.finfo(torch.float32).max
 
 
@@ -119,7 +120,7 @@ def test_any_small_tensor_with_a_zero_point(backend, kind, count, grid, norm):
 @pytest.mark.parametrize("kind", kinds(1))
 @pytest.mark.parametrize("backend", backend_params(only=("torch", "cpp")))
 def test_a_long_tensor_is_ranked_by_its_table(backend, kind):
-    x = kinds(ranges.LONG + 11)[kind]
+    x = kinds(LONG + 11)[kind]
     for grid in [(-8, 7)] if backend == "torch" else [(-8, 7), (0, 15), (-128, 127)]:
         scale, _ = search(backend, x, *grid)
         errors = _all_errors(x, thresholds(x, *grid), *grid)
@@ -127,7 +128,21 @@ def test_a_long_tensor_is_ranked_by_its_table(backend, kind):
         assert _all_errors(x, scale[None], *grid).item() <= best * BOUND
 
 
-@pytest.mark.parametrize("count", [3000, ranges.LONG])
+@pytest.mark.parametrize("far", [1, 30, 1000])
+@pytest.mark.parametrize("grid", [(-2, 1), (-8, 7), (0, 15)])
+@pytest.mark.parametrize("backend", backend_params(only=("torch", "cpp")))
+def test_channels_of_a_layer_are_ranked_by_their_tables(backend, grid, far):
+    """4,608 inputs, some of them far away: then a table's bins are wider than the steps it ranks."""
+    generator = torch.Generator().manual_seed(far)
+    x = torch.randn(64, 4608, generator=generator) * (1 + (far - 1) * torch.eye(64, 4608))
+    assert ranges._bins(4608, grid[1] - grid[0], affine=False)
+    scale, _ = search(backend, x, *grid, axis=0)
+    for row, found in zip(x, scale, strict=True):
+        best = _all_errors(row, thresholds(row, *grid), *grid).min().item()
+        assert _all_errors(row, found.view(1, 1), *grid).item() <= best * BOUND
+
+
+@pytest.mark.parametrize("count", [3000, LONG])
 @pytest.mark.parametrize("kind", kinds(1))
 @pytest.mark.parametrize("backend", backend_params(only=("cpp",)))
 def test_zero_points_are_ranked_by_few_points(backend, kind, count):
@@ -143,7 +158,7 @@ def test_zero_points_are_ranked_by_few_points(backend, kind, count):
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_ranks_by_tables(backend, affine, monkeypatch):
-    for name, value in {"BINS": 2**11, "LONG": 2**12, "COARSE": 2**8, "AFFINE_SHORTLIST": 20}.items():
+    for name, value in {"BINS": 2**10, "COARSE": 2**8, "AFFINE_SHORTLIST": 20}.items():
         monkeypatch.setattr(ranges, name, value)
     x = kinds(2**12 + 5)["skewed"]
     scale, zero = search(backend, x, -2, 1, affine=affine, candidates=12)
@@ -254,7 +269,7 @@ def test_tables_have_the_same_bits(backend, bins, dtype):
 def test_threads_and_instruction_sets(backend):
     from hdrq import _C
 
-    x = kinds(ranges.LONG + 7)["skewed"]
+    x = kinds(LONG + 7)["skewed"]
     before, isa, found = torch.get_num_threads(), _C.isa(), []
     try:
         for name, threads in [(isa, 1), (isa, 3), *((name, 2) for name in _C.isas())]:

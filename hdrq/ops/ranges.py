@@ -13,9 +13,9 @@ from hdrq.backends import implementation
 from hdrq.ops._library import not_differentiable, register
 
 SMALLEST, LARGEST = 2.0**-126, torch.finfo(torch.float32).max  # a scale is a normal float32
-BINS = 2**16  # of a table that stands for a long row
-LONG = 4 * BINS  # elements of a row that is worth one
-FINEST = 2**10  # levels up to which a step has bins enough (64 at the widest range) to rank its errors by them
+BINS = 2**16  # of the largest table that stands for a row
+PER_STEP = 64  # bins in a step of the widest scale that a table must have
+TRUSTED = 32  # bins in a step of the scale found: of less, its errors say too little
 COARSE = 2**9  # points that rank the zero points of a scale
 SHORTLIST = 8  # candidates left to rank on the elements, after a table of a long row
 AFFINE_SHORTLIST = 256  # candidates left of all scales and zero points
@@ -30,8 +30,8 @@ def search_scale(
 
     Equation: of ``s_i = (i/candidates)·max|x|/h``, i = 1 … candidates, the first with the least
     ``Σ |fake_quantize(x, s_i) − x|^norm``; ``h = (qmax − qmin)/2`` where qmin < 0, else qmax (and then the maximum is
-    that of x itself). Its error is within 1e-5 of the least, relative; a row of 262,144 elements or more is ranked by a
-    table of its values first, and only the best 8 scales on the elements themselves.
+    that of x itself). Its error is within 1e-5 of the least, relative; a long row is ranked by a table of its values
+    first, and only the best 8 scales on the elements themselves.
 
     Args:
         x: float32, bfloat16 or float16, any shape and strides.
@@ -112,17 +112,24 @@ def _least(x, qmin, qmax, norm, candidates, axis, affine) -> tuple[torch.Tensor,
     fractions = torch.arange(1, candidates + 1, device=x.device) / candidates
     scales = (extent[:, None] * fractions / levels).clamp(SMALLEST, LARGEST)
     zeros = torch.arange(qmin, qmax + 1, device=x.device).float() if affine else torch.zeros(1, device=x.device)
-    long = rows.shape[1] >= LONG and qmax - qmin < FINEST
-    at_once = max(1, ROOM // max(candidates * len(zeros), BINS * long))
+    bins = _bins(rows.shape[1], qmax - qmin, affine)
+    at_once = max(1, ROOM // max(candidates * len(zeros), bins))
     found = [
-        _least_of_rows(rows[i], low[i], high[i], scales[i], zeros, qmin, qmax, norm, long)
+        _least_of_rows(rows[i], low[i], high[i], scales[i], zeros, qmin, qmax, norm, bins)
         for i in (slice(first, first + at_once) for first in range(0, count, at_once))
     ]
     scale, zero_point = (torch.cat(f) for f in zip(*found, strict=True))
     return torch.where(extent > 0, scale, 1.0), torch.where(extent > 0, zero_point, zero)
 
 
-def _least_of_rows(x, low, high, scales, zeros, qmin, qmax, norm, long) -> tuple[torch.Tensor, torch.Tensor]:
+def _bins(length: int, steps: int, affine: bool) -> int:
+    """How many bins stand for a row in a table; 0 where the row itself is as quick. Zero points need many."""
+    fewest = PER_STEP << steps.bit_length()
+    bins = min(BINS, max(fewest, 1 << (length // 16).bit_length() - 1 if length >= 16 else 0, BINS * affine))
+    return bins if fewest <= bins and length >= 4 * bins else 0
+
+
+def _least_of_rows(x, low, high, scales, zeros, qmin, qmax, norm, bins) -> tuple[torch.Tensor, torch.Tensor]:
     """Of ``scales`` (rows, N) with each of ``zeros`` (Z,), the pair with the least error on each row of x."""
     pairs = (len(x), scales.shape[1], len(zeros))
     scale, zero_point = scales[..., None].expand(pairs).flatten(1), zeros.expand(pairs).flatten(1)
@@ -137,17 +144,25 @@ def _least_of_rows(x, low, high, scales, zeros, qmin, qmax, norm, long) -> tuple
         return scale.gather(1, best), zero_point.gather(1, best)
 
     elements = (x, None)
-    finest = _table(x, low, high, BINS) if long else elements
+    finest = _table(x, low, high, bins) if bins else elements
     if scale.shape[1] > AFFINE_SHORTLIST and len(zeros) > 1 and x.shape[1] > 2 * COARSE:
         # A zero point only decides what is clipped, and few points tell how far; rounding takes all of them, but once
         # for each scale.
-        few = _coarser(*finest) if long else _table(x, low, high, COARSE)
+        few = _coarser(*finest) if bins else _table(x, low, high, COARSE)
         unclipped = torch.full_like(scales, UNCLIPPED)
         rounding, known = (errors(points, scales, -unclipped, unclipped) for points in (finest, few))
         clipping = errors(few, scale, qmin - zero_point, qmax - zero_point).view(pairs)
         scale, zero_point = shortlist(AFFINE_SHORTLIST, ((rounding - known)[..., None] + clipping).flatten(1))
-    for points, count in ((finest, SHORTLIST), (elements, 1))[not long :]:
+    for points, count in ((finest, SHORTLIST), (elements, 1))[not bins :]:
         scale, zero_point = shortlist(count, errors(points, scale, qmin - zero_point, qmax - zero_point))
+    if bins:
+        width = (high / 2 - low / 2) / (bins / 2)
+        again = (scale[:, 0] < TRUSTED * width) & (
+            scales[:, 0] < scales[:, -1]
+        )  # all their scales on all their elements
+        if again.any():
+            exact = _least_of_rows(x[again], low[again], high[again], scales[again], zeros, qmin, qmax, norm, 0)
+            scale[again, 0], zero_point[again, 0] = exact
     return scale[:, 0], zero_point[:, 0]
 
 
