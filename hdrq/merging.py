@@ -76,11 +76,22 @@ def merge(
 
 
 @torch.no_grad()
-def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> nn.Module:
-    """The plain weighted average of full-precision models whose BatchNorm is folded: what merging aims at."""
+def average(
+    models: Sequence[nn.Module], weights: Sequence[float] | None = None, *, extrapolate: bool = False
+) -> nn.Module:
+    """The plain weighted average of models, parameters and buffers: what merging aims at, in full precision.
+
+    Raises:
+        TypeError, ValueError: "X must be …, got …"; weights that are negative, but to ``extrapolate``.
+    """
     models = list(models)
     checks.integer("the number of models", len(models), 1, 64)
-    lam = checks.mixing_weights(weights, len(models))
+    lam = checks.mixing_weights(weights, len(models), extrapolate)
+    shapes = [{name: tuple(value.shape) for name, value in model.state_dict().items()} for model in models]
+    for k, other in enumerate(shapes):
+        if other != shapes[0]:
+            wrong = sorted(name for name, _ in other.items() ^ shapes[0].items())
+            raise ValueError(f"models must have one architecture, got number {k} different in {', '.join(wrong[:10])}")
     merged = copy.deepcopy(models[0])
     _average_floats(merged, models, lam)
     return merged
