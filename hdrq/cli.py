@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 try:
     import typer
@@ -18,6 +18,12 @@ except ImportError as error:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
+
+
+def _refuse(error: Exception) -> NoReturn:
+    """One line on stderr, status 2: the input was bad."""
+    print(f"hdrq: {error}", file=sys.stderr)
+    raise typer.Exit(2)
 
 
 @app.callback()
@@ -85,13 +91,37 @@ def quantize(
         report = report_of(run.execute(plan))
     except ImportError as error:
         sys.exit(f'hdrq: quantize needs {error.name}; pip install "hdrq[cli]"')
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError) as error:
+        _refuse(error)
+    except FloatingPointError as error:
         sys.exit(f"hdrq: {error}")
     console.print(errors_table({plan.recipe: report}, title))
     memory = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in report.peak_memory.items())
     console.print(f"{report.seconds:.0f} s; peak memory: {memory}", highlight=False)
     if plan.workdir is not None and report.losses:
         write_losses(report.losses, Path(plan.workdir) / "losses.png")
+
+
+@app.command()
+def evaluate(
+    files: Annotated[list[Path], typer.Argument(help="Quantized models, or states in full precision; safetensors.")],
+    model: Annotated[str, typer.Option(help="The architecture: module:factory.")],
+    data: Annotated[list[Path], typer.Option(help="A folder with a folder of images for each class; give it again.")],
+    resize: Annotated[int, typer.Option(help="The shorter side of an image, pixels.")] = 256,
+    crop: Annotated[int, typer.Option(help="The sides of its middle, pixels.")] = 224,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 100,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the accuracy of models on folders of labelled images, and the harmonic mean over the folders."""
+    from hdrq import run
+    from hdrq.report import records, table
+
+    try:
+        rows = run.evaluate(files, data, model, device=device, batch_size=batch_size, resize=resize, crop=crop)
+    except (ValueError, TypeError, OSError) as error:
+        _refuse(error)
+    print(json.dumps(records(rows), indent=2)) if as_json else console.print(table(rows, "Accuracy (%)"))
 
 
 @app.command()

@@ -1,9 +1,9 @@
-"""Calibration data from disk: a folder of images, or a tensor in a file."""
+"""Data from disk: images for calibration, images with labels for evaluation, or a tensor in a file."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,15 +46,58 @@ def load_data(
     if path.is_file():
         samples = _tensor(path)
         return samples[_spread(len(samples), limit)]
+    files = _files(path)
+    load = _loader(resize, crop, mean, std)
+    return load([files[i] for i in _spread(len(files), limit)])
+
+
+def load_labelled(
+    path: str | os.PathLike,
+    *,
+    resize: int = 256,
+    crop: int = 224,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+    batch_size: int = 100,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of images and labels, from a folder with a folder for each class (as Office-Home's domains are).
+
+    A label is the number of its class, int64, in the order of the folders' names. Images are read as they are asked
+    for, and made as :func:`load_data` makes them; so are arguments and errors.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"data must be a folder with a folder for each class, got {path}, which is none")
+    checks.integer("batch_size", batch_size, 1, 2**31)
+    load, files = _loader(resize, crop, mean, std), _files(path)
+    classes = {name: label for label, name in enumerate(sorted(f.name for f in path.iterdir() if f.is_dir()))}
+    labels = [classes.get(file.relative_to(path).parts[0], -1) for file in files]
+    if min(labels) < 0:
+        raise ValueError(f"data must have every image in the folder of its class, got {files[labels.index(-1)]}")
+    for first in range(0, len(files), batch_size):
+        some = slice(first, first + batch_size)
+        yield load(files[some]), torch.tensor(labels[some])
+
+
+def _files(path: Path) -> list[Path]:
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
     if not files:
         raise ValueError(f"data must be a folder of images ({', '.join(IMAGES)}), got none in {path}")
+    return files
+
+
+def _loader(resize, crop, mean, std) -> Callable[[Sequence[Path]], torch.Tensor]:
     checks.integer("crop", crop, 1, checks.integer("resize", resize, 1, 2**15))
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean and std must be 3 numbers each, std positive, got {list(mean)} and {list(std)}")
-    pixels = np.stack([_image(files[i], resize, crop) for i in _spread(len(files), limit)])
-    normalized = (pixels.astype(np.float32) / 255 - np.array(mean, np.float32)) / np.array(std, np.float32)
-    return torch.from_numpy(normalized.transpose(0, 3, 1, 2).copy())
+    mean, std = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
+
+    def load(files: Sequence[Path]) -> torch.Tensor:
+        pixels = np.stack([_image(file, resize, crop) for file in files])
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float()
+        return x.div_(255).sub_(mean).div_(std)
+
+    return load
 
 
 def _spread(count: int, limit: int | None) -> list[int]:

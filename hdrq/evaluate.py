@@ -38,11 +38,20 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch
     if len(images) == 0 or labels.shape != images.shape[:1]:
         raise ValueError(f"labels must be one for each image, got {tuple(labels.shape)} for {len(images)} images")
     checks.integer("batch_size", batch_size, 1, 2**31)
-    right = sum(
-        int((model(x).argmax(dim=1) == y).sum())
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    )
-    return 100 * right / len(labels)
+    return accuracy_of(model, zip(images.split(batch_size), labels.split(batch_size), strict=True))
+
+
+@torch.no_grad()
+def accuracy_of(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """:func:`accuracy` over batches of images and labels, moved to where the model is."""
+    parameter = next(model.parameters(), None)
+    right = total = 0
+    for x, y in batches:
+        if parameter is not None:
+            x, y = x.to(parameter.device), y.to(parameter.device)
+        right += int((model(x).argmax(dim=1) == y).sum())
+        total += len(y)
+    return 100 * right / total
 
 
 class Barrier(NamedTuple):

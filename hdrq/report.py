@@ -156,8 +156,12 @@ def write_rows(rows: Sequence[Row], folder: Path, facts: dict) -> None:
         writer.writerow(["method", *rows[0].accuracies, "harmonic_mean"])
         for row in rows:
             writer.writerow([row.method, *(f"{v:.2f}" for v in (*row.accuracies.values(), row.harmonic_mean))])
-    records = [{**asdict(row), "harmonic_mean": row.harmonic_mean} for row in rows]
-    (folder / "table.json").write_text(json.dumps({**facts, "rows": records}, indent=2) + "\n")
+    (folder / "table.json").write_text(json.dumps({**facts, "rows": records(rows)}, indent=2) + "\n")
+
+
+def records(rows: Sequence[Row]) -> list[dict]:
+    """The rows as JSON has them."""
+    return [{**asdict(row), "harmonic_mean": row.harmonic_mean} for row in rows]
 
 
 def write_bars(rows: Sequence[Row], path: Path, title: str) -> None:

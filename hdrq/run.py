@@ -1,11 +1,11 @@
-"""A quantization described by data: what the command line and its YAML files say, carried out."""
+"""What the command line and its YAML files say, carried out: quantizing a model, evaluating one."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from hdrq import checks, recipes
-from hdrq.checkpoint import save
-from hdrq.data import MEAN, STD, load_data
+from hdrq.checkpoint import load, save
+from hdrq.data import MEAN, STD, load_data, load_labelled
+from hdrq.evaluate import accuracy_of
 from hdrq.model import origin, set_origin
 from hdrq.progress import Step
 from hdrq.reconstruct import quantize
-from hdrq.report import RunReport, report_of
+from hdrq.report import Row, RunReport, report_of
 from hdrq.resume import listed
 
 ABLATION = {"as given": {}, "no distance": {"distance": 0.0}, "nor noise": {"distance": 0.0, "tail": 1.0}}
@@ -140,6 +141,46 @@ def ablate(run: Run, progress: Callable[[Step], None] | bool = True) -> dict[str
     return reports
 
 
+def evaluate(
+    files: Sequence[str | os.PathLike],
+    data: Sequence[str | os.PathLike],
+    model: str,
+    *,
+    model_args: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    batch_size: int = 100,
+    **preparation: Any,
+) -> list[Row]:
+    """The accuracies of models on folders of labelled images: a row for each file, a column for each folder.
+
+    Args:
+        files: quantized models, or states of the architecture in full precision, safetensors.
+        data: folders with a folder for each class, :func:`hdrq.data.load_labelled`; ``preparation`` is its arguments.
+        model: the architecture, ``"module:factory"``.
+    """
+    build = factory(model)
+    rows = []
+    for file in files:
+        network = _read(file, build, model, model_args or {}).to(device)
+        folders = {
+            str(path): accuracy_of(network, load_labelled(path, batch_size=batch_size, **preparation)) for path in data
+        }
+        rows.append(Row(Path(file).name, folders))
+    return rows
+
+
+def _read(file: str | os.PathLike, build: Callable[..., nn.Module], name: str, arguments: Mapping) -> nn.Module:
+    """A model from a file of either kind."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            quantized = "hdrq" in (opened.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"files must be safetensors, got {file}: {error}") from error
+    return load(file, build(**arguments)) if quantized else _load(build, name, arguments, str(file))
+
+
 def _prepare(run: Run):
     plan = recipes.recipe(run.recipe, run.preset, **run.knobs)
     out = None if run.out is None else Path(run.out)
@@ -147,8 +188,10 @@ def _prepare(run: Run):
         raise FileNotFoundError(f"out must be a file in a folder that can be written to, got {run.out}")
     share = checks.real("held_out", run.held_out, 0.0, 0.5)
     build = factory(run.model)
-    model = _load(build, run, run.weights)
-    source = None if run.source is None or plan.iterations == 0 else _load(build, run, run.source)
+    model = _load(build, run.model, run.model_args, run.weights).to(run.device)
+    source = None
+    if run.source is not None and plan.iterations > 0:
+        source = _load(build, run.model, run.model_args, run.source).to(run.device)
     data = load_data(run.data, resize=run.resize, crop=run.crop, mean=run.mean, std=run.std, limit=run.samples)
     data = data.to(run.device)
     every = round(1 / share) if share > 0 else 0
@@ -176,11 +219,12 @@ def factory(text: str) -> Callable[..., nn.Module]:
     return found
 
 
-def _load(build: Callable[..., nn.Module], run: Run, weights: str | None) -> nn.Module:
+def _load(build: Callable[..., nn.Module], name: str, arguments: Mapping, weights: str | None) -> nn.Module:
+    """The architecture, with a state in full precision."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    model = build(**run.model_args)
+    model = build(**arguments)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a factory of a torch.nn.Module, got one of {type(model).__name__}")
     if weights is not None:
@@ -197,6 +241,6 @@ def _load(build: Callable[..., nn.Module], run: Run, weights: str | None) -> nn.
             if state[name].shape != own[name].shape
         ]
         if wrong:
-            raise ValueError(f"{weights} must have the tensors of {run.model}, got {listed(sorted(wrong))}")
+            raise ValueError(f"{weights} must have the tensors of {name}, got {listed(sorted(wrong))}")
         model.load_state_dict(state)
-    return model.eval().to(run.device)
+    return model.eval()

@@ -1,6 +1,7 @@
 """``hdrq quantize``: from images on disk to a quantized file, by options, by YAML, and refused with a word why."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import hdrq
 from hdrq.data import MEAN, STD, load_data
+from hdrq.evaluate import accuracy
 from hdrq.run import Run, parse_setting, read_settings
 
 for package in ("typer", "rich", "safetensors", "yaml", "PIL", "matplotlib"):
@@ -199,7 +201,7 @@ def test_workdir_has_losses_and_resumes(place):
     assert {"losses.csv", "losses.png", "run.json", "block-000.safetensors"} <= {
         p.name for p in (place / "work").iterdir()
     }
-    assert "workdir must hold no run" in str(call(*SETTINGS, **options).exception)
+    assert "workdir must hold no run" in call(*SETTINGS, **options).stderr
     before = tensors("q.safetensors")
     assert call("--resume", *SETTINGS, **options).exit_code == 0
     assert all(torch.equal(before[name], value) for name, value in tensors("q.safetensors").items())
@@ -237,7 +239,7 @@ def test_without_a_terminal_no_bars(place):
 def test_bad_input_is_refused(place, options, message):
     save_file(model(width=5).state_dict(), place / "other.safetensors")
     result = call(*SETTINGS, **{name: value for name, value in {**OPTIONS, **options}.items() if value is not None})
-    assert result.exit_code == 1 and message in str(result.exception)
+    assert result.exit_code == 2 and message in result.stderr
     assert not (place / "q.safetensors").exists()
 
 
@@ -250,3 +252,43 @@ def test_settings_are_numbers_where_they_look_like_it(place):
     for name, message in (("list.yaml", "must be a mapping of settings, got list"), ("no.yaml", "config must be YAML")):
         with pytest.raises(ValueError, match=message):
             read_settings(name)
+
+
+def evaluate(*arguments):
+    return CliRunner().invoke(app, ["evaluate", "--model", "tinynet:tiny", *arguments])
+
+
+def test_evaluate_compares_files_on_folders(place):
+    assert call(*SETTINGS, **OPTIONS).exit_code == 0
+    (place / "other").mkdir()
+    for label in ("bike", "mug"):
+        shutil.copytree(place / "images" / label, place / "other" / ("mug" if label == "bike" else "bike"))
+    sizes = ["--resize", "20", "--crop", "16", "--batch-size", "3"]
+    result = evaluate("w.safetensors", "q.safetensors", "--data", "images", "--data", "other", *sizes, "--json")
+    assert result.exit_code == 0, result.output
+    full, quantized = json.loads(result.stdout)
+    images = load_data(place / "images", resize=20, crop=16)
+    labels = torch.tensor([0] * 10 + [1] * 10)
+    assert full["accuracies"]["images"] == accuracy(model(), images, labels)
+    assert quantized["accuracies"]["images"] == accuracy(hdrq.load("q.safetensors", model()), images, labels)
+    assert full["method"] == "w.safetensors" and quantized["method"] == "q.safetensors"
+    never = int((model()(images).argmax(1) == 2).sum())  # of three classes, folders have two
+    assert full["accuracies"]["images"] + full["accuracies"]["other"] == 100 - 5 * never
+    table = evaluate("q.safetensors", "--data", "images", *sizes)
+    assert table.exit_code == 0 and "harmonic mean" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "message"),
+    [
+        ("tinynet.py", "images", "files must be safetensors, got tinynet.py"),
+        ("nowhere", "images", "nowhere"),
+        ("w.safetensors", "nowhere", "data must be a folder with a folder for each class, got nowhere"),
+        ("w.safetensors", "flat", "data must have every image in the folder of its class, got flat/0.png"),
+    ],
+)
+def test_evaluate_refuses(place, file, data, message):
+    (place / "flat").mkdir()
+    shutil.copy(place / "images" / "mug" / "0.png", place / "flat")
+    result = evaluate(file, "--data", data, "--resize", "20", "--crop", "16")
+    assert result.exit_code == 2 and message in result.stderr
