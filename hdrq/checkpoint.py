@@ -1,19 +1,21 @@
-"""Quantized models on disk: safetensors that hold integers and scales, and a manifest. Never a pickle."""
+"""Quantized models on disk and back: integers and scales, and a manifest (:mod:`hdrq.format`)."""
 
 from __future__ import annotations
 
 import copy
-import json
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+import hdrq
+from hdrq import architecture as architectures
 from hdrq import checks
-from hdrq.files import write_atomically
 from hdrq.folding import BATCHNORM
+from hdrq.format import FORMAT, Reader, Writer, packs
 from hdrq.model import (
     WEIGHTED,
     attach_input_quantizer,
@@ -25,69 +27,91 @@ from hdrq.model import (
     replace_module,
     set_origin,
 )
+from hdrq.ops.packing import pack, unpack
 from hdrq.quantizers import ActivationQuantizer, WeightQuantizer
 
-FORMAT = 1
-TENSORS = ("format", "weights", "inputs", "shared")  # of the manifest: what the file holds; the rest is how it was made
+FOLDABLE = tuple(kind for kind in WEIGHTED if kind is not nn.Embedding)
+TABLES = ("format", "hdrq", "weights", "inputs", "shared", "sha256")  # what the file holds; the rest is how it was made
 
 
-def save(model: nn.Module, path: str | os.PathLike) -> None:
+def save(model: nn.Module, path: str | os.PathLike, *, architecture: str | None = None) -> None:
     """Write a quantized model: integer codes and scales of the quantized layers, every other tensor as it is.
 
-    The manifest, in the file's metadata, has the ranges of all quantizers and how the model was made. The file appears
-    whole or not at all.
+    Codes of 4 bits and less are packed, two to a byte. The manifest, in the file's metadata, has the ranges of all
+    quantizers, how the model was made, and a SHA-256 of each tensor. The file appears whole or not at all.
+
+    Args:
+        architecture: ``"module:factory"``, whose call makes the float model, for the manifest; None for what is known.
 
     Raises:
         ValueError: the model was not made by :func:`hdrq.quantize`, :func:`hdrq.merge` or :func:`load`.
+        OSError: the file cannot be written; what was there stays.
     """
-    from safetensors.torch import save as serialize
-
-    if not isinstance(model, nn.Module) or not quantized_layers(model) or not origin(model):
-        raise ValueError(f"model must be quantized, by hdrq.quantize or hdrq.merge, got a plain {type(model).__name__}")
-    held = _quantizer_state(model)
-    tensors = {n: v for n, v in model.state_dict().items() if n not in held}
-    weights, inputs, owners = {}, {}, {}
-    for name, layer in quantized_layers(model).items():
-        quantizer = layer.weight_quantizer
-        tensors[f"{name}.weight.codes"] = quantizer.codes(layer.latent)
-        tensors[f"{name}.weight.scale"] = quantizer.scale
-        weights[name] = [quantizer.qmin, quantizer.qmax, quantizer.axis]
-    for name, activation in input_quantizers(model).items():
-        tensors[f"{name}.input.scale"] = activation.scale
-        inputs[name] = [activation.qmin, activation.qmax]
-        owners[id(activation)] = name
-    shared = {n: owners[id(q)] for n, q in input_readers(model).items() if owners[id(q)] != n}
-    manifest = {"format": FORMAT, "weights": weights, "inputs": inputs, "shared": shared, **origin(model)}
-    text = json.dumps(manifest, sort_keys=True, default=lambda number: number.item())  # a knob may be NumPy's
-    own = {n: v.detach().cpu().clone(memory_format=torch.contiguous_format) for n, v in tensors.items()}  # untied
-    data = serialize(own, {"hdrq": text})
-    write_atomically(path, data)
+    manifest, tensors = state_of(model)
+    if architecture is not None:
+        manifest["architecture"] = {"factory": architecture, "arguments": {}}
+    with Writer(path, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, manifest) as file:
+        for name, value in tensors.items():
+            file.write(name, value)
 
 
-def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
+def load(
+    path: str | os.PathLike, model: nn.Module | str | None = None, *, trust_architecture: bool = False
+) -> nn.Module:
     """Read a quantized model; its outputs have the bits of the model that was saved.
 
     Args:
         path: a file that :func:`save` wrote.
-        model: the float architecture, as it was before :func:`hdrq.quantize`; left as it is. A checkpoint holds
-            tensors, not code, so it is needed.
+        model: the float architecture, as it was before :func:`hdrq.quantize`, left as it is, or ``"module:factory"``.
+            A checkpoint holds tensors, not code.
+        trust_architecture: where ``model`` is None, import and call the factory that the file names. That runs
+            whatever it names: only for files whose writer is trusted.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: no architecture, not a checkpoint of hdrq, a damaged one, or one that does not fit the architecture.
     """
-    from safetensors import SafetensorError, safe_open
+    with Reader(path) as file:
+        if isinstance(model, str):
+            model = architectures.build(model)
+        elif model is None:
+            known = file.manifest.get("architecture")
+            if not (trust_architecture and known):
+                named = f"; the file names {known['factory']}: model= it, or trust_architecture=True" if known else ""
+                raise ValueError(f"model must be the architecture that the checkpoint was made from, got None{named}")
+            model = architectures.build(known["factory"], **known["arguments"])
+        check_float("model", model)
+        result = copy.deepcopy(model)
+        _attach(result, file.manifest)
+        assign(result, file.manifest, file.specs, file.tensor)
+    return result
 
-    if model is None:
-        raise ValueError("model must be the architecture that the checkpoint was made from, got None")
-    check_float("model", model)
-    try:
-        with safe_open(path, framework="pt") as file:
-            manifest = _manifest((file.metadata() or {}).get("hdrq", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _restore(copy.deepcopy(model), manifest, tensors)
-    except (SafetensorError, TypeError) as error:
-        raise ValueError(f"path must be a file that hdrq.save wrote, got {os.fspath(path)!r}: {error}") from error
+
+def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The manifest of a quantized model, and its tensors, as a file holds them.
+
+    Raises:
+        ValueError: the model is not quantized.
+    """
+    if not isinstance(model, nn.Module) or not quantized_layers(model) or not origin(model):
+        raise ValueError(f"model must be quantized, by hdrq.quantize or hdrq.merge, got a plain {type(model).__name__}")
+    held = _quantizer_state(model)
+    tensors = {n: v.detach() for n, v in model.state_dict().items() if n not in held}
+    weights, inputs, owners = {}, {}, {}
+    for name, layer in quantized_layers(model).items():
+        quantizer = layer.weight_quantizer
+        codes = quantizer.codes(layer.latent)
+        tensors[f"{name}.weight.codes"] = pack(codes) if packs(quantizer.qmin, quantizer.qmax) else codes
+        tensors[f"{name}.weight.scale"] = quantizer.scale.detach().flatten()
+        bounds = [quantizer.qmin, quantizer.qmax]
+        weights[name] = {"range": bounds, "axis": quantizer.axis, "shape": list(codes.shape)}
+    for name, activation in input_quantizers(model).items():
+        tensors[f"{name}.input.scale"] = activation.scale.detach().flatten()
+        inputs[name] = [activation.qmin, activation.qmax]
+        owners[id(activation)] = name
+    shared = {n: owners[id(q)] for n, q in input_readers(model).items() if owners[id(q)] != n}
+    tables = {"format": FORMAT, "hdrq": hdrq.__version__, "weights": weights, "inputs": inputs, "shared": shared}
+    return {**tables, **origin(model)}, tensors
 
 
 def _quantizer_state(model: nn.Module) -> set[str]:
@@ -98,71 +122,73 @@ def _quantizer_state(model: nn.Module) -> set[str]:
     return {name.removeprefix(".") for name in names}  # the model itself may be a layer
 
 
-def _manifest(text: str) -> dict:
-    try:
-        manifest = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"manifest must be JSON, got {text[:40]!r}: {error}") from error
-    version = manifest.get("format") if isinstance(manifest, dict) else "no manifest"
-    if version != FORMAT:
-        raise ValueError(f"path must be a checkpoint of hdrq, format {FORMAT}, got {version}")
-    for key in ("folded", "weights", "inputs", "shared"):
-        if not isinstance(manifest.get(key), dict):
-            raise ValueError(f"manifest must have a table of {key}, got {manifest.get(key)!r}")
-    return manifest
-
-
 @torch.no_grad()
-def _restore(model: nn.Module, manifest: dict, tensors: dict[str, torch.Tensor]) -> nn.Module:
+def _attach(model: nn.Module, manifest: Mapping[str, Any]) -> None:
+    """Give a float model the structure that a manifest says; :func:`assign` fills it."""
     model.eval().requires_grad_(False)
     _check_modules(model, manifest)
-
-    def take(name: str) -> torch.Tensor:
-        if name not in tensors:
-            raise ValueError(f"checkpoint must hold {name!r}, got none")
-        return tensors.pop(name)
-
-    def take_scale(name: str, x: torch.Tensor, axis: int | None) -> torch.Tensor:
-        scale = checks.per_axis(name, take(name), x, axis)
-        checks.scale_values(name, scale)
-        return scale
-
     for norm, name in manifest["folded"].items():
         replace_module(model, norm, nn.Identity())
         layer: Any = model.get_submodule(name)
         if layer.bias is None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]), requires_grad=False)
-    device = next(model.parameters()).device
-    for name, (qmin, qmax, axis) in manifest["weights"].items():
+    for name, facts in manifest["weights"].items():
         layer = model.get_submodule(name)
-        codes = checks.tensor(f"codes of {name}", take(f"{name}.weight.codes"), checks.CODES)
-        checks.same_shape(f"codes of {name}", codes, "the layer's weight", layer.weight)
-        checks.code_values(f"codes of {name}", codes, qmin, qmax)
-        scale = take_scale(f"{name}.weight.scale", codes, checks.axis_of(codes, axis))
-        quantizer = WeightQuantizer(scale, qmin, qmax, axis)
-        layer.weight.copy_(quantizer.values(codes))
-        parametrize.register_parametrization(layer, "weight", quantizer.to(device))
+        if list(layer.weight.shape) != facts["shape"]:
+            want = f"the shape of the layer's weight, {tuple(layer.weight.shape)}"
+            raise ValueError(f"codes of {name} must have {want}, got {tuple(facts['shape'])}")
+        axis = checks.axis_of(layer.weight, facts["axis"])
+        scale = torch.ones(1 if axis is None else layer.weight.shape[axis], device=layer.weight.device)
+        qmin, qmax = facts["range"]
+        parametrize.register_parametrization(layer, "weight", WeightQuantizer(scale, qmin, qmax, facts["axis"]))
+    device = next(model.parameters()).device
     for name, (qmin, qmax) in manifest["inputs"].items():
-        scale = take_scale(f"{name}.input.scale", torch.empty(0), None)
-        attach_input_quantizer(model.get_submodule(name), ActivationQuantizer(scale, qmin, qmax).to(device))
+        quantizer = ActivationQuantizer(torch.ones(1, device=device), qmin, qmax)
+        attach_input_quantizer(model.get_submodule(name), quantizer)
     for name, owner in manifest["shared"].items():
         attach_input_quantizer(model.get_submodule(name), input_readers(model)[owner])
+    model.requires_grad_(False)
+
+
+@torch.no_grad()
+def assign(model: nn.Module, manifest: Mapping[str, Any], names, take: Callable[[str], torch.Tensor]) -> None:
+    """Put tensors, ``take(name)`` for each of ``names``, into a model of their structure; say how they were made."""
+    rest = set(names)
+
+    def own(name: str) -> torch.Tensor:
+        rest.remove(name)
+        return take(name)
+
+    def own_scale(name: str) -> torch.Tensor:
+        scale = own(name)
+        checks.scale_values(name, scale)
+        return scale
+
+    for name, layer in quantized_layers(model).items():
+        quantizer, (qmin, qmax) = layer.weight_quantizer, manifest["weights"][name]["range"]
+        codes = own(f"{name}.weight.codes")
+        if packs(qmin, qmax):
+            codes = unpack(codes, layer.latent.shape, signed=qmin < 0)
+        checks.code_values(f"codes of {name}", codes, qmin, qmax)
+        quantizer.scale.copy_(own_scale(f"{name}.weight.scale").view(quantizer.scale.shape))
+        layer.latent.copy_(quantizer.values(codes.to(layer.latent.device)))
+    for name, activation in input_quantizers(model).items():
+        activation.scale.copy_(own_scale(f"{name}.input.scale").view(activation.scale.shape))
+        activation.qmin, activation.qmax = manifest["inputs"][name]
     held = _quantizer_state(model)
+    tensors = {name: take(name) for name in rest}
     _check_state({n: v for n, v in model.state_dict().items() if n not in held}, tensors)
     model.load_state_dict(tensors, strict=False)
-    set_origin(model, {key: value for key, value in manifest.items() if key not in TENSORS})
-    return model.requires_grad_(False)
+    set_origin(model, {key: value for key, value in manifest.items() if key not in TABLES})
 
 
-def _check_modules(model: nn.Module, manifest: dict) -> None:
+def _check_modules(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     """Every module that the manifest names is in the model, and of its kind."""
     modules = dict(model.named_modules())
     wanted: list[tuple[str, tuple[type, ...] | type]] = [(name, BATCHNORM) for name in manifest["folded"]]
-    wanted += [(name, WEIGHTED) for name in (*manifest["folded"].values(), *manifest["weights"])]
+    wanted += [(name, FOLDABLE) for name in manifest["folded"].values()]
+    wanted += [(name, WEIGHTED) for name in manifest["weights"]]
     wanted += [(name, nn.Module) for name in (*manifest["inputs"], *manifest["shared"])]
-    orphans = [name for name, owner in manifest["shared"].items() if owner not in manifest["inputs"]]
-    if orphans:
-        raise ValueError(f"checkpoint must have the input quantizer of every module that shares one, got {orphans}")
     wrong = dict.fromkeys(name for name, kind in wanted if not isinstance(modules.get(name), kind))
     if wrong:
         raise ValueError(f"checkpoint must fit the model, got modules that it does not have: {_listed(wrong)}")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
@@ -13,19 +16,34 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
     Raises:
         OSError: it cannot be written, the disk is full; what was there stays.
     """
+    with replacing(path) as file, disk_with_room(path):
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of ``path`` at the end of the block, and is gone after an error in it."""
     path = Path(path)
-    data = data.encode() if isinstance(data, str) else data
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+            yield file
+            with disk_with_room(path):
+                file.flush()
+                os.fsync(file.fileno())
+        with disk_with_room(path):
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+@contextmanager
+def disk_with_room(path: str | os.PathLike) -> Iterator[None]:
+    """Say of an error while writing what it means for ``path``."""
+    try:
+        yield
     except OSError as error:
         message = f"{path} must be written to a disk with room, got {error.strerror or error}; what was there is kept"
         raise OSError(error.errno, message) from error
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)

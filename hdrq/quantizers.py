@@ -44,7 +44,8 @@ class Quantizer(nn.Module):
         if self.mode == "float":
             return x
         grid = (x, self.scale, self.qmin, self.qmax)
-        factor = 1 / math.sqrt(max(x.numel(), 1) * self.qmax)
+        largest = self.qmax if self.qmin >= -self.qmax - 1 else -self.qmin  # LSQ's Q_P; of a range with a zero point
+        factor = 1 / math.sqrt(max(x.numel(), 1) * largest)
         if self.mode == "noise":
             return ops.noise_quantize(
                 *grid, self.rng, noise=self.noise, axis=self.axis, grad_scale=factor, keep=self.keep

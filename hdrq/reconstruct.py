@@ -33,7 +33,7 @@ from hdrq.quantizers import ActivationQuantizer
 from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
 from hdrq.report import BlockReport, RunReport, peak_memory, set_report
-from hdrq.resume import Workdir, fingerprint, listed
+from hdrq.resume import Workdir, fingerprint, listed, state_hash
 
 
 @torch.inference_mode(False)
@@ -144,7 +144,12 @@ def quantize(
     report.errors = errors() if learns else report.nearest
     report.seconds, report.peak_memory = time.perf_counter() - began, peak_memory(device_of(full))
     policy = bits if isinstance(bits, str) else dict(bits)
-    set_origin(quantized, {"folded": folded, "recipe": asdict(plan), "bits": policy, "seed": seed})
+    states = {"model": state_hash(model.state_dict())}
+    if source is not None:
+        states["source"] = state_hash(source.state_dict())
+    set_origin(
+        quantized, {"folded": folded, "recipe": asdict(plan), "bits": policy, "seed": seed, "fingerprints": states}
+    )
     set_report(quantized, report)
     return quantized
 

@@ -122,14 +122,15 @@ def fingerprint(
         "device": device.type,
         "seed": seed,
         "bits": bits if isinstance(bits, str) else dict(bits),
-        "model": _hash(model.state_dict()),
-        "source": None if source is None else _hash(source.state_dict()),
-        "calibration": _hash({str(i): t for i, t in enumerate(data)}, repr(sizes) + "".join(plain)),
+        "model": state_hash(model.state_dict()),
+        "source": None if source is None else state_hash(source.state_dict()),
+        "calibration": state_hash({str(i): t for i, t in enumerate(data)}, repr(sizes) + "".join(plain)),
         **{f"recipe.{key}": value for key, value in asdict(plan).items()},
     }
 
 
-def _hash(tensors: Mapping[str, torch.Tensor], more: str = "") -> str:
+def state_hash(tensors: Mapping[str, torch.Tensor], more: str = "") -> str:
+    """A fingerprint of tensors and their names: 16 hexadecimal digits of a SHA-256."""
     digest = hashlib.sha256(more.encode())
     for name, value in tensors.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

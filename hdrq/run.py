@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from torch import nn
 
 from hdrq import checks, recipes
+from hdrq.architecture import build
 from hdrq.checkpoint import load, save
 from hdrq.data import MEAN, STD, load_data, load_labelled
 from hdrq.evaluate import accuracy_of
@@ -124,7 +123,8 @@ def execute(run: Run, progress: Callable[[Step], None] | bool = True) -> nn.Modu
         checkpoint_every=run.checkpoint_every,
         progress=progress,
     )
-    set_origin(quantized, {**origin(quantized), "run": asdict(run)})
+    architecture = {"factory": run.model, "arguments": run.model_args}
+    set_origin(quantized, {**origin(quantized), "architecture": architecture, "run": asdict(run)})
     if run.out is not None:
         save(quantized, run.out)
     return quantized
@@ -158,10 +158,9 @@ def evaluate(
         data: folders with a folder for each class, :func:`hdrq.data.load_labelled`; ``preparation`` is its arguments.
         model: the architecture, ``"module:factory"``.
     """
-    build = factory(model)
     rows = []
     for file in files:
-        network = _read(file, build, model, model_args or {}).to(device)
+        network = _read(file, model, model_args or {}).to(device)
         folders = {
             str(path): accuracy_of(network, load_labelled(path, batch_size=batch_size, **preparation)) for path in data
         }
@@ -169,7 +168,7 @@ def evaluate(
     return rows
 
 
-def _read(file: str | os.PathLike, build: Callable[..., nn.Module], name: str, arguments: Mapping) -> nn.Module:
+def _read(file: str | os.PathLike, architecture: str, arguments: Mapping) -> nn.Module:
     """A model from a file of either kind."""
     from safetensors import SafetensorError, safe_open
 
@@ -178,7 +177,7 @@ def _read(file: str | os.PathLike, build: Callable[..., nn.Module], name: str, a
             quantized = "hdrq" in (opened.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"files must be safetensors, got {file}: {error}") from error
-    return load(file, build(**arguments)) if quantized else _load(build, name, arguments, str(file))
+    return load(file, build(architecture, **arguments)) if quantized else _load(architecture, arguments, str(file))
 
 
 def _prepare(run: Run):
@@ -187,11 +186,10 @@ def _prepare(run: Run):
     if out is not None and not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
         raise FileNotFoundError(f"out must be a file in a folder that can be written to, got {run.out}")
     share = checks.real("held_out", run.held_out, 0.0, 0.5)
-    build = factory(run.model)
-    model = _load(build, run.model, run.model_args, run.weights).to(run.device)
+    model = _load(run.model, run.model_args, run.weights).to(run.device)
     source = None
     if run.source is not None and plan.iterations > 0:
-        source = _load(build, run.model, run.model_args, run.source).to(run.device)
+        source = _load(run.model, run.model_args, run.source).to(run.device)
     data = load_data(run.data, resize=run.resize, crop=run.crop, mean=run.mean, std=run.std, limit=run.samples)
     data = data.to(run.device)
     every = round(1 / share) if share > 0 else 0
@@ -199,34 +197,12 @@ def _prepare(run: Run):
     return plan, model, source, data[~held], data[held] if held.any() else None
 
 
-def factory(text: str) -> Callable[..., nn.Module]:
-    """``"module:factory"`` as the function it names; modules are looked for in the working folder too.
-
-    Raises:
-        ValueError: not written so, no such module, or nothing of that name in it.
-    """
-    module, colon, name = text.partition(":")
-    if not (module and colon and name):
-        raise ValueError(f'model must be written like "module:factory", got {text!r}')
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ValueError(f"model must be in a module that can be imported, got {text!r}: {error}") from error
-    if not callable(found):
-        raise ValueError(f"model must name a function of {module}, got {name!r}, which it does not have")
-    return found
-
-
-def _load(build: Callable[..., nn.Module], name: str, arguments: Mapping, weights: str | None) -> nn.Module:
+def _load(architecture: str, arguments: Mapping, weights: str | None) -> nn.Module:
     """The architecture, with a state in full precision."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    model = build(**arguments)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a factory of a torch.nn.Module, got one of {type(model).__name__}")
+    model = build(architecture, **arguments)
     if weights is not None:
         try:
             state = load_file(weights)
@@ -241,6 +217,6 @@ def _load(build: Callable[..., nn.Module], name: str, arguments: Mapping, weight
             if state[name].shape != own[name].shape
         ]
         if wrong:
-            raise ValueError(f"{weights} must have the tensors of {name}, got {listed(sorted(wrong))}")
+            raise ValueError(f"{weights} must have the tensors of {architecture}, got {listed(sorted(wrong))}")
         model.load_state_dict(state)
     return model.eval()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import hdrq
+from hdrq.format import _hash, _text_hash
 from hdrq.model import quantized_layers
 
 pytest.importorskip("safetensors")
@@ -48,12 +49,14 @@ def path(tmp_path):
 
 
 def rewrite(path, tensors=None, **manifest):
-    """Change tensors and entries of the manifest of a checkpoint."""
+    """Change tensors and entries of the manifest of a checkpoint, and its hashes with them, as a hostile writer can."""
     with safe_open(path, framework="pt") as file:
         old = json.loads(file.metadata()["hdrq"])
-    new = {key: value for key, value in {**old, **manifest}.items() if value is not None}
     kept = {n: t for n, t in {**load_file(path), **(tensors or {})}.items() if t is not None}
-    save_file(kept, path, {"hdrq": json.dumps(new)})
+    hashes = {"sha256": {name: _hash(value) for name, value in kept.items()}}
+    new = {key: value for key, value in {**old, **hashes, **manifest}.items() if value is not None}
+    text = json.dumps(new)
+    save_file(kept, path, {"hdrq": text, "sha256": _text_hash(text)})
 
 
 # --- round trip
@@ -62,8 +65,9 @@ def rewrite(path, tensors=None, **manifest):
 @pytest.mark.parametrize(
     "options, dtype",
     [
-        ({"bits": "W4A4"}, torch.int8),
-        ({"bits": "W3A3", "per_channel": True}, torch.int8),
+        ({"bits": "W4A4"}, torch.uint8),  # two to a byte
+        ({"bits": "W3A3", "per_channel": True}, torch.uint8),
+        ({"bits": {"*": "W5A8"}}, torch.int8),
         ({"bits": {"*": "W12A16"}}, torch.int16),
     ],
 )
@@ -132,21 +136,45 @@ def test_manifest_says_how_the_model_was_made(tmp_path):
     hdrq.save(quantized(seed=1, candidates=numpy.int64(50)), tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         manifest = json.loads(file.metadata()["hdrq"])
-    assert manifest["format"] == 1 and manifest["bits"] == "W4A4" and manifest["recipe"]["name"] == "rtn"
+    assert manifest["format"] == 2 and manifest["bits"] == "W4A4" and manifest["recipe"]["name"] == "rtn"
     assert manifest["folded"] == {"2": "1"} and manifest["recipe"]["candidates"] == 50
-    assert manifest["weights"] == {"1": [-128, 127, None], "4": [-8, 7, None], "6": [-128, 127, None]}
+    assert manifest["weights"] == {
+        "1": {"range": [-128, 127], "axis": None, "shape": [5, 3, 3, 3]},
+        "4": {"range": [-8, 7], "axis": None, "shape": [5, 5, 3, 3]},
+        "6": {"range": [-128, 127], "axis": None, "shape": [4, 20]},
+    }
 
 
 # --- what is in the file
 
 
+def test_architecture_by_name(path, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "somewhere.py").write_text("import test_checkpoint\n\ndef build():\n    return test_checkpoint.net()\n")
+    model = quantized()
+    assert torch.equal(hdrq.load(path, "somewhere:build")(X), model(X))
+    with pytest.raises(ValueError, match="the checkpoint was made from, got None$"):
+        hdrq.load(path, trust_architecture=True)  # the file names none
+    hdrq.save(model, path, architecture="somewhere:build")
+    with pytest.raises(ValueError, match="got None; the file names somewhere:build: model= it, or trust_architecture"):
+        hdrq.load(path)
+    loaded = hdrq.load(path, trust_architecture=True)
+    assert torch.equal(loaded(X), model(X))
+    hdrq.save(loaded, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()  # it is remembered
+    hdrq.save(model, path, architecture="somewhere:nothing")
+    with pytest.raises(ValueError, match="model must name a function of somewhere, got 'nothing'"):
+        hdrq.load(path, trust_architecture=True)
+
+
 def test_file_holds_integers_and_no_pickle(path):
     tensors, data = load_file(path), path.read_bytes()
-    assert {t.dtype for n, t in tensors.items() if n.endswith("codes")} == {torch.int8}
+    assert [tensors[f"{n}.weight.codes"].dtype for n in (1, 4, 6)] == [torch.int8, torch.uint8, torch.int8]
     assert not any("parametrizations" in name for name in tensors)  # no float copy of a weight
     assert b"pickle" not in data and not data.startswith((b"\x80", b"PK"))
     layer = quantized_layers(quantized())["4"]
-    assert torch.equal(tensors["4.weight.codes"], layer.weight_quantizer.codes(layer.latent))
+    codes = layer.weight_quantizer.codes(layer.latent)
+    assert torch.equal(hdrq.ops.unpack(tensors["4.weight.codes"], codes.shape), codes)
 
 
 def test_failed_save_leaves_the_old_file_and_nothing_else(path, monkeypatch):
@@ -202,25 +230,36 @@ def test_truncated_file_is_refused(path, share):
 def test_file_without_a_manifest_is_refused(tmp_path):
     for metadata in (None, {"format": "pt"}):
         save_file({"1.weight": torch.zeros(3)}, tmp_path / "other", metadata)
-        with pytest.raises(ValueError, match="path must be a checkpoint of hdrq, format 1, got no manifest"):
+        with pytest.raises(ValueError, match="it has no manifest"):
             hdrq.load(tmp_path / "other", net())
     save_file({"1.weight": torch.zeros(3)}, tmp_path / "other", {"hdrq": "{"})
     with pytest.raises(ValueError, match=r"manifest must be JSON, got '\{'"):
         hdrq.load(tmp_path / "other", net())
 
 
+FACTS = {"range": [-8, 7], "axis": None, "shape": [5, 5, 3, 3]}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"format": 2}, "path must be a checkpoint of hdrq, format 1, got 2"),
+        ({"format": 1}, "manifest must be of format 2, got 1"),
         ({"folded": None}, "manifest must have a table of folded, got None"),
         ({"weights": [1, 2]}, r"manifest must have a table of weights, got \[1, 2\]"),
         ({"inputs": {"1": [0, "15"]}}, "qmax must be an int, got str"),
-        ({"inputs": {"1": 7}}, "path must be a file that hdrq.save wrote"),
+        ({"inputs": {"1": 7}}, "range of 1 must be two integers, got 7"),
+        ({"sha256": {}}, "manifest must hash all tensors, got others"),
+        ({"shared": {"1": "5"}}, r"input quantizer for every module that shares one, got \['1'\]"),
+        ({"architecture": "net"}, "manifest must have factory and arguments of the architecture, got 'net'"),
         ({"inputs": {"1": [15, 0]}}, "qmin must be less than qmax"),
         ({"folded": {"3": "1"}}, "got modules that it does not have: 3"),
-        ({"weights": {"9": [-8, 7, None]}}, "got modules that it does not have: 9"),
-        ({"weights": {"4": [-8, 7, 5]}}, r"axis must be in \[-4, 3\]"),
+        ({"weights": {"9": FACTS}}, "checkpoint must hold '9.weight.codes', got none"),
+        ({"weights": {"4": FACTS | {"axis": 5}}}, r"axis of 4 must be in \[-4, 3\], got 5"),
+        ({"weights": {"4": FACTS | {"axis": 0}}}, r"4.weight.scale must be torch.float32 of shape \(5,\)"),
+        ({"weights": {"4": FACTS | {"shape": [5, 5, 9]}}}, "codes of 4 must have the shape of the layer's weight"),
+        ({"weights": {"4": FACTS | {"shape": [2**50]}}}, "shape of 4 must be in"),
+        ({"weights": {"4": FACTS | {"range": [-9, 7]}}}, "4.weight.codes must be torch.int8 of shape"),
+        ({"weights": {"4": [-8, 7, None]}}, "manifest must have range, axis and shape of weight '4'"),
     ],
 )
 def test_damaged_manifest_is_refused(path, changes, message):
@@ -236,21 +275,13 @@ def test_damaged_manifest_is_refused(path, changes, message):
         ("4.weight.scale", torch.tensor([-0.1]), "4.weight.scale must be positive and finite, got -0.1"),
         ("4.input.scale", torch.tensor([torch.nan]), "4.input.scale must be positive and finite, got nan"),
         ("4.input.scale", torch.tensor([0.0]), "4.input.scale must be positive and finite, got 0"),
-        ("4.input.scale", torch.ones(2), "4.input.scale must have 1 element, got 2"),
-        ("4.weight.scale", torch.ones(5), "4.weight.scale must have 1 element, got 5"),
-        ("4.weight.scale", torch.ones(1).double(), "4.weight.scale must be a tensor of float32, got float64"),
+        ("4.input.scale", torch.ones(2), r"4.input.scale must be torch.float32 of shape \(1,\), got"),
+        ("4.weight.scale", torch.ones(5), r"4.weight.scale must be torch.float32 of shape \(1,\), got"),
+        ("4.weight.scale", torch.ones(1).double(), "4.weight.scale must be torch.float32 .* got torch.float64"),
         ("4.weight.scale", None, "checkpoint must hold '4.weight.scale', got none"),
-        (
-            "4.weight.codes",
-            torch.full((5, 5, 3, 3), 8, dtype=torch.int8),
-            r"codes of 4 must be in \[-8, 7\], got \[8, 8\]",
-        ),
-        ("4.weight.codes", torch.zeros(5, 5, 3, 3), "codes of 4 must be a tensor of int8 or int16, got float32"),
-        (
-            "4.weight.codes",
-            torch.zeros(5, 5, 3, dtype=torch.int8),
-            "codes of 4 must have the shape of the layer's weight",
-        ),
+        ("1.weight.codes", torch.full((5, 3, 3, 3), 128).short(), "1.weight.codes must be torch.int8 of shape"),
+        ("4.weight.codes", torch.zeros(5, 5, 3, 3), "4.weight.codes must be torch.uint8 of shape"),
+        ("4.weight.codes", torch.zeros(112).byte(), r"4.weight.codes must be torch.uint8 of shape \(113,\), got"),
         ("4.bias", torch.zeros(6), r"checkpoint must fit the model, got 4.bias \(\(6,\)"),
         ("4.bias", torch.zeros(5).half(), "checkpoint must fit the model, got 4.bias"),
         ("4.bias", None, "checkpoint must fit the model, got 4.bias missing"),
@@ -267,7 +298,8 @@ def test_damaged_tensors_are_refused(path, name, tensor, message):
     "make, error, message",
     [
         (lambda: None, ValueError, "model must be the architecture that the checkpoint was made from, got None"),
-        (lambda: "net", TypeError, "model must be a torch.nn.Module, got str"),
+        (lambda: "net", ValueError, 'model must be written like "module:factory", got .net.'),
+        (lambda: 3, TypeError, "model must be a torch.nn.Module, got int"),
         (quantized, ValueError, "model must have plain weights, got a parametrized one"),
         (lambda: net(width=6), ValueError, "codes of 1 must have the shape of the layer's weight"),
         (lambda: net()[:5], ValueError, "checkpoint must fit the model, got modules that it does not have: 6"),

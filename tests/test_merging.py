@@ -133,7 +133,7 @@ def test_merged_models_merge_and_are_remembered(models):
     assert merged(X).isfinite().all()
     assert [set(origin) for origin in merged.hdrq_origin["models"]] == [
         {"folded", "merge", "models"},
-        {"folded", "recipe", "bits", "seed"},
+        {"folded", "recipe", "bits", "seed", "fingerprints"},
     ]
 
 
