@@ -153,7 +153,7 @@ def test_architecture_by_name(path, tmp_path, monkeypatch):
     (tmp_path / "somewhere.py").write_text("import test_checkpoint\n\ndef build():\n    return test_checkpoint.net()\n")
     model = quantized()
     assert torch.equal(hdrq.load(path, "somewhere:build")(X), model(X))
-    with pytest.raises(ValueError, match="the checkpoint was made from, got None$"):
+    with pytest.raises(ValueError, match=r"the checkpoint was made from, got None$"):
         hdrq.load(path, trust_architecture=True)  # the file names none
     hdrq.save(model, path, architecture="somewhere:build")
     with pytest.raises(ValueError, match="got None; the file names somewhere:build: model= it, or trust_architecture"):
