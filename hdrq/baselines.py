@@ -110,8 +110,9 @@ def compare(
     """The squared distance ``Σ ((I* − z*)·Δ* − m)²`` to the midpoint m, in float64, of every rule and of
     noise-sampled rounding (``SAMPLED``).
 
-    Rounding to nearest is as near as this grid allows, and noise is farther. What noise gains is not in this number:
-    the errors of a fixed rule are the same function of the integers everywhere, those of noise are independent.
+    Rounding to nearest is as near as a grid allows. Noise is farther, by ``Σ (λ_k·Δ_k / Δ*)²`` of that where means lie
+    evenly between integers, and as near where they are ties. What it gains is not in this number: a rule errs by the
+    same function of the integers everywhere, noise independently.
 
     Raises:
         TypeError, ValueError: "X must be …, got …".
