@@ -14,6 +14,7 @@ from torch import nn
 
 from hdrq.evaluate import harmonic_mean
 from hdrq.parity import Report
+from hdrq.readiness import FAR, TOO_FAR, Readiness
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,73 @@ def parity_table(report: Report):
         counts = f"{t.cases:,}", f"{t.elements:,}", f"{t.sums:,}", f"{t.error:.1e}" if t.sums else ""
         result.add_row(t.op, t.backend, *counts, "[red]differs[/red]" if t.mismatch else "equal")
     return result
+
+
+def readiness_table(readiness: Readiness):
+    """How well each layer merges, as a :class:`rich.table.Table` with the verdict below it."""
+    from rich.table import Table
+
+    result = Table(title="Merge readiness", caption=readiness.verdict, caption_style="bold")
+    result.add_column("layer")
+    for name in ("weights", "ambiguous", "ties", "scale ratio", "distance", "in steps", "cosine", "clipped", "error"):
+        result.add_column(name, justify="right")
+    for layer in (*readiness.layers, readiness.total):
+        result.add_row(
+            layer.name,
+            f"{layer.elements:,}",
+            f"{layer.ambiguous:.1%}",
+            f"{layer.ties:.1%}",
+            f"{layer.scale_ratio:.2f}",
+            f"{layer.distance:.2f}",
+            f"{layer.steps_apart:.2f}",
+            f"{layer.lowest_cosine:.2f}–{layer.highest_cosine:.2f}",
+            f"{layer.clipped:.1%}",
+            f"{layer.rounding_error:.2f}",
+            end_section=layer is readiness.layers[-1],
+        )
+    return result
+
+
+def plot_readiness(readiness: Readiness, path: Path) -> None:
+    """A figure of how well each layer merges: what is ambiguous, scales, distances and the cosines of draws."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers = readiness.layers
+    x = range(len(layers))
+
+    def values(field: str) -> list[float]:
+        return [getattr(layer, field) for layer in layers]
+
+    size = (max(8, 0.25 * len(layers)), 10)
+    figure, (share, scale, distance, steps, cosine) = pyplot.subplots(
+        5, sharex=True, figsize=size, layout="constrained"
+    )
+    share.bar(x, [100 * v for v in values("ambiguous")], color="C0", label="ambiguous")
+    share.bar(x, [100 * v for v in values("ties")], color="C1", width=0.4, label="ties")
+    share.set(ylabel="weights (%)", ylim=(0, 100))
+    scale.plot(x, values("scale_ratio"), "C0o", label="worst channel")
+    scale.plot(x, values("mean_scale_ratio"), "C1_", markersize=10, label="mean over channels")
+    scale.set(ylabel="scale ratio", ylim=(0.9, 1.1 * max(2, *values("scale_ratio"))))
+    distance.bar(x, values("distance"), color="C0")
+    distance.axhline(FAR, color="C1", label="needs care")
+    distance.axhline(TOO_FAR, color="C3", label="fails")
+    distance.set(ylabel="distance / norm")
+    steps.plot(x, values("steps_apart"), "C0o")
+    steps.axhline(6**-0.5, color="C1", label="one model,\nrounded twice")  # two errors of variance 1/12
+    steps.set_yscale("symlog", linthresh=1)
+    steps.set(ylabel="distance / step", ylim=(0, 1.5 * max(1, *values("steps_apart"))))
+    cosine.vlines(x, values("lowest_cosine"), values("highest_cosine"), color="C0", linewidth=4, label="draws")
+    cosine.plot(x, values("kept_cosine"), "C1_", markersize=10, label="kept")
+    cosine.set(ylabel="cosine", ylim=(min(0.5, *values("lowest_cosine")), 1.02))
+    cosine.set_xticks(x, [layer.name for layer in layers], rotation=90, fontsize=7)
+    for axes in (share, scale, distance, steps, cosine):
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    figure.suptitle(readiness.verdict, fontsize=10, wrap=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def write_rows(rows: Sequence[Row], folder: Path, facts: dict) -> None:

@@ -19,11 +19,11 @@ def merge(
     merged_step, merged_zero = merged_grid(lam, steps, zeros)
     integers = [c.float() - z for c, z in zip(codes, zeros, strict=True)]
     values = [j * s for j, s in zip(integers, steps, strict=True)]
-    midpoint = _weighted_sum(lam, values)
+    midpoint = weighted_sum(lam, values)
     distances = [midpoint - v for v in values]
     noisy = torch.full_like(midpoint, noise != "none", dtype=torch.bool)
     if noise == "odd":
-        mean = _weighted_sum(lam, integers)
+        mean = weighted_sum(lam, integers)
         noisy = (mean - mean.floor() - 0.5).abs() < 0.25
 
     def clamped(q: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ def merge(
         for k, (value, delta) in enumerate(zip(values, steps, strict=True)):
             n = unit_noise(value.shape, _state(rng, k, d), None) if noise != "none" else torch.zeros_like(value)
             terms.append(value + torch.where(noisy, n, 0.0) * delta)
-        return clamped(torch.round(_weighted_sum(lam, terms) / merged_step))
+        return clamped(torch.round(weighted_sum(lam, terms) / merged_step))
 
     draw = exact if mode == "exact" else _fast(rng, lam, steps, merged_step, midpoint / merged_step, noisy, clamped)
     scores = [_scores((draw(d) - merged_zero) * merged_step - midpoint, distances) for d in range(draws)]
@@ -47,8 +47,8 @@ def merge(
 
 def merged_grid(lam, steps: list, zeros: list) -> tuple[torch.Tensor, torch.Tensor]:
     """``Δ*`` and ``z*``."""
-    step = _weighted_sum(lam, steps)
-    return step, torch.round(_weighted_sum([w * s for w, s in zip(lam, steps, strict=True)], zeros) / step)
+    step = weighted_sum(lam, steps)
+    return step, torch.round(weighted_sum([w * s for w, s in zip(lam, steps, strict=True)], zeros) / step)
 
 
 def cosines(dd: torch.Tensor, dr: torch.Tensor, rr: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def _state(rng: torch.Tensor, k: int, d: int | torch.Tensor) -> torch.Tensor:
     return torch.stack((seed, (first + k) & stream.LOW, (step + d) & stream.LOW))
 
 
-def _weighted_sum(weights, terms: list) -> torch.Tensor:
+def weighted_sum(weights, terms: list) -> torch.Tensor:
     total = weights[0] * terms[0]
     for weight, term in zip(weights[1:], terms[1:], strict=True):
         total = total + weight * term
