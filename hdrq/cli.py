@@ -6,7 +6,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+if TYPE_CHECKING:
+    from hdrq.readiness import Readiness
 
 try:
     import typer
@@ -17,7 +20,7 @@ except ImportError as error:
     sys.exit(f'hdrq: the command line needs {error.name}; pip install "hdrq[cli]"')
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console()
+console, errors = Console(), Console(stderr=True)
 
 
 def _refuse(error: Exception) -> NoReturn:
@@ -103,6 +106,79 @@ def quantize(
 
 
 @app.command()
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Two or more quantized models.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The merged model, safetensors.")] = None,
+    weights: Annotated[str | None, typer.Option(help="λ of each model, like 0.5,0.3,0.2; equal ones.")] = None,
+    draws: Annotated[int, typer.Option(help="Roundings tried for each layer.")] = 30,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    noise: Annotated[str, typer.Option(help="On all, odd or none of the weights.")] = "all",
+    select: Annotated[str, typer.Option(help="min-cosine, mean-cosine, first or official.")] = "min-cosine",
+    mode: Annotated[str, typer.Option(help="exact, or fast for two models.")] = "exact",
+    rule: Annotated[str, typer.Option(help="noise; or half-even, half-up, half-away, requantize.")] = "noise",
+    extrapolate: Annotated[bool, typer.Option("--extrapolate", help="Allow negative weights.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say whether it will work; status 1 if not.")] = False,
+    report: Annotated[Path | None, typer.Option(help="A folder for readiness.json and readiness.png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print how ready the models are as JSON.")] = False,
+) -> None:
+    """Merge quantized models on their integers: no originals, no data, no training."""
+    from hdrq import merging
+    from hdrq.report import plot_readiness, readiness_table
+
+    if (out is None) != dry_run:
+        _refuse(ValueError("out must be given, or --dry-run, and not both"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
+    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bars:
+        task = bars.add_task("merging", total=1)
+        options: dict[str, Any] = {"draws": draws, "seed": seed, "noise": noise, "select": select, "mode": mode}
+        options |= {"rule": rule, "extrapolate": extrapolate, "device": device}
+        options["progress"] = lambda done, total, name: bars.update(task, completed=done, total=total, description=name)
+        try:
+            options["weights"] = None if weights is None else [float(text) for text in weights.split(",")]
+            if report is not None:
+                report.mkdir(parents=True, exist_ok=True)
+            if out is None:
+                found: Readiness | None = merging.readiness(files, **options)
+            else:
+                found = merging.merge_files(files, out, report=report is not None or as_json, **options)
+        except (ValueError, TypeError, OSError) as error:
+            _refuse(error)
+    if found is None:
+        return
+    if report is not None:
+        (report / "readiness.json").write_text(json.dumps(found.as_dict(), indent=2) + "\n")
+        plot_readiness(found, report / "readiness.png")
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        console.print(readiness_table(found))
+        console.print(found.verdict, highlight=False, soft_wrap=True)
+    if dry_run and found.verdict.startswith("not ready"):
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A quantized model.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print layers, bits and sizes of a quantized model, and check every hash."""
+    from hdrq.inspection import contents, contents_table
+
+    try:
+        found = contents(file)
+    except (ValueError, OSError) as error:
+        _refuse(error)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    console.print(contents_table(found))
+    for name, value in found.facts.items():
+        console.print(f"[bold]{name:>14}[/bold]  {escape(str(value))}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def evaluate(
     files: Annotated[list[Path], typer.Argument(help="Quantized models, or states in full precision; safetensors.")],
     model: Annotated[str, typer.Option(help="The architecture: module:factory.")],
@@ -152,7 +228,7 @@ def demo(
         sys.exit(f'hdrq: the demo needs {error.name}; pip install "hdrq[demo]"')
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+    with Progress(*columns, TimeRemainingColumn(), console=errors) as bars:
         total = bars.add_task("quantizing", total=len(data.TARGETS))
 
         def show(domain: str, step) -> None:
@@ -187,7 +263,6 @@ def parity(
     from hdrq.parity import check
     from hdrq.report import parity_table
 
-    errors = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bars:
         total = bars.add_task("comparing", total=max(seconds, 1e-9))

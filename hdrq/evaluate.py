@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -12,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from hdrq import checks
 from hdrq.calibration import Call
-from hdrq.merging import average
 from hdrq.model import hooks
 
 
@@ -52,6 +52,31 @@ def accuracy_of(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Te
         right += int((model(x).argmax(dim=1) == y).sum())
         total += len(y)
     return 100 * right / total
+
+
+@torch.no_grad()
+def average(
+    models: Sequence[nn.Module], weights: Sequence[float] | None = None, *, extrapolate: bool = False
+) -> nn.Module:
+    """The plain weighted average of models, parameters and buffers: what a merge aims at, in full precision.
+
+    Raises:
+        TypeError, ValueError: "X must be …, got …"; weights that are negative, but to ``extrapolate``.
+    """
+    models = list(models)
+    checks.integer("the number of models", len(models), 1, 64)
+    lam = checks.mixing_weights(weights, len(models), extrapolate)
+    shapes = [{name: tuple(value.shape) for name, value in model.state_dict().items()} for model in models]
+    for k, other in enumerate(shapes):
+        if other != shapes[0]:
+            wrong = sorted(name for name, _ in other.items() ^ shapes[0].items())
+            raise ValueError(f"models must have one architecture, got number {k} different in {', '.join(wrong[:10])}")
+    merged = copy.deepcopy(models[0])
+    states = [model.state_dict() for model in models]
+    for name, value in merged.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(sum(w * state[name].double() for w, state in zip(lam, states, strict=True)))
+    return merged
 
 
 class Barrier(NamedTuple):

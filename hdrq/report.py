@@ -151,10 +151,10 @@ def parity_table(report: Report):
 
 
 def readiness_table(readiness: Readiness):
-    """How well each layer merges, as a :class:`rich.table.Table` with the verdict below it."""
+    """How well each layer merges, as a :class:`rich.table.Table`."""
     from rich.table import Table
 
-    result = Table(title="Merge readiness", caption=readiness.verdict, caption_style="bold")
+    result = Table(box=None, title="Merge readiness")
     result.add_column("layer")
     for name in ("weights", "ambiguous", "ties", "scale ratio", "distance", "in steps", "cosine", "clipped", "error"):
         result.add_column(name, justify="right")
@@ -170,7 +170,6 @@ def readiness_table(readiness: Readiness):
             f"{layer.lowest_cosine:.2f}–{layer.highest_cosine:.2f}",
             f"{layer.clipped:.1%}",
             f"{layer.rounding_error:.2f}",
-            end_section=layer is readiness.layers[-1],
         )
     return result
 

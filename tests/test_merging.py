@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import hdrq
-from hdrq.merging import average
+from hdrq.evaluate import average
 from hdrq.model import input_quantizers, quantized_layers
 
 torch.set_num_threads(1)
@@ -194,7 +194,7 @@ def test_models_must_be_quantized_modules(models):
     [
         (
             {"width": 7},
-            ["a.bias ((6,) torch.float32 in the first, (7,) torch.float32 in number 1)", "head.parametrizations"],
+            ["a.bias ((6,) torch.float32 in the first, (7,) torch.float32 in number 1)", "head.weight.codes ((4, 6)"],
         ),
         ({"bits": "W3A4"}, ["b: weight range ((-8, 7, None) in the first, (-4, 3, None) in number 1)"]),
         ({"bits": "W4A5"}, ["b: input levels (16 in the first, 32 in number 1)"]),
@@ -210,5 +210,5 @@ def test_unlike_models_are_refused_with_what_differs(models, other, differences)
 def test_integer_buffers_must_agree(models):
     other = quantized(1)
     other.table[9] = 0
-    with pytest.raises(ValueError, match=r"got table \(other integers\)"):
+    with pytest.raises(ValueError, match=r"got table \(other integers in number 1\)"):
         hdrq.merge([models[0], other])

@@ -14,8 +14,7 @@ from torch import nn
 import hdrq
 from hdrq.demo.data import TARGETS, load
 from hdrq.demo.model import load_model
-from hdrq.evaluate import accuracy
-from hdrq.merging import average
+from hdrq.evaluate import accuracy, average
 from hdrq.progress import Step
 from hdrq.reconstruct import fold
 from hdrq.report import Row, write_bars, write_rows

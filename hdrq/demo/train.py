@@ -18,8 +18,7 @@ from torch import Tensor
 
 from hdrq.demo.data import SOURCE, TARGETS, load
 from hdrq.demo.model import WEIGHTS, ResNet, resnet
-from hdrq.evaluate import accuracy
-from hdrq.merging import average
+from hdrq.evaluate import accuracy, average
 from hdrq.reconstruct import fold
 from hdrq.report import Row, table
 
