@@ -11,7 +11,7 @@ from torch.nn.functional import pdist
 from hdrq import checks, ops
 from hdrq.ops import MergedTensor
 
-CHUNK = 2**16  # elements at a time, of every model: what is made of them in float64 stays in the cache
+CHUNK = 2**14  # elements at a time, of every model: what is made of them in float64 stays in the cache
 TIE = 2.0**-16  # a mean so near to half an integer is a tie, but for the rounding of λ to float32
 
 
