@@ -12,6 +12,7 @@ import torch
 import hdrq
 from hdrq.benchmarks.harness import Bench, Mismatch, Provider, copies, head, same_as_reference
 
+FEW = 4  # models that fast draws are made of, at most
 QMIN, QMAX = -8, 7
 
 
@@ -74,13 +75,17 @@ def of_draws(draws: int):
 
 
 def of_models(count: int):
-    """The providers for so many tensors and one draw."""
+    """The providers for so many tensors and 30 draws."""
 
     def providers(codes: torch.Tensor, others: list[torch.Tensor], rng: torch.Tensor) -> list[Provider]:
         every = ([codes, *others] * count)[:count]
         scales = [torch.full((1,), 0.1 + 0.01 * k, device=codes.device) for k in range(count)]
-        run = lambda: hdrq.ops.merge(every, scales, QMIN, QMAX, rng)  # noqa: E731
-        return [*copies(codes), Provider("hdrq, exact", run, count + 1)]
+
+        def merge(**options) -> torch.Tensor:
+            return hdrq.ops.merge(every, scales, QMIN, QMAX, rng, draws=30, **options).codes
+
+        fast = [Provider("hdrq, fast", lambda: merge(mode="fast"), count + 1)] if count <= FEW else []
+        return [*copies(codes), *fast, Provider("hdrq, exact", merge, count + 1)]
 
     return providers
 
@@ -96,5 +101,5 @@ BENCH = Bench(
     inputs,
     verify,
     {f"{draws} draws": of_draws(draws) for draws in (1, 10, 30, 100)}
-    | {f"{count} models": of_models(count) for count in (2, 4, 16)},
+    | {f"{count} models": of_models(count) for count in (2, 3, 4, 16)},
 )

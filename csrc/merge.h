@@ -65,10 +65,11 @@ class MergeChunk {
     }
   }
 
-  // The noise of one draw, for the chunk sought.
-  void draw(int d) {
+  // The words of one draw, for the chunk sought.
+  void draw(int d) { draw(d, models()); }
+  void draw(int d, int streams) {
     if (merge_.noise == Merge::Noise::none) return;
-    for (int k = 0; k < models(); ++k) {
+    for (int k = 0; k < streams; ++k) {
       Stream own = merge_.stream;
       own.stream += uint32_t(k), own.step += uint32_t(d);
       Philox(own).fill(words_.at(k * kChunk), begin_, n_);
@@ -145,29 +146,70 @@ inline void add_products(const MergeChunk<K>& chunk, int64_t n, double* own, con
   for (int k = 0; k < chunk.models(); ++k) own[1 + k] += dr[k].total();
 }
 
-// The two outcomes of each element of a chunk of two inputs, and the last word for which a draw takes the upper one.
-class FastChunk : public MergeChunk<2> {
+// The distribution of a sum of K uniforms on [0, a_k], Σ a = 1, up to its middle.
+template <int K>
+class UniformSum {
  public:
-  explicit FastChunk(const Merge& merge) : MergeChunk<2>(merge), lower_(kChunk), upper_(kChunk), last_(kChunk) {}
+  UniformSum() = default;
+  explicit UniformSum(const vd (&a)[K]) {
+    vd volume = vd{} + 1.0;
+    for (int k = 2; k <= K; ++k) volume *= k;
+    sums_[0] = vd{};
+    for (int k = 0; k < K; ++k) {
+      for (int s = 0; s < 1 << k; ++s) sums_[(1 << k) + s] = sums_[s] + a[k];
+      volume *= a[k];
+    }
+    over_volume_ = 1.0 / volume;
+  }
+
+  vd below(vd h) const {
+    vd total{};
+    for (int s = 0; s < 1 << K; ++s) {
+      vd part = h - sums_[s];
+      part = part > 0 ? part : vd{};
+      vd power = part;
+      for (int k = 1; k < K; ++k) power *= part;
+      total = __builtin_popcount(s) % 2 ? total - power : total + power;
+    }
+    total *= over_volume_;
+    total = total > 0 ? total : vd{};
+    return total < 1.0 ? total : vd{} + 1.0;
+  }
+
+ private:
+  vd sums_[1 << K], over_volume_;  // Σ_S a of every subset S, and 1 / (K!·Π a)
+};
+
+// The two outcomes of each element of a chunk of K inputs, and the last word for which a draw takes the upper one.
+template <int K>
+class FastChunk : public MergeChunk<K> {
+ public:
+  static constexpr int kModels = K;
+
+  explicit FastChunk(const Merge& merge) : MergeChunk<K>(merge), lower_(kChunk), upper_(kChunk), last_(kChunk) {}
 
   void seek(int64_t begin, int64_t n) {
-    MergeChunk<2>::seek(begin, n);
-    MergeChunk<2>::draw(0);
-    vf narrow{}, wide{};
+    MergeChunk<K>::seek(begin, n);
+    this->draw(0, 2);
+    UniformSum<K> sums[2];
     for_vectors(n, [&](int64_t i, int) {
-      if (i == 0 || !constant()) {
-        const vf first = share(0, i), second = share(1, i);
-        narrow = second < first ? second : first, wide = second < first ? first : second;
+      if (i == 0 || !this->constant()) {
+        vd low[K], high[K];
+        for (int k = 0; k < K; ++k) {
+          const Wide share(this->share(k, i));
+          low[k] = share.low > 0x1p-14 ? share.low : vd{} + 0x1p-14;
+          high[k] = share.high > 0x1p-14 ? share.high : vd{} + 0x1p-14;
+        }
+        sums[0] = UniformSum<K>(low), sums[1] = UniformSum<K>(high);
       }
-      const vf v = mean(i);
-      const vf low = noisy(i) ? floor(v) : round_even(v);
-      const vf y = v - low, rest = 1.0f - y, h = rest < y ? rest : y;
-      const vi inner = h < narrow;
-      const vf tail = (inner ? h * h : h - 0.5f * narrow) / (inner ? 2.0f * narrow * wide : wide);
-      const vf p = y <= 0.5f ? tail : 1.0f - tail;
-      const vi threshold = __builtin_convertvector(noisy(i) ? p * 0x1p24f : vf{}, vi);
-      write(clamped(i, low), lower_.at(i), kLanes);
-      write(clamped(i, threshold == 0 ? low : low + 1.0f), upper_.at(i), kLanes);
+      const vf v = this->mean(i);
+      const vi noisy = this->noisy(i);
+      const vf low = noisy ? floor(v) : round_even(v);
+      const vf y = v - low, rest = 1.0f - y;
+      const Wide wide(y), h(rest < y ? rest : y);
+      const vi threshold = noisy & joined(words(sums[0], wide.low, h.low), words(sums[1], wide.high, h.high));
+      write(this->clamped(i, low), lower_.at(i), kLanes);
+      write(this->clamped(i, threshold == 0 ? low : low + 1.0f), upper_.at(i), kLanes);
       write(bits<vu>(threshold << 8) - 1, last_.at(i), kLanes);
     });
   }
@@ -176,17 +218,26 @@ class FastChunk : public MergeChunk<2> {
   vf upper(int64_t i) const { return read<vf>(upper_.at(i), kLanes); }
   vu last(int64_t i) const { return read<vu>(last_.at(i), kLanes); }
 
-  vf merged(int64_t i, uint32_t d) const { return word(0, i) + word(1, i) * d <= last(i) ? upper(i) : lower(i); }
+  vf merged(int64_t i, uint32_t d) const {
+    return this->word(0, i) + this->word(1, i) * d <= last(i) ? upper(i) : lower(i);
+  }
 
  private:
+  // Below how many of 2²⁴ words the upper outcome is drawn.
+  static vi_half words(const UniformSum<K>& sums, vd y, vd h) {
+    const vd tail = sums.below(h);
+    return __builtin_convertvector((y <= 0.5 ? tail : 1.0 - tail) * 0x1p24, vi_half);
+  }
+
   Buffer<float> lower_, upper_;
   Buffer<uint32_t> last_;
 };
 
-// A chunk's sums of all draws, 3 numbers each: those of the lower outcomes for each draw, and for each element that a
-// draw moves up, the difference that this makes.
-inline void add_draws(const FastChunk& chunk, int64_t n, int draws, double* own) {
-  constexpr int kGroup = 32, kColumns = 3;
+// A chunk's sums of all draws, 1 + K numbers each: those of the lower outcomes for each draw, and for each element that
+// a draw moves up, the difference that this makes.
+template <int K>
+inline void add_draws(const FastChunk<K>& chunk, int64_t n, int draws, double* own) {
+  constexpr int kGroup = 32, kColumns = 1 + K;
   double lower[kColumns]{};
   add_products(chunk, n, lower, [&](int64_t i) { return chunk.residue(i, chunk.lower(i)); });
   for (int first = 0; first < draws; first += kGroup) {
@@ -204,8 +255,7 @@ inline void add_draws(const FastChunk& chunk, int64_t n, int draws, double* own)
         const vf low = chunk.residue(i, chunk.lower(i)), high = chunk.residue(i, chunk.upper(i));
         const int live = int(max(0, min(kLanes, n - i)));
         gain[t][0] = only(high * high - low * low, live);
-        gain[t][1] = only((high - low) * chunk.distance(0, i), live);
-        gain[t][2] = only((high - low) * chunk.distance(1, i), live);
+        for (int k = 0; k < K; ++k) gain[t][1 + k] = only((high - low) * chunk.distance(k, i), live);
       }
       for (int d = 0; d < group; ++d) {
         vf sum[kColumns]{};
@@ -247,10 +297,21 @@ inline void merge_score(Job job, const Merge& merge, int draws, double* sums, co
   for (int64_t i = 0; i < partial.size(); ++i) sums[i % width] += partial[i];
 }
 
+// with(chunk) for the type that fast draws of so many models need: a null pointer to it.
+template <class With>
+inline void fast_chunk(int models, const With& with) {
+  if (models == 2) with((FastChunk<2>*)nullptr);
+  else if (models == 3) with((FastChunk<3>*)nullptr);
+  else with((FastChunk<4>*)nullptr);
+}
+
 inline void merge_score(Job job, const Merge& merge, int draws, double* sums) {
   if (merge.fast) {
-    merge_score<FastChunk>(job, merge, draws, sums,
-                           [&](FastChunk& chunk, int64_t n, double* own) { add_draws(chunk, n, draws, own); });
+    fast_chunk(merge.models, [&](auto* type) {
+      using Chunk = std::remove_pointer_t<decltype(type)>;
+      merge_score<Chunk>(job, merge, draws, sums,
+                         [&](Chunk& chunk, int64_t n, double* own) { add_draws(chunk, n, draws, own); });
+    });
     return;
   }
   const auto exact = [&](auto& chunk, int64_t n, double* own) {
@@ -290,7 +351,9 @@ inline void merge_codes(Job job, const Merge& merge, int draw, Code type, void* 
     else merge_codes<Chunk>(job, merge, type, codes, (vi8*)nullptr, sought, merged);
   };
   if (merge.fast)
-    with((FastChunk*)nullptr, [](FastChunk&) {}, [&](FastChunk& c, int64_t i) { return c.merged(i, uint32_t(draw)); });
+    fast_chunk(merge.models, [&](auto* type) {
+      with(type, [](auto&) {}, [&](auto& c, int64_t i) { return c.merged(i, uint32_t(draw)); });
+    });
   else
     with((MergeChunk<0>*)nullptr, [&](auto& c) { c.draw(draw); }, [](auto& c, int64_t i) { return c.merged(i); });
 }

@@ -25,6 +25,7 @@ typedef uint32_t vu __attribute__((vector_size(HDRQ_VECTOR_BYTES)));
 typedef uint64_t vu64 __attribute__((vector_size(HDRQ_VECTOR_BYTES)));
 typedef double vd __attribute__((vector_size(HDRQ_VECTOR_BYTES)));
 typedef float vf_half __attribute__((vector_size(HDRQ_VECTOR_BYTES / 2)));
+typedef int32_t vi_half __attribute__((vector_size(HDRQ_VECTOR_BYTES / 2)));
 typedef uint16_t vu16 __attribute__((vector_size(HDRQ_VECTOR_BYTES / 2)));
 typedef int16_t vi16 __attribute__((vector_size(HDRQ_VECTOR_BYTES / 2)));
 typedef int8_t vi8 __attribute__((vector_size(HDRQ_VECTOR_BYTES / 4)));
@@ -221,6 +222,13 @@ struct Wide {
     high = __builtin_convertvector(half[1], vd);
   }
 };
+
+inline vi joined(vi_half low, vi_half high) {
+  vi both;
+  __builtin_memcpy(&both, &low, sizeof(low));
+  __builtin_memcpy(reinterpret_cast<char*>(&both) + sizeof(low), &high, sizeof(high));
+  return both;
+}
 
 // A sum in float64 of float32 terms, or of products of them, lane by lane.
 struct Sum {

@@ -279,7 +279,7 @@ def merged(draw: Draw) -> dict[str, Any]:
     packed = draw.chance(0.3)
     shape, (qmin, qmax) = draw.shape(), draw.choice((-8, 7), (0, 15), (-2, 1)) if packed else draw.quant_range()
     axis, mode = draw.axis(shape), draw.choice("exact", "fast")
-    models = 2 if mode == "fast" else draw.random.randint(2, 4)
+    models = draw.random.randint(2, 4)
     length = 1 if axis is None else shape[axis]
     scales = [torch.rand(length, generator=draw.generator) + 0.5 for _ in range(models)]
     raw = torch.rand(models, generator=draw.generator) + 0.1

@@ -114,7 +114,7 @@ def merge(
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     noise: Annotated[str, typer.Option(help="On all, odd or none of the weights.")] = "all",
     select: Annotated[str, typer.Option(help="min-cosine, mean-cosine, first or official.")] = "min-cosine",
-    mode: Annotated[str, typer.Option(help="exact, or fast for two models.")] = "exact",
+    mode: Annotated[str, typer.Option(help="exact, or fast for up to four models.")] = "exact",
     rule: Annotated[str, typer.Option(help="noise; or half-even, half-up, half-away, requantize.")] = "noise",
     extrapolate: Annotated[bool, typer.Option("--extrapolate", help="Allow negative weights.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

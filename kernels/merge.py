@@ -14,7 +14,7 @@ from hdrq.kernels import _lang as lang
 from hdrq.kernels._launch import BLOCK, launch, tiling
 
 PROGRAMS = 1024  # of one draw, each over its share of the tiles: bounds the sums kept, and the grid
-GROUP = 64  # fast draws that one program scores: their sums stay in its registers
+GROUP = 32  # fast draws that one program scores: their sums stay in its registers
 
 
 @triton.jit
@@ -91,24 +91,41 @@ def _exact(
 
 
 @triton.jit
+def _share(inputs, weights, step_size, k: tl.constexpr, start, i, live, ROWS: tl.constexpr, PACKED: tl.constexpr):
+    """``a_k = λ_k·Δ_k / Δ*``, float64."""
+    _, delta = _input(inputs, k, start, i, live, ROWS, PACKED)
+    return tl.maximum(tl.div_rn(tl.load(weights + k) * delta, step_size).to(tl.float64), 6.103515625e-05)
+
+
+@triton.jit
 def _fast(
     inputs, weights, rng, midpoint, step_size, noisy, start, i, live,
-    ROWS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    MODELS: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The lower outcome of each element, the threshold below which a draw takes the next one, and A and B."""
-    _, first = _input(inputs, 0, start, i, live, ROWS, PACKED)
-    _, second = _input(inputs, 1, start, i, live, ROWS, PACKED)
-    first = tl.div_rn(tl.load(weights) * first, step_size)
-    second = tl.div_rn(tl.load(weights + 1) * second, step_size)
-    narrow, wide = tl.minimum(first, second), tl.maximum(first, second)
     v = tl.div_rn(midpoint, step_size)
     low = tl.where(noisy, lang.floor(v), lang.round_half_even(v))
     y = v - low
-    h = tl.minimum(y, 1.0 - y)
-    inner = h < narrow
-    tail = tl.where(inner, h * h, h - 0.5 * narrow)
-    tail = tl.div_rn(tail, tl.where(inner, 2.0 * narrow * wide, wide))
-    p = tl.where(y <= 0.5, tail, 1.0 - tail)
+    h = tl.minimum(y, 1.0 - y).to(tl.float64)
+    below = tl.zeros([BLOCK], tl.float64)
+    for subset in tl.static_range(2**MODELS):
+        total = tl.zeros([BLOCK], tl.float64)
+        for k in tl.static_range(MODELS):
+            if subset >> k & 1:
+                total += _share(inputs, weights, step_size, k, start, i, live, ROWS, PACKED)
+        part = tl.maximum(h - total, 0.0)
+        power = part
+        for _ in tl.static_range(MODELS - 1):
+            power *= part
+        if (subset ^ subset >> 1 ^ subset >> 2 ^ subset >> 3) & 1:  # an odd number of models
+            below -= power
+        else:
+            below += power
+    volume = tl.full([BLOCK], 2.0 if MODELS == 2 else 6.0 if MODELS == 3 else 24.0, tl.float64)
+    for k in tl.static_range(MODELS):
+        volume *= _share(inputs, weights, step_size, k, start, i, live, ROWS, PACKED)
+    p = tl.minimum(tl.maximum(below * (1.0 / volume), 0.0), 1.0)
+    p = tl.where(y <= 0.5, p, 1.0 - p)
     threshold = tl.where(noisy, p * 16777216.0, 0.0).to(tl.int32)
     seed, stream, step = lang.read_state(rng)
     word = lang.words(seed, stream, step, start, BLOCK)
@@ -183,52 +200,53 @@ def merge_score_kernel(
 def merge_fast_score_kernel(
     sums, codes, stride, scales, zeros, merged_scale, merged_zero, weights, rng, qmin, qmax,
     tiles, programs, draws, numel, inner, channels,
-    NOISE: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    MODELS: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``sums[draw, program]`` of two inputs as above, for GROUP draws, which share their two words."""
+    """``sums[draw, program]`` as above, for GROUP draws, which share their two words."""
+    PADDED: tl.constexpr = triton.next_power_of_2(MODELS)
     inputs = codes, stride, scales, zeros, inner, channels
     group, tile = tl.program_id(0) // programs, tl.program_id(0) % programs
     program = tile
     i = tl.arange(0, BLOCK)
     member = tl.arange(0, GROUP)
-    dd0 = tl.zeros([GROUP], tl.float64)
-    dd1 = tl.zeros([GROUP], tl.float64)
-    dr0 = tl.zeros([GROUP], tl.float64)
-    dr1 = tl.zeros([GROUP], tl.float64)
+    model = tl.arange(0, PADDED)
+    dd = tl.zeros([PADDED], tl.float64)
+    dr = tl.zeros([GROUP, PADDED], tl.float64)
     rr = tl.zeros([GROUP], tl.float64)
     while tile < tiles:
         start = tile.to(tl.int64) * BLOCK
         live = i < numel - start
         step_size = lang.per_element(merged_scale, start, i, inner, channels, ROWS)
         zero = lang.per_element(merged_zero, start, i, inner, channels, ROWS)
-        midpoint, noisy = _midpoint(inputs, weights, start, i, live, 2, NOISE, ROWS, PACKED, BLOCK)
+        midpoint, noisy = _midpoint(inputs, weights, start, i, live, MODELS, NOISE, ROWS, PACKED, BLOCK)
         low, threshold, word, gap = _fast(
-            inputs, weights, rng, midpoint, step_size, noisy, start, i, live, ROWS, PACKED, BLOCK
+            inputs, weights, rng, midpoint, step_size, noisy, start, i, live, MODELS, ROWS, PACKED, BLOCK
         )
         lower = _residue(low, zero, step_size, midpoint, qmin, qmax, live)
         upper = _residue(low + 1.0, zero, step_size, midpoint, qmin, qmax, live)
-        integer, delta = _input(inputs, 0, start, i, live, ROWS, PACKED)
-        d0 = tl.where(live, midpoint - integer * delta, 0.0)
-        integer, delta = _input(inputs, 1, start, i, live, ROWS, PACKED)
-        d1 = tl.where(live, midpoint - integer * delta, 0.0)
-        dd0 += tl.sum(d0 * d0)
-        dd1 += tl.sum(d1 * d1)
-        word += (group * GROUP).to(tl.uint32) * gap
+        first = word + (group * GROUP).to(tl.uint32) * gap
+        word = first
         for d in range(GROUP):
             r = tl.where(_up(word, threshold), upper, lower)
             rr += tl.where(member == d, tl.sum(r * r), 0.0)
-            dr0 += tl.where(member == d, tl.sum(d0 * r), 0.0)
-            dr1 += tl.where(member == d, tl.sum(d1 * r), 0.0)
             word += gap
+        for k in range(MODELS):
+            integer, delta = _input(inputs, k, start, i, live, ROWS, PACKED)
+            distance = tl.where(live, midpoint - integer * delta, 0.0)
+            dd += tl.where(model == k, tl.sum(distance * distance), 0.0)
+            word = first
+            for d in range(GROUP):
+                r = tl.where(_up(word, threshold), upper, lower)
+                dr += tl.where((member == d)[:, None] & (model == k)[None, :], tl.sum(distance * r), 0.0)
+                word += gap
         tile += programs
     draw = group * GROUP + member
-    sums += (draw.to(tl.int64) * programs + program) * 6
-    tl.store(sums, dd0, mask=draw < draws)
-    tl.store(sums + 1, dd1, mask=draw < draws)
-    tl.store(sums + 2, dr0, mask=draw < draws)
-    tl.store(sums + 3, dr1, mask=draw < draws)
-    tl.store(sums + 4, rr, mask=draw < draws)
-    tl.store(sums + 5, rr, mask=draw < draws)
+    sums += (draw.to(tl.int64) * programs + program)[:, None] * 3 * MODELS + model[None, :]
+    every = (draw < draws)[:, None] & (model < MODELS)[None, :]
+    tl.store(sums, tl.broadcast_to(dd[None, :], [GROUP, PADDED]), mask=every)
+    tl.store(sums + MODELS, dr, mask=every)
+    tl.store(sums + 2 * MODELS, tl.broadcast_to(rr[:, None], [GROUP, PADDED]), mask=every)
 
 
 @triton.jit(do_not_specialize=["inner", "channels"])
@@ -248,7 +266,7 @@ def merge_codes_kernel(
     midpoint, noisy = _midpoint(inputs, weights, start, i, live, MODELS, NOISE, ROWS, PACKED, BLOCK)
     if FAST:
         low, threshold, word, gap = _fast(
-            inputs, weights, rng, midpoint, step_size, noisy, start, i, live, ROWS, PACKED, BLOCK
+            inputs, weights, rng, midpoint, step_size, noisy, start, i, live, MODELS, ROWS, PACKED, BLOCK
         )
         q = tl.where(_up(word + draw.to(tl.uint32) * gap, threshold), low + 1.0, low)
     else:
@@ -284,7 +302,8 @@ def merge(
     if mode == "fast":
         group = min(GROUP, triton.next_power_of_2(draws))
         args = (sums, *inputs, t.count, programs, draws, *lengths)
-        launch(merge_fast_score_kernel, triton.cdiv(draws, group) * programs, rng, *args, GROUP=group, **constants)
+        grid = triton.cdiv(draws, group) * programs
+        launch(merge_fast_score_kernel, grid, rng, *args, MODELS=models, GROUP=group, **constants)
     else:
         args = (sums, *inputs, t.count, programs, *lengths)
         launch(merge_score_kernel, draws * programs, rng, *args, MODELS=models, **constants)

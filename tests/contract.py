@@ -98,19 +98,33 @@ def merged_code(codes, deltas, weights, noises, qmin: int, qmax: int, zeros=None
 
 
 def fast_merged_code(state, e: int, draw: int, codes, deltas, weights, qmin: int, qmax: int) -> int:
-    """One element of two models by one threshold on the word ``A + draw·B``."""
+    """One element of two to four models by one threshold on the word ``A + draw·B``."""
     seed, stream, step = state
-    first, second = (weight * delta for weight, delta in zip(weights, deltas, strict=True))
-    merged = first + second
-    v = (weights[0] * (f32(codes[0]) * deltas[0]) + weights[1] * (f32(codes[1]) * deltas[1])) / merged
-    narrow, wide = sorted((first / merged, second / merged))
+    products = [weight * delta for weight, delta in zip(weights, deltas, strict=True)]
+    merged = total = f32(0)
+    for k, product in enumerate(products):
+        value = weights[k] * (f32(codes[k]) * deltas[k])
+        merged, total = (product, value) if k == 0 else (merged + product, total + value)
+    v = total / merged
+    shares = [max(float(product / merged), 2.0**-14) for product in products]
     low = f32(np.floor(v))
     y = v - low
-    h = min(y, f32(1) - y)
-    tail = h * h / (f32(2) * narrow * wide) if h < narrow else (h - f32(0.5) * narrow) / wide
-    p = tail if y <= f32(0.5) else f32(1) - tail
+    h = float(min(y, f32(1) - y))
+    below, volume = 0.0, float(math.factorial(len(shares)))
+    for share in shares:
+        volume *= share
+    for subset in range(2 ** len(shares)):
+        inside, reached = [share for k, share in enumerate(shares) if subset >> k & 1], 0.0
+        for share in inside:
+            reached += share
+        part = power = max(h - reached, 0.0)
+        for _ in shares[1:]:
+            power *= part
+        below += -power if len(inside) % 2 else power
+    p = min(max(below * (1.0 / volume), 0.0), 1.0)
+    p = p if y <= f32(0.5) else 1.0 - p
     a, b = (word(seed, (stream + k) % 2**32, step, e) for k in range(2))
-    up = (a + draw * b) % 2**32 >> 8 < int(p * f32(2**24))
+    up = (a + draw * b) % 2**32 >> 8 < int(p * 2.0**24)
     return int(min(max(low + up, qmin), qmax))
 
 

@@ -116,13 +116,13 @@ def test_mixed_ranges_layouts_and_zero_points_have_the_bits_of_the_contract(back
 
 
 @pytest.mark.parametrize("backend", backend_params())
-@pytest.mark.parametrize("weights", [None, (0.2, 0.8)])
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.2, 0.8), (1.0, 0.0), (0.5, 0.3, 0.2), (0.4, 0.3, 0.2, 0.1)])
 def test_fast_codes_have_the_bits_of_the_contract(backend, weights):
-    codes, deltas = models(2, (5, 7), -4, 3, 0)
+    codes, deltas = models(len(weights), (5, 7), -4, 3, 0)
     result = run(backend, codes, deltas, -4, 3, weights=weights, draws=70, axis=0, mode="fast")
+    lam = [f32(w) for w in weights]
     for e in range(35):
         own, integers = [d[e // 7].numpy() for d in deltas], [int(c.flatten()[e]) for c in codes]
-        lam = [f32(w) for w in weights or (0.5, 0.5)]
         assert int(result.codes.flatten()[e]) == contract.fast_merged_code(
             STATE, e, int(result.draw), integers, own, lam, -4, 3
         )
@@ -130,9 +130,10 @@ def test_fast_codes_have_the_bits_of_the_contract(backend, weights):
 
 @pytest.mark.parametrize("backend", backend_params(only=("torch", "cpp", "triton")))
 @pytest.mark.parametrize(("noise", "select"), [("all", "mean-cosine"), ("odd", "official"), ("none", "first")])
-def test_fast_and_packed_agree_with_the_reference(backend, noise, select):
-    codes, deltas = models(2, (9, 133), -8, 7, 0)
-    options = {"axis": 0, "weights": (0.3, 0.7), "select": select, "mode": "fast", "draws": 3, "noise": noise}
+@pytest.mark.parametrize("weights", [(0.3, 0.7), (0.2, 0.5, 0.3)])
+def test_fast_and_packed_agree_with_the_reference(backend, weights, noise, select):
+    codes, deltas = models(len(weights), (9, 133), -8, 7, 0)
+    options = {"axis": 0, "weights": weights, "select": select, "mode": "fast", "draws": 3, "noise": noise}
     packing = {"packed": True, "shape": (9, 133)}
     packed = [hdrq.ops.pack(c) for c in codes]
     got, want = (run(b, packed, deltas, -8, 7, **options, **packing) for b in (backend, "reference"))
@@ -143,12 +144,23 @@ def test_fast_and_packed_agree_with_the_reference(backend, noise, select):
     assert_same_bits(hdrq.ops.unpack(got.codes, plain.shape), plain)
 
 
-@pytest.mark.parametrize(("deltas", "weights"), [((0.1, 0.1), None), ((0.1, 0.17), None), ((0.3, 0.1), (0.1, 0.9))])
+@pytest.mark.parametrize(
+    ("deltas", "weights"),
+    [
+        ((0.1, 0.1), None),
+        ((0.1, 0.17), None),
+        ((0.3, 0.1), (0.1, 0.9)),
+        ((0.1, 0.1, 0.1), None),
+        ((0.1, 0.17, 0.02), (0.5, 0.2, 0.3)),
+        ((0.1, 0.2, 0.15, 0.12), (0.4, 0.3, 0.2, 0.1)),
+    ],
+)
 def test_fast_draws_are_distributed_as_exact_ones(deltas, weights):
-    """χ² between the outcomes of the two modes, for each of the 256 pairs of 4-bit codes."""
+    """χ² between the outcomes of the two modes, for 256 tuples of 4-bit codes, for two models all there are."""
     samples = 20_000
     first, second = torch.cartesian_prod(torch.arange(-8, 8), torch.arange(-8, 8)).char().T
-    codes = [c.repeat_interleave(samples) for c in (first, second)]
+    more = [torch.randperm(256, generator=torch.Generator().manual_seed(k)) for k in range(len(deltas) - 2)]
+    codes = [c.repeat_interleave(samples) for c in (first, second, *(second[order] for order in more))]
     scales = [torch.tensor([d]) for d in deltas]
     exact, fast = (
         hdrq.ops.merge(codes, scales, -8, 7, hdrq.rng_state(seed), weights=weights, mode=mode)
@@ -245,8 +257,8 @@ BAD = [
     (ValueError, "select must be one of", {"select": "best"}),
     (
         ValueError,
-        'mode must be "exact" but for two tensors',
-        {"mode": "fast", "codes": [INT8] * 3, "scales": [ONE] * 3},
+        'mode must be "exact" but for 4 tensors or less',
+        {"mode": "fast", "codes": [INT8] * 5, "scales": [ONE] * 5},
     ),
     (ValueError, 'mode must be "exact" but', {"mode": "fast", "weights": (1.5, -0.5), "extrapolate": True}),
     (

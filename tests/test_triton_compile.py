@@ -82,7 +82,8 @@ def _launches(warp_size: int) -> list[tuple]:
             pair = [half, half] if packed else [codes, codes]
             merge.merge(pair, [s, s], [s, s], -8, 7, rng, [0.5, 0.5], 4, mode, axis, *how)
             if number == 0:
-                merge.merge(pair, [s, s], [s, s], -8, 7, rng, [0.5, 0.5], 4, mode, axis, "first", "fast", *how[2:])
+                three = [codes] * 3, [s] * 3, [s] * 3, -8, 7, rng, [0.25, 0.25, 0.5]
+                merge.merge(*three, 4, mode, axis, "first", "fast", *how[2:])
         if number < 3:
             candidates, rows = empty(64, 100), empty(64)
             ranges.range_errors(x, x if number == 2 else None, candidates, candidates, candidates, rows, 2.4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from hdrq import rng as stream
@@ -72,14 +74,22 @@ def kept(cosines: torch.Tensor, select: str) -> torch.Tensor:
 
 
 def _fast(rng, lam, steps, merged_step, v, noisy, clamped):
-    shares = [w * s / merged_step for w, s in zip(lam, steps, strict=True)]
-    narrow, wide = torch.minimum(*shares), torch.maximum(*shares)
+    shares = [(w * s / merged_step).double().clamp(min=2.0**-14) for w, s in zip(lam, steps, strict=True)]
     low = torch.where(noisy, v.floor(), v.round())
     y = v - low
-    h = torch.minimum(y, 1 - y)
-    inner = h < narrow
-    tail = torch.where(inner, h * h, h - 0.5 * narrow) / torch.where(inner, 2 * narrow * wide, wide)
-    threshold = torch.where(noisy, torch.where(y <= 0.5, tail, 1 - tail) * 2**24, 0.0).int()
+    h = torch.minimum(y, 1 - y).double()
+    below, volume, sums = torch.zeros_like(h), float(math.factorial(len(shares))), [torch.zeros_like(shares[0])]
+    for share in shares:
+        sums += [total + share for total in sums]
+        volume = volume * share
+    for subset, total in enumerate(sums):
+        part = (h - total).clamp(min=0)
+        power = part
+        for _ in shares[1:]:
+            power = power * part
+        below = below - power if bin(subset).count("1") % 2 else below + power
+    p = (below * (1.0 / volume)).clamp(0, 1)
+    threshold = torch.where(noisy, torch.where(y <= 0.5, p, 1 - p) * 2**24, 0.0).int()
     first, second = (stream.torch_words(_state(rng, k, 0), v.numel()).reshape(v.shape) for k in range(2))
 
     def draw(d: int | torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from hdrq.ops.packing import unpack
 NOISES = ("all", "odd", "none")
 SELECTIONS = ("min-cosine", "mean-cosine", "first", "official")
 MODES = ("exact", "fast")
+FEW = 4  # tensors that fast draws are made of, at most: what a threshold costs doubles with each
 
 
 class MergedTensor(NamedTuple):
@@ -57,12 +58,13 @@ def merge(
     alike. Several draws may be made, all scored in one pass, and ``select`` says which is kept, by the cosines between
     its step from each model and the step to the midpoint.
 
-    ``mode="exact"``: noise of input k in draw d comes from ``stream + k``, ``step + d``. ``mode="fast"``, for two
-    tensors without extrapolation: noise can move the mean to one of two neighbours only, with a known probability, so a
-    draw compares one word with one threshold; and the word of draw d is ``A + d·B`` modulo 2³², A and B being the
-    element's words of ``stream`` and ``stream + 1`` at ``step``. Each draw has the distribution of an exact one, and
-    any two are independent (to 16 bits or better). Three of one element are not, but sums over many elements, which
-    decide between draws, tend to be. More draws cost additions and comparisons, no random numbers.
+    ``mode="exact"``: noise of input k in draw d comes from ``stream + k``, ``step + d``. ``mode="fast"``, for up to
+    four tensors without extrapolation: noise can move the mean to one of two neighbours only, with a known probability,
+    so a draw compares one word with one threshold; and the word of draw d is ``A + d·B`` modulo 2³², A and B being the
+    element's words of ``stream`` and ``stream + 1`` at ``step``. Each draw has the distribution of an exact one (but a
+    tensor with less than 2⁻¹⁴ of the noise has that much), and any two are independent (to 16 bits or better). Three
+    of one element are not, but sums over many elements, which decide between draws, tend to be. More draws cost
+    additions and comparisons, no random numbers.
 
     Args:
         codes: 2 to 64 tensors of one shape and device: int8, int16, or :func:`hdrq.ops.pack`-ed uint8, with ``shape``.
@@ -119,9 +121,9 @@ def _check(
     checks.integer("draws", draws, 1, 2**16)
     for name, value, choices in (("noise", noise, NOISES), ("select", select, SELECTIONS), ("mode", mode, MODES)):
         checks.choice(name, value, choices)
-    if mode == "fast" and (len(codes) != 2 or min(weights) < 0):
+    if mode == "fast" and (len(codes) > FEW or min(weights) < 0):
         raise ValueError(
-            f'mode must be "exact" but for two tensors without extrapolation, got "fast" for λ = {weights}'
+            f'mode must be "exact" but for {FEW} tensors or less without extrapolation, got "fast" for λ = {weights}'
         )
     if packed:
         checks.packed_range("qmin and qmax", qmin, qmax)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from hdrq import rng as stream
@@ -62,23 +64,31 @@ def merge(
 
 
 def _fast(rng, lam, steps, merged_step, v, noisy, clamped):
-    """Draws of two tensors, by one threshold on one word.
+    """Draws of few tensors, by one threshold on one word.
 
     With ``v = Σ λw / Δ*``, ``m = floor(v)``, ``y = v − m``, a rounding with noise gives m + 1 with probability p, else
-    m: the sum of two uniforms of widths ``a_k = λ_k·Δ_k / Δ*``, a ≤ b, a + b = 1, exceeds ``½ − y``. For
-    ``h = min(y, 1 − y)`` the nearer tail is ``h·h / (2·a·b)`` where h < a, else ``(h − ½·a) / b``, and p is that for
-    ``y ≤ ½``, else 1 minus it. Draw d gives m + 1 where ``(A + d·B mod 2³²) >> 8 < trunc(p·2²⁴)``; A and B are
-    the element's words of ``stream`` and ``stream + 1`` at ``step``.
+    m: p is that the sum of K uniforms on [0, a_k], ``a_k = λ_k·Δ_k / Δ*``, Σ a = 1, is below y. In float64, with
+    a_k of 2⁻¹⁴ at least, ``h = min(y, 1 − y)`` and the subsets S of the models in binary order, that is
+    ``Σ_S (−1)^|S|·max(h − Σ_S a, 0)^K · (1 / (K!·Π a))``, in [0, 1], and 1 minus it where y > ½. Draw d gives m + 1
+    where ``(A + d·B mod 2³²) >> 8 < trunc(p·2²⁴)``; A and B are the element's words of ``stream`` and ``stream + 1``.
     """
-    shares = [w * s / merged_step for w, s in zip(lam, steps, strict=True)]
-    narrow, wide = np.minimum(*shares), np.maximum(*shares)
+    shares = [np.maximum((w * s / merged_step).astype(np.float64), 2.0**-14) for w, s in zip(lam, steps, strict=True)]
     low = np.where(noisy, np.floor(v), np.rint(v))
     y = v - low
-    h = np.minimum(y, f32(1) - y)
-    inner = h < narrow
-    tail = np.where(inner, h * h, h - f32(0.5) * narrow) / np.where(inner, f32(2) * narrow * wide, wide)
-    p = np.where(y <= f32(0.5), tail, f32(1) - tail)
-    threshold = np.where(noisy, p * f32(2**24), f32(0)).astype(np.uint32)
+    h = np.minimum(y, f32(1) - y).astype(np.float64)
+    below, volume, sums = np.zeros_like(h), float(math.factorial(len(shares))), [np.zeros_like(shares[0])]
+    for share in shares:
+        sums += [total + share for total in sums]
+        volume = volume * share
+    for subset, total in enumerate(sums):
+        part = np.maximum(h - total, 0.0)
+        power = part
+        for _ in shares[1:]:
+            power = power * part
+        below = below - power if bin(subset).count("1") % 2 else below + power
+    p = np.clip(below * (1.0 / volume), 0.0, 1.0)
+    p = np.where(y <= f32(0.5), p, 1.0 - p)
+    threshold = np.where(noisy, p * 2.0**24, 0.0).astype(np.uint32)
     first, second = (stream.words(_state(rng, k, 0), v.size).reshape(v.shape) for k in range(2))
 
     def draw(d: int) -> np.ndarray:
