@@ -162,24 +162,27 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 @torch.no_grad()
-def attach_quantizers(model: nn.Module, run, example, bits, plan: Recipe, blocks: Sequence[str]) -> None:
+def attach_quantizers(
+    model: nn.Module, run, example, bits, plan: Recipe, blocks: Sequence[str], operands: Sequence[str] = ()
+) -> None:
     """Give every layer that ``run(model)`` reaches quantizers for its weight and for its input, in place.
 
     Inputs are quantized where they are read, once for all that read the same tensor (q, k and v). With ``placement``
     ``"qdrop"`` blocks quantize what they read too, for all their branches, so that a residual is quantized. Scales are
     searched: a weight's on the weight, an input's on what is read in ``run``. An input that is nowhere negative is
     quantized unsigned; another signed or, where that lowers the error by a tenth, with a zero point, which is a range
-    of integers of its own: ``[qmin − z, qmax − z]``.
+    of integers of its own: ``[qmin − z, qmax − z]``. Operands have the bits of the layers nearest around them.
 
     Args:
         run, example: run the model on the samples that scales are searched on, and on one.
         blocks: :func:`hdrq.blocks.find_blocks`.
+        operands: more modules to quantize the inputs of (:func:`hdrq.attention.expose_operands`).
 
     Raises:
         ValueError: a layer cannot be quantized; the message names it.
     """
     weighted = weighted_layers(model)
-    readers = dict.fromkeys([*(blocks if plan.placement == "qdrop" else ()), *weighted])
+    readers = dict.fromkeys([*(blocks if plan.placement == "qdrop" else ()), *weighted, *operands])
     packed = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
     reads = _first_reads(model, example, [*readers, *packed])
     _refuse_packed([n for n in packed if reads.pop(n, None)], bits)
@@ -204,8 +207,7 @@ def attach_quantizers(model: nn.Module, run, example, bits, plan: Recipe, blocks
     shared: dict[str, str] = {}
     ranges: dict[str, int] = {}
     for name, tensors in reads.items():
-        inside = (policy[n] for n in layers if n == name or n.startswith(f"{name}."))
-        own = next((b for b in inside if b is not None), None)
+        own = _bits_around(name, policy)
         if own is None or not tensors[0].is_floating_point():
             continue
         key = (own.activation, *map(id, tensors))
@@ -221,13 +223,22 @@ def attach_quantizers(model: nn.Module, run, example, bits, plan: Recipe, blocks
         attach_input_quantizer(model.get_submodule(name), quantizers[owner])
 
 
+def _bits_around(name: str, policy: Mapping[str, Bits | None]) -> Bits | None:
+    """The first of the layers in a module, or of those nearest around it, that is quantized."""
+    inside = [bits for layer, bits in policy.items() if not name or layer == name or layer.startswith(f"{name}.")]
+    if not inside:
+        return _bits_around(name.rpartition(".")[0], policy)
+    return next((bits for bits in inside if bits is not None), None)
+
+
 def _refuse_packed(attentions: list[str], bits: str | Mapping[str, str]) -> None:
-    """A packed attention reads its projections' weights without calling them: they would silently stay in float."""
+    """What :func:`hdrq.attention.replace_attention` left reads weights of layers that it does not call: they would
+    silently stay in float."""
     floats = [pattern for pattern, text in bits.items() if text == "float"] if isinstance(bits, Mapping) else []
     for name in attentions:
         if not any(_matches(name, pattern) for pattern in floats):
             raise ValueError(
-                f"model must call its projections as layers to quantize them, got nn.MultiheadAttention {name!r}; "
+                f"model must call its projections as layers to quantize them, got the attention {name!r}; "
                 f'write it with nn.Linear, or keep it in full precision with bits={{"{name}": "float", …}}'
             )
 
