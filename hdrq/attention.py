@@ -33,7 +33,8 @@ class Attention(nn.Module):
 
     Its projections ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj`` are ``nn.Linear``; ``q``, ``k``, ``v`` and
     ``softmax`` are the operands of its two products, at which rows of ``bias_k``, ``bias_v`` and of zeros have been
-    appended. The weights it returns are those that multiply v.
+    appended, which every query sees (PyTorch hides them where ``is_causal`` and not ``need_weights``). The weights it
+    returns are those that multiply v.
 
     Args:
         packed: the module whose weights are taken, as they are.
@@ -184,17 +185,10 @@ def expose_operands(model: nn.Module, run: Callable) -> list[str]:
         run(model)
     for name, module in list(model.named_modules()):
         if not isinstance(module, Attention):
-            prefix = f"{name}." if name else ""
-            called = {n: softmax[prefix + n] for n in _in_order(softmax, prefix, module)}
+            called = {n.rpartition(".")[2]: s for n, s in softmax.items() if n and n.rpartition(".")[0] == name}
             for child, labels in _places(module, called).items():
                 expose(module.get_submodule(child), labels)
     return [name for name, module in model.named_modules() if isinstance(module, Operand)]
-
-
-def _in_order(called: Mapping[str, bool], prefix: str, module: nn.Module) -> list[str]:
-    """The children of a module that were called, in order."""
-    own = {prefix + child: child for child, _ in module.named_children()}
-    return [own[name] for name in called if name in own]
 
 
 def _is_softmax(x: Any) -> bool:
@@ -204,7 +198,7 @@ def _is_softmax(x: Any) -> bool:
 
 
 def _places(module: nn.Module, called: Mapping[str, bool]) -> dict[str, list[str | None]]:
-    """Which children of a module return operands, and which in equal parts of the last axis; nothing if unknown."""
+    """Which children of a module, of those ``called``, return operands, and which parts; none if it is no attention."""
     linear = {n: m for n, m in module.named_children() if n in called and isinstance(m, nn.Linear)}
     places: dict[str, list[str | None]] = {}
     if {"qkv", "proj"} <= linear.keys() and linear["qkv"].out_features == 3 * linear["proj"].in_features:

@@ -142,19 +142,20 @@ def bit_policy(layers: list[str], bits: str | Mapping[str, str]) -> dict[str, Bi
         return {name: edge if name in (layers[0], layers[-1]) else inner for name in layers}
     patterns = {pattern: None if text == "float" else Bits.parse(text) for pattern, text in bits.items()}
     for pattern, own in patterns.items():
-        if own is not None and not any(_matches(name, pattern) for name in layers):
+        if own is not None and not any(matches(name, pattern) for name in layers):
             known = ", ".join(layers)
             raise ValueError(f"bits must have patterns that match a layer, got {pattern!r}; layers: {known}")
     policy = {}
     for name in layers:
-        chosen = next((p for p in patterns if _matches(name, p)), None)
+        chosen = next((p for p in patterns if matches(name, p)), None)
         if chosen is None:
             raise ValueError(f'bits must have a pattern for every layer (end with "*"), got none for {name!r}')
         policy[name] = patterns[chosen]
     return policy
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern is for a module of this name, or for one that it lies in."""
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1)) or fnmatchcase(
         name, pattern
@@ -183,9 +184,7 @@ def attach_quantizers(
     """
     weighted = weighted_layers(model)
     readers = dict.fromkeys([*(blocks if plan.placement == "qdrop" else ()), *weighted, *operands])
-    packed = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    reads = _first_reads(model, example, [*readers, *packed])
-    _refuse_packed([n for n in packed if reads.pop(n, None)], bits)
+    reads = _first_reads(model, example, list(readers))
     layers = [name for name in reads if name in weighted]
     if not layers:
         raise ValueError("model must run at least one convolution or linear layer on calibration, got none")
@@ -229,18 +228,6 @@ def _bits_around(name: str, policy: Mapping[str, Bits | None]) -> Bits | None:
     if not inside:
         return _bits_around(name.rpartition(".")[0], policy)
     return next((bits for bits in inside if bits is not None), None)
-
-
-def _refuse_packed(attentions: list[str], bits: str | Mapping[str, str]) -> None:
-    """What :func:`hdrq.attention.replace_attention` left reads weights of layers that it does not call: they would
-    silently stay in float."""
-    floats = [pattern for pattern, text in bits.items() if text == "float"] if isinstance(bits, Mapping) else []
-    for name in attentions:
-        if not any(_matches(name, pattern) for pattern in floats):
-            raise ValueError(
-                f"model must call its projections as layers to quantize them, got the attention {name!r}; "
-                f'write it with nn.Linear, or keep it in full precision with bits={{"{name}": "float", …}}'
-            )
 
 
 def _search_weight(name: str, layer: Any, bits: Bits, plan: Recipe) -> WeightQuantizer:

@@ -35,6 +35,7 @@ from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
 from hdrq.report import BlockReport, RunReport, peak_memory, set_report
 from hdrq.resume import Workdir, fingerprint, listed, state_hash
+from hdrq.uncalled import refuse_uncalled
 
 
 @torch.inference_mode(False)
@@ -125,6 +126,7 @@ def quantize(
     quantized = copy.deepcopy(full)
     example = run_all(first_samples(batches, 1))
     units = find_blocks(full, example, blocks)
+    refuse_uncalled(quantized, example, bits)
     operands = expose_operands(quantized, example) if plan.attention else []
     ranged = run_all(first_samples(batches, plan.range_samples))
     attach_quantizers(quantized, ranged, example, bits, plan, units, operands)

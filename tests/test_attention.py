@@ -226,6 +226,20 @@ def test_a_head_that_is_a_softmax_is_no_attention():
     assert "1.operands.softmax" not in input_quantizers(hdrq.quantize(model, X, "rtn"))
 
 
+def test_a_packed_layer_of_unequal_parts_has_no_operands():
+    class Unequal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(8, 18), nn.Linear(10, 8)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).split([4, 4, 10], -1)
+            return self.proj(F.scaled_dot_product_attention(q, k, v))
+
+    quantized = hdrq.quantize(seeded(lambda: Vision(Unequal)), X, "rtn")
+    assert operand_table(quantized) == {} and "blocks.0.qkv" in quantized_layers(quantized)
+
+
 KINDS = [
     {},
     {"batch_first": True},
