@@ -41,7 +41,8 @@ def merge_rule(
     Equation, in float32, with ``m = Σ λ_k·(I_k − z_k)·Δ_k``: ``I* = clamp(rounded(m / Δ*) + z*, qmin, qmax)``.
     ``"half-even"`` is ``noise="none"`` there; ``"half-up"`` rounds ties towards +∞, ``"half-away"`` away from 0.
     ``"requantize"`` takes m as a float tensor: its scale is searched anew (its zero point too, if zero points are
-    given) and it is rounded to nearest.
+    given) and it is rounded to nearest. The first three differ at ties only, of which there are hardly any where scales
+    were learned: then of two models a step apart each of them takes the one of the greater ``λ_k·Δ_k``.
 
     Args:
         codes: int8 or int16, of one shape.

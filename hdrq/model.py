@@ -252,7 +252,7 @@ def _search_activation(name: str, x: torch.Tensor, bits: int, plan: Recipe) -> A
     signed = bool((x < 0).any())
     qmin, qmax = integer_range(bits, signed)
     scale = ops.search_scale(x, qmin, qmax, **options)
-    if signed:
+    if signed and bits < 16:  # a range of 16 bits fits as it is only
         low, high = integer_range(bits, signed=False)
         affine, zero_point = ops.search_affine(x, low, high, **options)
         shift = int(zero_point)

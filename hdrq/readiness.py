@@ -11,7 +11,7 @@ from torch.nn.functional import pdist
 from hdrq import checks, ops
 from hdrq.ops import MergedTensor
 
-CHUNK = 2**16  # elements at a time, of every model: what is made of them in float64 stays in the cache
+CHUNK = 2**14  # elements at a time, of every model: what is made of them in float64 stays in the cache
 TIE = 2.0**-16  # a mean so near to half an integer is a tie, but for the rounding of λ to float32
 
 
@@ -26,7 +26,7 @@ class LayerReadiness:
     name: str
     elements: int
     ambiguous: float  # share of weights whose v is nearer to a tie than to an integer
-    ties: float  # share of weights whose v is a tie: without noise the rule decides for all of them alike
+    ties: float  # share of weights whose v is a tie: without noise a rule decides for all of them alike
     scale_ratio: float  # the largest scale of a channel over its smallest, in the channel where that is most
     mean_scale_ratio: float  # the same, the mean over channels
     distance: float  # ‖w_i − w_j‖₂ of the pair that is farthest apart, over the mean of ‖w_k‖₂
@@ -94,7 +94,10 @@ def examine(
 
     A weight is *ambiguous* where ``abs(v − floor(v) − ½) < ¼``. Where all scales are equal, those are the weights on
     which ``noise="odd"`` keeps noise; where they differ, that tests the mean integer ``Σ λ_k·J_k`` in place of ``v``.
-    ``v`` is a mean of the models' integers, so the clamp moves weights only where ranges differ, zero points round,
+    Ties need equal scales. Where those differ ever so little, rounding to nearest takes, of two models a step apart,
+    the one of the greater ``λ_k·Δ_k`` everywhere, which is as much of a bias.
+
+    ``v`` is a mean of the models' ``J_k``, so the clamp moves weights only where ranges differ, zero points round,
     or λ extrapolates. Sums are float64, over ``CHUNK`` weights at a time; an empty layer has shares and norms of 0.
     """
     count = len(codes)
@@ -189,7 +192,7 @@ TOO_FAR = 1.0  # 60 degrees: the mean keeps 87%, and each model is as far from t
 # Up to 7% clipped in the worst layer cost nothing; 11 to 15% cost 4 to 26 points, 16% and more 32 to 55.
 CLIPPED = 0.05
 TOO_CLIPPED = 0.10
-# Nothing else decides. Scales 25 times apart cost nothing where the range of the merged model held the mean (3 and 8
+# Nothing else decides. Scales 25 times apart cost a point where the range of the merged model held the mean (3 and 8
 # bits, into 8), and where it does not, weights are clipped. Cosines are high where models are far apart, low where they
 # are alike. The rounding error was 0.34 at 2 bits where merging worked (HDRQ), and 0.33 where it did not (nearest,
 # whose models do not work by themselves either).

@@ -132,3 +132,11 @@ def test_refusals():
         float_then_round([floats(1), floats(1, 2)], -4, 3)
     with pytest.raises(TypeError, match=r"float_weights\[0\] must be a tensor of float32 .* got int8"):
         float_then_round(TIES, -4, 3)
+
+
+def test_of_two_models_a_step_apart_the_coarser_decides_if_scales_differ():
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(-7, 7, (500,), generator=generator).to(torch.int8)
+    fine = coarse + torch.randint(-1, 2, (500,), generator=generator).to(torch.int8)
+    for rule in ("half-even", "half-up", "half-away"):
+        assert torch.equal(merge_rule([coarse, fine], [floats(0.101), floats(0.1)], -8, 7, rule).codes, coarse)
