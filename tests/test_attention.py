@@ -8,6 +8,7 @@ from torch import nn
 import hdrq
 from hdrq.attention import Attention, operand_table, quantized_operands, replace_attention
 from hdrq.blocks import find_blocks
+from hdrq.merging import merge_files
 from hdrq.model import input_quantizers, quantized_layers
 from hdrq.report import report_of
 
@@ -161,8 +162,8 @@ def test_all_recipes_save_load_merge(name, tmp_path):
         assert torch.equal(output(model, x), want)  # the model given is left as it was
         got = output(each, x)
         assert got.isfinite().all() and 1e-3 < (got - want).norm() / want.norm() < 0.6, recipe
-        hdrq.save(each, tmp_path / "model.safetensors")
-        loaded = hdrq.load(tmp_path / "model.safetensors", model)
+        hdrq.save(each, tmp_path / recipe)
+        loaded = hdrq.load(tmp_path / recipe, model)
         assert torch.equal(output(loaded, x), got)
         assert quantized_operands(loaded) == attentions
     rtn, hdr = quantized["rtn"], quantized["hdrq"]
@@ -170,8 +171,10 @@ def test_all_recipes_save_load_merge(name, tmp_path):
     assert set(input_quantizers(hdr)) - set(moved) == set()  # every scale of an activation learns, operands' too
     merged = hdrq.merge([hdr, quantized["qdrop"]], draws=2)
     assert output(merged, x).isfinite().all()
-    hdrq.save(merged, tmp_path / "merged.safetensors")
-    assert torch.equal(output(hdrq.load(tmp_path / "merged.safetensors", model), x), output(merged, x))
+    hdrq.save(merged, tmp_path / "merged")
+    assert torch.equal(output(hdrq.load(tmp_path / "merged", model), x), output(merged, x))
+    merge_files([tmp_path / "hdrq", tmp_path / "qdrop"], tmp_path / "files", draws=2)
+    assert (tmp_path / "files").read_bytes() == (tmp_path / "merged").read_bytes()
 
 
 def test_operands_have_the_bits_of_their_attention_and_softmax_is_unsigned():
