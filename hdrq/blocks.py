@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from torch import nn
 
 from hdrq import checks
+from hdrq.attention import Attention
 from hdrq.model import hooks, weighted_layers
+
+TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def find_blocks(model: nn.Module, run, names: Sequence[str] | None = None) -> list[str]:
     """The units of reconstruction, in execution order, of what ``run(model)`` reaches.
 
-    A block is a module of a class of the model's own (not one of torch's) with at least two weighted layers, of which
-    the model has a sequence: a ``ModuleList`` or ``Sequential`` that holds several of the class; where there is no such
-    sequence, any module with several of it as children. Of blocks in blocks the inner ones count: residual blocks, not
-    stages; and since an attention stands alone in its transformer block, that is the whole transformer block. Layers
-    outside every block are units by themselves.
+    A block is a module of a class of the model's own (of torch's only a transformer's layer) with at least two weighted
+    layers, of which the model has a sequence: a ``ModuleList`` or ``Sequential`` that holds several of the class; where
+    there is no such sequence, any module with several of it as children. Of blocks in blocks the inner ones count:
+    residual blocks, not stages; and since an attention stands alone in its transformer block, that is the whole
+    transformer block. An :class:`hdrq.attention.Attention` and layers outside every block are units by themselves.
 
     Args:
         names: the blocks, by name, instead of those found.
@@ -37,6 +40,8 @@ def find_blocks(model: nn.Module, run, names: Sequence[str] | None = None) -> li
         run(model)
     layers = [n for n in order if n in weighted]
     blocks = _sequences(model, order, layers) if names is None else _named(names, order, layers)
+    attentions = [n for n in order if isinstance(modules[n], Attention)]
+    blocks |= {n for n in attentions if not any(f"{n}.".startswith(f"{b}.") or b.startswith(f"{n}.") for b in blocks)}
     inside = {n for n in layers for block in blocks if n == block or n.startswith(f"{block}.")}
     return [n for n in order if n in blocks or (n in layers and n not in inside)]
 
@@ -46,7 +51,7 @@ def _sequences(model: nn.Module, order: dict[str, None], layers: list[str]) -> s
     own = [
         n
         for n in order
-        if not type(modules[n]).__module__.startswith("torch.")
+        if (isinstance(modules[n], TRANSFORMERS) or not type(modules[n]).__module__.startswith("torch."))
         and sum(layer.startswith(f"{n}.") for layer in layers) > 1
     ]
     for containers in ((nn.ModuleList, nn.Sequential), (nn.Module,)):

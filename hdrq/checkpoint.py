@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 import hdrq
 from hdrq import architecture as architectures
 from hdrq import checks
+from hdrq.attention import operand_table, restore_operands
 from hdrq.folding import BATCHNORM
 from hdrq.format import FORMAT, Reader, Writer, packs
 from hdrq.model import (
@@ -31,7 +32,8 @@ from hdrq.ops.packing import pack, unpack
 from hdrq.quantizers import ActivationQuantizer, WeightQuantizer
 
 FOLDABLE = tuple(kind for kind in WEIGHTED if kind is not nn.Embedding)
-TABLES = ("format", "hdrq", "weights", "inputs", "shared", "sha256")  # what the file holds; the rest is how it was made
+# What the file holds; the rest of its manifest is how the model was made.
+TABLES = ("format", "hdrq", "weights", "inputs", "shared", "attention", "sha256")
 
 
 def save(model: nn.Module, path: str | os.PathLike, *, architecture: str | None = None) -> None:
@@ -111,7 +113,7 @@ def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         owners[id(activation)] = name
     shared = {n: owners[id(q)] for n, q in input_readers(model).items() if owners[id(q)] != n}
     tables = {"format": FORMAT, "hdrq": hdrq.__version__, "weights": weights, "inputs": inputs, "shared": shared}
-    return {**tables, **origin(model)}, tensors
+    return {**tables, "attention": operand_table(model), **origin(model)}, tensors
 
 
 def _quantizer_state(model: nn.Module) -> set[str]:
@@ -126,6 +128,7 @@ def _quantizer_state(model: nn.Module) -> set[str]:
 def _attach(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     """Give a float model the structure that a manifest says; :func:`assign` fills it."""
     model.eval().requires_grad_(False)
+    restore_operands(model, manifest.get("attention", {}))
     _check_modules(model, manifest)
     for norm, name in manifest["folded"].items():
         replace_module(model, norm, nn.Identity())

@@ -40,12 +40,20 @@ def fold_batchnorm(model: nn.Module, run) -> dict[str, str]:
             transposed = isinstance(layer, TRANSPOSED)
             layer.weight, layer.bias = fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, transposed)
         replace_module(model, norm_name, nn.Identity())
-    after = run(model)
-    error = max((_relative(a, b) for a, b in zip(_tensors(after), _tensors(before), strict=True)), default=0.0)
-    roundings = [4 * torch.finfo(t.dtype).eps for t in _tensors(before) if t.is_floating_point()]
-    if error > max([1e-3, *roundings]):
-        raise ValueError(f"folding BatchNorm must leave the outputs as they are, got a relative change of {error:.2g}")
+    check_unchanged("folding BatchNorm", before, run(model), 1e-3)
     return pairs
+
+
+def check_unchanged(what: str, before: object, after: object, bound: float) -> None:
+    """No tensor among a model's outputs changed by more than ``bound`` of its norm, or 4 roundings of half types.
+
+    Raises:
+        ValueError: one did; ``what`` says by what.
+    """
+    error = max((_relative(a, b) for a, b in zip(_tensors(after), _tensors(before), strict=True)), default=0.0)
+    halves = [4 * torch.finfo(t.dtype).eps for t in _tensors(before) if t.dtype in (torch.float16, torch.bfloat16)]
+    if not error <= max([bound, *halves]):
+        raise ValueError(f"{what} must leave the outputs as they are, got a relative change of {error:.2g}")
 
 
 def _batchnorm_pairs(model: nn.Module, run) -> tuple[dict[str, str], object]:
@@ -92,4 +100,5 @@ def _tensors(outputs) -> list[torch.Tensor]:
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
     a, b = a.double(), b.double()
-    return float((a - b).norm() / b.norm().clamp(min=1e-12))
+    same = (a == b) | (a.isnan() & b.isnan())  # infinities and NaN too
+    return float((a - b).masked_fill(same, 0).norm() / b.nan_to_num(0, 0, 0).norm().clamp(min=1e-12))

@@ -20,6 +20,7 @@ from hdrq import checks
 from hdrq.files import disk_with_room, replacing
 
 FORMAT = 2
+OPERANDS = ("q", "k", "v", "softmax")  # of an attention's products, as a manifest names them
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -50,8 +51,8 @@ class Reader:
     """A file to read from, in a ``with`` block.
 
     ``manifest`` has tables ``weights`` (by layer: range, axis, shape), ``inputs`` (by module: range), ``shared``
-    (modules whose input quantizer is another's), ``folded``, ``sha256``, and how the model was made. ``specs`` has the
-    dtype and shape of every tensor.
+    (modules whose input quantizer is another's), ``folded``, ``attention`` (:func:`hdrq.attention.operand_table`),
+    ``sha256``, and how the model was made. ``specs`` has the dtype and shape of every tensor.
 
     Raises:
         FileNotFoundError: no such file.
@@ -204,6 +205,10 @@ def _check(manifest: dict[str, Any], specs: Mapping[str, Spec]) -> None:
     for key in ("folded", "shared"):
         if not all(isinstance(value, str) for value in manifest[key].values()):
             raise ValueError(f"manifest must name modules in {key}, got {manifest[key]!r}")
+    attention = manifest.get("attention", {})
+    labels = [attention.values()] if isinstance(attention, dict) else [[attention]]
+    if not all(isinstance(own, list) and own and {*own} <= {*OPERANDS, None} for each in labels for own in each):
+        raise ValueError(f"manifest must have lists of operands for attention, got {attention!r}")
     inputs = manifest["inputs"]
     orphans = [name for name, owner in manifest["shared"].items() if owner not in inputs or name in inputs]
     if orphans:

@@ -142,19 +142,20 @@ def bit_policy(layers: list[str], bits: str | Mapping[str, str]) -> dict[str, Bi
         return {name: edge if name in (layers[0], layers[-1]) else inner for name in layers}
     patterns = {pattern: None if text == "float" else Bits.parse(text) for pattern, text in bits.items()}
     for pattern, own in patterns.items():
-        if own is not None and not any(_matches(name, pattern) for name in layers):
+        if own is not None and not any(matches(name, pattern) for name in layers):
             known = ", ".join(layers)
             raise ValueError(f"bits must have patterns that match a layer, got {pattern!r}; layers: {known}")
     policy = {}
     for name in layers:
-        chosen = next((p for p in patterns if _matches(name, p)), None)
+        chosen = next((p for p in patterns if matches(name, p)), None)
         if chosen is None:
             raise ValueError(f'bits must have a pattern for every layer (end with "*"), got none for {name!r}')
         policy[name] = patterns[chosen]
     return policy
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern is for a module of this name, or for one that it lies in."""
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1)) or fnmatchcase(
         name, pattern
@@ -162,27 +163,28 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 @torch.no_grad()
-def attach_quantizers(model: nn.Module, run, example, bits, plan: Recipe, blocks: Sequence[str]) -> None:
+def attach_quantizers(
+    model: nn.Module, run, example, bits, plan: Recipe, blocks: Sequence[str], operands: Sequence[str] = ()
+) -> None:
     """Give every layer that ``run(model)`` reaches quantizers for its weight and for its input, in place.
 
     Inputs are quantized where they are read, once for all that read the same tensor (q, k and v). With ``placement``
     ``"qdrop"`` blocks quantize what they read too, for all their branches, so that a residual is quantized. Scales are
     searched: a weight's on the weight, an input's on what is read in ``run``. An input that is nowhere negative is
     quantized unsigned; another signed or, where that lowers the error by a tenth, with a zero point, which is a range
-    of integers of its own: ``[qmin − z, qmax − z]``.
+    of integers of its own: ``[qmin − z, qmax − z]``. Operands have the bits of the layers nearest around them.
 
     Args:
         run, example: run the model on the samples that scales are searched on, and on one.
         blocks: :func:`hdrq.blocks.find_blocks`.
+        operands: more modules to quantize the inputs of (:func:`hdrq.attention.expose_operands`).
 
     Raises:
         ValueError: a layer cannot be quantized; the message names it.
     """
     weighted = weighted_layers(model)
-    readers = dict.fromkeys([*(blocks if plan.placement == "qdrop" else ()), *weighted])
-    packed = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    reads = _first_reads(model, example, [*readers, *packed])
-    _refuse_packed([n for n in packed if reads.pop(n, None)], bits)
+    readers = dict.fromkeys([*(blocks if plan.placement == "qdrop" else ()), *weighted, *operands])
+    reads = _first_reads(model, example, list(readers))
     layers = [name for name in reads if name in weighted]
     if not layers:
         raise ValueError("model must run at least one convolution or linear layer on calibration, got none")
@@ -204,8 +206,7 @@ def attach_quantizers(model: nn.Module, run, example, bits, plan: Recipe, blocks
     shared: dict[str, str] = {}
     ranges: dict[str, int] = {}
     for name, tensors in reads.items():
-        inside = (policy[n] for n in layers if n == name or n.startswith(f"{name}."))
-        own = next((b for b in inside if b is not None), None)
+        own = _bits_around(name, policy)
         if own is None or not tensors[0].is_floating_point():
             continue
         key = (own.activation, *map(id, tensors))
@@ -221,15 +222,12 @@ def attach_quantizers(model: nn.Module, run, example, bits, plan: Recipe, blocks
         attach_input_quantizer(model.get_submodule(name), quantizers[owner])
 
 
-def _refuse_packed(attentions: list[str], bits: str | Mapping[str, str]) -> None:
-    """A packed attention reads its projections' weights without calling them: they would silently stay in float."""
-    floats = [pattern for pattern, text in bits.items() if text == "float"] if isinstance(bits, Mapping) else []
-    for name in attentions:
-        if not any(_matches(name, pattern) for pattern in floats):
-            raise ValueError(
-                f"model must call its projections as layers to quantize them, got nn.MultiheadAttention {name!r}; "
-                f'write it with nn.Linear, or keep it in full precision with bits={{"{name}": "float", …}}'
-            )
+def _bits_around(name: str, policy: Mapping[str, Bits | None]) -> Bits | None:
+    """The first of the layers in a module, or of those nearest around it, that is quantized."""
+    inside = [bits for layer, bits in policy.items() if not name or layer == name or layer.startswith(f"{name}.")]
+    if not inside:
+        return _bits_around(name.rpartition(".")[0], policy)
+    return next((bits for bits in inside if bits is not None), None)
 
 
 def _search_weight(name: str, layer: Any, bits: Bits, plan: Recipe) -> WeightQuantizer:

@@ -46,6 +46,7 @@ class Recipe:
     candidates: int = 100  # clip thresholds of the range search
     range_samples: int = 128  # calibration samples that the scales of activations are searched on
     placement: str = "qdrop"  # of activations' quantizers: "input" of layers; "qdrop", what blocks read besides
+    attention: bool = True  # quantize q, k, v and softmax too, where they are modules' (hdrq.attention says which)
     per_channel: bool = False  # a weight scale for each output channel
 
     def __post_init__(self) -> None:
@@ -60,7 +61,7 @@ class Recipe:
         checks.choice("placement", self.placement, ("input", "qdrop"))
         checks.choice("weight_schedule", self.weight_schedule, ("cosine", "constant"))
         checks.choice("beta_schedule", self.beta_schedule, ("linear", "cosine"))
-        for name in ("noise_activations", "per_channel"):
+        for name in ("noise_activations", "attention", "per_channel"):
             checks.choice(name, getattr(self, name), (False, True))
         for name in ("tail", "warmup", "rounding_warmup", "input_keep", "activation_keep"):
             checks.real(name, getattr(self, name), 0.0, 1.0)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hdrq import checks
+from hdrq.attention import expose_operands, quantized_operands, replace_attention
 from hdrq.block import Data, Diverged, Learner, settle
 from hdrq.blocks import find_blocks
 from hdrq.cache import Cache
@@ -34,6 +35,7 @@ from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
 from hdrq.report import BlockReport, RunReport, peak_memory, set_report
 from hdrq.resume import Workdir, fingerprint, listed, state_hash
+from hdrq.uncalled import refuse_uncalled
 
 
 @torch.inference_mode(False)
@@ -62,8 +64,9 @@ def quantize(
     """Quantize a model after training, from unlabelled data.
 
     BatchNorm is folded; weights and inputs of every convolution and linear layer get quantizers
-    (:func:`hdrq.model.attach_quantizers` says where); then, block by block in forward order, what the recipe learns is
-    learned so that the block's output stays that of the full-precision model::
+    (:func:`hdrq.model.attach_quantizers` says where), and so do an attention's operands (:mod:`hdrq.attention`); then,
+    block by block in forward order, what the recipe learns is learned so that the block's output stays that of the
+    full-precision model::
 
         mean over batch and positions of Σ_channels (B_q(x) − B(x))²
           +  λ·Σ_layers ‖W − W_src‖₂  (HDRQ)   or   0.01·Σ (1 − |2h(α) − 1|^β)  (BRECQ, QDrop)
@@ -123,12 +126,15 @@ def quantize(
     quantized = copy.deepcopy(full)
     example = run_all(first_samples(batches, 1))
     units = find_blocks(full, example, blocks)
-    attach_quantizers(quantized, run_all(first_samples(batches, plan.range_samples)), example, bits, plan, units)
+    refuse_uncalled(quantized, example, bits)
+    operands = expose_operands(quantized, example) if plan.attention else []
+    ranged = run_all(first_samples(batches, plan.range_samples))
+    attach_quantizers(quantized, ranged, example, bits, plan, units, operands)
 
     def errors() -> dict[str, float]:
         return {} if checked is None else accumulated_errors(quantized, full, checked, units)
 
-    report = RunReport(plan.name, nearest=errors())
+    report = RunReport(plan.name, nearest=errors(), attention=quantized_operands(quantized))
     if learns:
         pull = {} if source is None or plan.distance == 0 else source_weights(source, quantized, batches)
         store = Cache(device_of(full), cache, cache_bytes, None if folder is None else folder.path)
@@ -167,14 +173,15 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def prepare_float(model: nn.Module, batches: list[Call]) -> tuple[nn.Module, dict[str, str]]:
-    """A copy of a model with BatchNorm folded and no gradients, and what was folded into what."""
+    """A copy of a model with BatchNorm folded, its packed attentions replaced and no gradients; what was folded."""
     full = copy.deepcopy(model).requires_grad_(False)
-    folded = fold_batchnorm(full, run_all(batches[:1]))
-    return full, folded
+    run = run_all(batches[:1])
+    replace_attention(full, run)
+    return full, fold_batchnorm(full, run)
 
 
 def fold(model: nn.Module, example) -> nn.Module:
-    """A copy of a model, in full precision, with its BatchNorm folded; ``example`` is data that it runs on."""
+    """The model, in full precision, that :func:`quantize` starts from; ``example`` is data that it runs on."""
     return prepare_float(model, calibration_calls(example))[0]
 
 

@@ -54,6 +54,7 @@ class RunReport:
     nearest: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     peak_memory: dict[str, int] = field(default_factory=dict)  # bytes, of the process and of the device
+    attention: dict[str, list[str]] = field(default_factory=dict)  # quantized operands: q, k, v, softmax
     cache_peak: dict[str, int] = field(default_factory=dict)  # bytes of blocks' inputs and targets, for each tier
 
 
