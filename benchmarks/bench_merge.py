@@ -11,8 +11,8 @@ import torch
 
 import hdrq
 from hdrq.benchmarks.harness import Bench, Mismatch, Provider, copies, head, same_as_reference
+from hdrq.ops.merge import FEW
 
-FEW = 4  # models that fast draws are made of, at most
 QMIN, QMAX = -8, 7
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from hdrq import ops
+from hdrq import checks, ops
 from hdrq.cache import Rows, batches
 from hdrq.chain import Node
+from hdrq.eager import per_element
 from hdrq.graph import Graph
 from hdrq.model import QuantizedLayer, hooks
 from hdrq.progress import LOG_EVERY
@@ -103,6 +104,9 @@ class Learner:
         self.scales = _together(scales, self.device)
         bounds = [_rate_bound(p, plan) if any(p is w for w in weights) else torch.ones_like(p) for p in scales]
         self.rate_bounds = torch.cat([torch.zeros(0, device=self.device), *(bound.flatten() for bound in bounds)])
+        bounded = layers if plan.learns == "weights" and plan.weight_step > 0 else []
+        self.bounded = [layer.latent for layer in bounded]
+        self.weight_bounds = [_weight_bound(layer, plan) for layer in bounded]
         for p in self.learned.values():
             p.requires_grad_(True)
         groups = [{"params": weights, "lr": self.now[0]}, {"params": inputs, "lr": self.now[1]}]
@@ -156,9 +160,11 @@ class Learner:
         self.optimizer.zero_grad()
         error, loss = self.losses(batch)
         loss.backward()
-        before = self.scales.clone()
+        before, weights = self.scales.clone(), [p.detach().clone() for p in self.bounded]
         self.optimizer.step()
-        with torch.no_grad():  # the rate of each scale is bounded; none leaves what a scale may be
+        with torch.no_grad():  # rates are bounded; no scale leaves what a scale may be
+            for p, old, bound in zip(self.bounded, weights, self.weight_bounds, strict=True):
+                p.copy_(torch.lerp(old, p, bound))
             after = torch.lerp(before, self.scales, self.rate_bounds)
             self.scales.copy_(torch.where(after.isfinite(), after, before).clamp_(SMALLEST_SCALE, LARGEST_SCALE))
             self.rngs[:, 2] += 1
@@ -353,6 +359,13 @@ def _cosine(share: torch.Tensor) -> torch.Tensor:
 def _rate_bound(scale: torch.Tensor, plan: Recipe) -> torch.Tensor:
     """The share of the weights' rate that a scale learns at: its own rate is at most ``scale_step`` of itself."""
     return (plan.scale_step * scale.detach() / max(plan.weight_lr, 1e-30)).clamp(max=1)
+
+
+def _weight_bound(layer: QuantizedLayer, plan: Recipe) -> torch.Tensor:
+    """The share of the weights' rate that each weight learns at: its own is at most ``weight_step`` of its scale."""
+    quantizer, latent = layer.weight_quantizer, layer.latent
+    scale = per_element(quantizer.scale.detach(), latent.ndim, checks.axis_of(latent, quantizer.axis))
+    return (plan.weight_step * scale / max(plan.weight_lr, 1e-30)).clamp(max=1).expand(latent.shape)
 
 
 def _together(parameters: list[torch.Tensor], device: torch.device) -> torch.Tensor:

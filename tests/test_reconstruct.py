@@ -474,6 +474,27 @@ class Pair(nn.Sequential):
         super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_weights_step_by_a_share_of_their_scale(per_channel):
+    """At a rate that would tear them apart, each weight stays within so many steps of Adam's, each bounded."""
+    options = {"iterations": 4, "warmup": 0.0, "scale_step": 0.0, "bits": {"*": "W8A8"}, "per_channel": per_channel}
+    full = net()
+    fold_batchnorm(full, lambda m: m(CALIBRATION))
+
+    def steps(**knobs):
+        layers = quantized_layers(learn(weight_lr=10.0, tail=1.0, **options, **knobs))
+        return max(
+            float(((layer.latent - full.get_submodule(name).weight) / per_element(layer)).abs().max())
+            for name, layer in layers.items()
+        )
+
+    def per_element(layer):
+        scale = layer.weight_quantizer.scale
+        return scale.view(-1, *[1] * (layer.latent.ndim - 1))
+
+    assert 1 < steps(weight_step=0.5) < 4 * 0.5 * 1.5 + 0.5 < steps()
+
+
 @pytest.mark.parametrize("options", [{}, {"preset": "official"}])
 def test_loss_that_is_not_finite_names_the_block(options):
     with pytest.raises(FloatingPointError, match=r"loss of block 0 must be finite, got (inf|nan) at iteration \d+"):
