@@ -129,7 +129,7 @@ def steps(name: str, samples: int, device: str) -> dict:
     plan = recipe("hdrq", "official", iterations=10_000, batch_size=samples)
     quantized, plain, theirs = (copy.deepcopy(model) for _ in range(3))
     call = Call((x,), {})
-    attach_quantizers(quantized, run_all([call]), {"*": "W4A4"}, plan)
+    attach_quantizers(quantized, run_all([call]), run_all([call]), {"*": "W4A4"}, plan, ["0"])
     (node,) = trace(model, ["0"], call)
     cache = Cache(x.device, "device", None)
     rows = [cache.rows(samples, x.shape[1:], x.dtype) for _ in range(3)]

@@ -143,11 +143,17 @@ def _storage(x: torch.Tensor) -> int:
 def trace(model: nn.Module, blocks: list[str], example: Call) -> list[Node]:
     """How blocks depend on each other, from running the model on the first sample, once and twice over.
 
+    Blocks that return the same for every sample, such as an embedding of positions, have nothing to be reconstructed
+    from, and are left out.
+
     Raises:
         ValueError: a tensor of a block that grows with the batch along no axis, or along several.
     """
     one = _traced(model, blocks, example.at(torch.tensor([0])))
     two = _traced(model, blocks, example.at(torch.tensor([0, 0])))
+    growing = [name for name, *pair in zip(blocks, one, two, strict=True) if _grows(name, *pair)]
+    if growing != blocks:
+        return trace(model, growing, example)
     produced: dict[tuple[int, int], tuple[int, int]] = {}
     nodes = []
     for k, name in enumerate(blocks):
@@ -174,6 +180,12 @@ class _Visit:
     read: list[tuple[int, int]] = field(default_factory=list)  # identity and version of each leaf
     returned: list[tuple[int, int]] = field(default_factory=list)
     origins: list[frozenset[int]] = field(default_factory=list)
+
+
+def _grows(name: str, one: _Visit, two: _Visit) -> bool:
+    """Whether anything that a block reads or returns does."""
+    sides = (one.inputs, two.inputs), (one.outputs, two.outputs)
+    return any(Layout.of(name, *pair).batched for pair in sides)
 
 
 def _traced(model: nn.Module, blocks: list[str], call: Call) -> list[_Visit]:

@@ -8,6 +8,7 @@ from torch import nn
 import hdrq
 from hdrq.blocks import find_blocks
 from hdrq.model import input_quantizers, input_readers, quantized_layers
+from hdrq.report import report_of
 
 RECIPES = ("rtn", "brecq", "qdrop", "hdrq")
 
@@ -165,6 +166,10 @@ def transformer(name):
         sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
         config = transformers.ViTConfig(**sizes, num_hidden_layers=2, image_size=32, patch_size=8, num_labels=5)
         return transformers.ViTForImageClassification(config)
+    if name == "BERT":
+        sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2}
+        config = transformers.BertConfig(**sizes, vocab_size=20, max_position_embeddings=8, num_labels=3)
+        return transformers.BertForSequenceClassification(config)
     config = transformers.SegformerConfig(
         num_encoder_blocks=2,
         depths=[1, 2],
@@ -185,6 +190,11 @@ def tokens():
     return {"tokens": torch.randint(20, (6, 5), generator=generator), "mask": (torch.rand(6, 5) > 0.2).float()}
 
 
+def sentences():
+    given = tokens()
+    return {"input_ids": given["tokens"], "attention_mask": given["mask"].long()}
+
+
 MODELS = {
     "ResNet": (lambda: transformer("ResNet"), images, 4 + 1),
     "ViT": (lambda: transformer("ViT"), images, 4),
@@ -193,6 +203,7 @@ MODELS = {
     "EfficientNet": (EfficientNet, images, 4),
     "U-Net": (UNet, lambda: images(16), 8),
     "reused": (Reused, lambda: images(8), 3),
+    "BERT": (lambda: transformer("BERT"), lambda: [sentences()], 7),
     "language": (Language, lambda: [tokens()], 3),
 }
 
@@ -251,6 +262,14 @@ def test_a_transformer_block_is_one_unit_and_its_projections_share_a_quantizer()
     assert len(attention) == 6
     assert len({id(readers[n]) for n in attention}) == 2
     assert len(readers) > len(owners)
+
+
+def test_what_is_the_same_for_every_sample_is_left_out_of_the_loop():
+    model, data = built("BERT")
+    quantized = hdrq.quantize(model, data, "hdrq", iterations=1, distance=0, batch_size=2, progress=False)
+    learned = [block.name for block in report_of(quantized).blocks]
+    assert len(learned) == 6 and "bert.embeddings.position_embeddings" not in learned
+    assert "bert.embeddings.position_embeddings" in quantized_layers(quantized)
 
 
 def test_a_skip_to_the_decoder_is_quantized_where_it_is_read():
