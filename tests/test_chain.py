@@ -201,7 +201,7 @@ def test_direct_inputs_are_not_copied():
     assert chain.inputs(1) == output
 
 
-def test_block_without_tensors_that_grow_is_refused():
+def test_block_without_tensors_that_grow_is_left_out():
     class Constant(nn.Module):
         def __init__(self):
             super().__init__()
@@ -210,8 +210,24 @@ def test_block_without_tensors_that_grow_is_refused():
         def forward(self, x):
             return self.b(x) + self.a(torch.ones(6))
 
+    assert [node.name for node in trace(Constant().eval(), ["a", "b"], Call((torch.zeros(3, 6),), {}))] == ["b"]
+
+
+def test_block_without_floats_that_grow_is_refused():
+    class Places(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = Signs()
+
+        def forward(self, x):
+            return self.a(x).float()
+
+    class Signs(nn.Module):
+        def forward(self, x):
+            return x > 0
+
     with pytest.raises(ValueError, match="block a must read tensors that grow with the batch, and return floats"):
-        trace(Constant().eval(), ["a", "b"], Call((torch.zeros(3, 6),), {}))
+        trace(Places().eval(), ["a"], Call((torch.zeros(3, 6),), {}))
 
 
 def test_forward_of_a_models_own_is_put_back():
