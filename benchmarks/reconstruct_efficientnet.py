@@ -75,7 +75,11 @@ def main() -> None:
         own = {"distance": 0.0} if recipe == "hdrq" else {}
         settings = {**common, "iterations": options.iterations, **own, **knobs}
         quantized = hdrq.quantize(model, calibration, recipe, **settings)
-        print(f"{recipe}: {sqnr(quantized, want, held_out):.1f} dB, {report_of(quantized).seconds:.0f} s", flush=True)
+        known = sqnr(quantized, model(calibration[:16]).detach(), calibration[:16])
+        seconds = report_of(quantized).seconds
+        print(
+            f"{recipe}: {sqnr(quantized, want, held_out):.1f} dB, calibration {known:.1f}, {seconds:.0f} s", flush=True
+        )
 
 
 if __name__ == "__main__":

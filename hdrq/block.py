@@ -104,11 +104,13 @@ class Learner:
         self.scales = _together(scales, self.device)
         bounds = [_rate_bound(p, plan) if any(p is w for w in weights) else torch.ones_like(p) for p in scales]
         self.rate_bounds = torch.cat([torch.zeros(0, device=self.device), *(bound.flatten() for bound in bounds)])
-        bounded = layers if plan.learns == "weights" and plan.weight_step > 0 else []
+        distinct = list({id(layer.latent): layer for layer in layers}.values())  # a weight may be that of two layers
+        bounded = distinct if plan.learns == "weights" and plan.weight_step > 0 else []
         self.bounded = [layer.latent for layer in bounded]
         self.weight_bounds = [_weight_bound(layer, plan) for layer in bounded]
         for p in self.learned.values():
             p.requires_grad_(True)
+        weights = list({id(p): p for p in weights}.values())
         groups = [{"params": weights, "lr": self.now[0]}, {"params": inputs, "lr": self.now[1]}]
         groups = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=self.device.type == "cuda")

@@ -18,6 +18,7 @@ from hdrq.attention import operand_table, restore_operands
 from hdrq.folding import BATCHNORM
 from hdrq.format import FORMAT, Reader, Writer, packs
 from hdrq.model import (
+    TRANSPOSED,
     WEIGHTED,
     attach_input_quantizer,
     check_float,
@@ -134,7 +135,9 @@ def _attach(model: nn.Module, manifest: Mapping[str, Any]) -> None:
         replace_module(model, norm, nn.Identity())
         layer: Any = model.get_submodule(name)
         if layer.bias is None:
-            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]), requires_grad=False)
+            transposed = isinstance(layer, TRANSPOSED)
+            size = layer.weight.shape[1] * layer.groups if transposed else layer.weight.shape[0]
+            layer.bias = nn.Parameter(layer.weight.new_zeros(size), requires_grad=False)
     for name, facts in manifest["weights"].items():
         layer = model.get_submodule(name)
         if list(layer.weight.shape) != facts["shape"]:

@@ -33,6 +33,16 @@ def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) 
     return float(value)
 
 
+def device(name: str) -> torch.device:
+    """The device of a name, if tensors can be there."""
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be one that is here, got {name!r}: {str(error).splitlines()[0]}") from error
+    return found
+
+
 def choice(name: str, value: Any, choices: tuple) -> Any:
     """``value`` if it is one of ``choices``."""
     if value not in choices:

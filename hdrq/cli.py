@@ -23,6 +23,13 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 console, errors = Console(), Console(stderr=True)
 
 
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{name} must be numbers between commas, got {text!r}") from error
+
+
 def _refuse(error: Exception) -> NoReturn:
     """One line on stderr, status 2: the input was bad."""
     print(f"hdrq: {error}", file=sys.stderr)
@@ -128,14 +135,18 @@ def merge(
 
     if (out is None) != dry_run:
         _refuse(ValueError("out must be given, or --dry-run, and not both"))
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+    )
     with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bars:
         task = bars.add_task("merging", total=1)
         options: dict[str, Any] = {"draws": draws, "seed": seed, "noise": noise, "select": select, "mode": mode}
         options |= {"rule": rule, "extrapolate": extrapolate, "device": device}
         options["progress"] = lambda done, total, name: bars.update(task, completed=done, total=total, description=name)
         try:
-            options["weights"] = None if weights is None else [float(text) for text in weights.split(",")]
+            options["weights"] = None if weights is None else _numbers("weights", weights)
             if report is not None:
                 report.mkdir(parents=True, exist_ok=True)
             if out is None:
@@ -153,7 +164,7 @@ def merge(
         print(json.dumps(found.as_dict(), indent=2))
     else:
         console.print(readiness_table(found))
-        console.print(found.verdict, highlight=False, soft_wrap=True)
+        console.print(found.verdict, highlight=False, markup=False, soft_wrap=True)
     if dry_run and found.verdict.startswith("not ready"):
         raise typer.Exit(1)
 
@@ -175,7 +186,11 @@ def inspect(
         return
     console.print(contents_table(found))
     for name, value in found.facts.items():
-        console.print(f"[bold]{name:>14}[/bold]  {escape(str(value))}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[bold]{name:>14}[/bold]  {escape(str(value).encode(errors='replace').decode())}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command()

@@ -59,28 +59,40 @@ def load_labelled(
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
     batch_size: int = 100,
+    classes: Sequence[str] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of images and labels, from a folder with a folder for each class (as Office-Home's domains are).
 
-    A label is the number of its class, int64, in the order of the folders' names. Images are read as they are asked
-    for, and made as :func:`load_data` makes them; so are arguments and errors.
+    A label is the number of its class in ``classes``, int64; by default those are the folders that there are, in the
+    order of their names. Images are read as they are asked for, and made as :func:`load_data` makes them; so are
+    arguments and errors.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"data must be a folder with a folder for each class, got {path}, which is none")
     checks.integer("batch_size", batch_size, 1, 2**31)
     load, files = _loader(resize, crop, mean, std), _files(path)
-    classes = {name: label for label, name in enumerate(sorted(f.name for f in path.iterdir() if f.is_dir()))}
-    labels = [classes.get(file.relative_to(path).parts[0], -1) for file in files]
+    numbers = {name: label for label, name in enumerate(class_names(path) if classes is None else classes)}
+    labels = [numbers.get(file.relative_to(path).parts[0], -1) for file in files]
     if min(labels) < 0:
-        raise ValueError(f"data must have every image in the folder of its class, got {files[labels.index(-1)]}")
+        known = ", ".join(numbers)
+        wrong = files[labels.index(-1)]
+        raise ValueError(f"data must have every image in the folder of its class, got {wrong}; classes: {known[:300]}")
     for first in range(0, len(files), batch_size):
         some = slice(first, first + batch_size)
         yield load(files[some]), torch.tensor(labels[some])
 
 
+def class_names(path: str | os.PathLike) -> list[str]:
+    """The folders in a folder, in order, but those that are hidden."""
+    folders = (f.name for f in Path(path).iterdir() if f.is_dir()) if Path(path).is_dir() else ()
+    return sorted(name for name in folders if not name.startswith("."))
+
+
 def _files(path: Path) -> list[Path]:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
+    """The images in a folder and those in it, but hidden ones."""
+    found = (file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
+    files = sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts))
     if not files:
         raise ValueError(f"data must be a folder of images ({', '.join(IMAGES)}), got none in {path}")
     return files
@@ -107,12 +119,19 @@ def _spread(count: int, limit: int | None) -> list[int]:
 
 def _tensor(path: Path) -> torch.Tensor:
     if path.suffix == ".npy":
-        array = np.load(path, allow_pickle=False)
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (EOFError, ValueError) as error:
+            raise ValueError(f"data must be an array, got {path}, which cannot be read: {error}") from error
         tensors = {path.name: torch.from_numpy(array)} if array.dtype != object else {}
     elif path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors = load_file(path)
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"data must be a safetensors file, got {path}: {error}") from error
     else:
         raise ValueError(f"data must be a folder, a .npy or a .safetensors file, got {path}")
     if len(tensors) != 1:
@@ -130,7 +149,7 @@ def _image(path: Path, resize: int, crop: int) -> np.ndarray:
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"data must be images, got {path}, which cannot be read: {error}") from error
     factor = resize / min(image.size)
     width, height = (max(resize, round(side * factor)) for side in image.size)

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from hdrq import checks
 from hdrq.calibration import Call
-from hdrq.model import hooks
+from hdrq.model import hooks, input_quantizers
+from hdrq.quantizers import mean_range
 
 
 def harmonic_mean(values: Iterable[float]) -> float:
@@ -43,13 +44,16 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch
 
 @torch.no_grad()
 def accuracy_of(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """:func:`accuracy` over batches of images and labels, moved to where the model is."""
+    """:func:`accuracy` over batches of images and labels, moved to where the model is.
+
+    The logits are the first floating-point tensor that the model returns.
+    """
     parameter = next(model.parameters(), None)
     right = total = 0
     for x, y in batches:
         if parameter is not None:
             x, y = x.to(parameter.device), y.to(parameter.device)
-        right += int((model(x).argmax(dim=1) == y).sum())
+        right += int((_first(model(x)).argmax(dim=1) == y).sum())
         total += len(y)
     return 100 * right / total
 
@@ -75,7 +79,12 @@ def average(
     states = [model.state_dict() for model in models]
     for name, value in merged.state_dict().items():
         if value.is_floating_point():
-            value.copy_(sum(w * state[name].double() for w, state in zip(lam, states, strict=True)))
+            terms = (w * state[name].double() for w, state in zip(lam, states, strict=True) if w)  # 0·∞ is no number
+            value.copy_(sum(terms, torch.zeros_like(value, dtype=torch.float64)))
+    own = [list(input_quantizers(model).values()) for model in models]
+    for target, *quantizers in zip(input_quantizers(merged).values(), *own, strict=True):
+        scales, ranges = zip(*((float(q.scale), (q.qmin, q.qmax)) for q in quantizers), strict=True)
+        target.qmin, target.qmax = mean_range(lam, scales, ranges)
     return merged
 
 

@@ -24,6 +24,8 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of ``path`` at the end of the block, and is gone after an error in it."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} must be in a folder that exists, got none")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -63,6 +63,8 @@ class Reader:
         from safetensors import safe_open
 
         self.path = os.fspath(path)
+        if os.path.isdir(path):
+            raise ValueError(f"path must be a file that hdrq.save wrote, got the folder {self.path!r}")
         with ExitStack() as stack, _refusing(self.path):
             self._file = stack.enter_context(safe_open(path, framework="pt"))
             metadata = self._file.metadata() or {}
@@ -110,6 +112,9 @@ class Writer:
     """
 
     def __init__(self, path: str | os.PathLike, specs: Mapping[str, Spec], manifest: Mapping[str, Any]) -> None:
+        for name, (dtype, _) in specs.items():
+            if dtype not in NAMES:
+                raise ValueError(f"{name} must be of {', '.join(DTYPES)}, got {dtype}")
         # Wider types first: a reader maps each tensor where it lies, so it must be aligned.
         self.specs = dict(sorted(specs.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
         self._path, self._manifest = path, {**manifest, "format": FORMAT}
@@ -154,7 +159,7 @@ class Writer:
 
     def _text(self) -> str:
         manifest = {**self._manifest, "sha256": self._hashes}
-        return json.dumps(manifest, sort_keys=True, default=lambda number: number.item())  # a knob may be NumPy's
+        return json.dumps(manifest, sort_keys=True, default=_plain)
 
     def _header(self) -> bytes:
         """Of one length, whatever the hashes."""
@@ -165,6 +170,13 @@ class Writer:
         header = json.dumps(entries, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         return len(header).to_bytes(8, "little") + header
+
+
+def _plain(value: Any) -> Any:
+    """What JSON knows: a knob may be NumPy's."""
+    if not hasattr(value, "item"):
+        raise ValueError(f"manifest must be of what JSON has, got {type(value).__name__}: {value}")
+    return value.item()
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class Contents:
 
     layers: tuple[LayerContents, ...]
     size: int  # bytes of the file
-    other: int  # bytes of what is not quantized: biases, norms, embeddings, buffers
+    other: int  # bytes of what is not quantized: biases, norms, buffers
     facts: dict[str, Any]  # how it was made
 
     @property
@@ -69,12 +69,13 @@ def contents(path: str | os.PathLike) -> Contents:
                 )
             )
         found = Contents(tuple(layers), file.size, sum(sizes.values()), _facts(manifest))
-        found.facts["size"] = f"{found.size:,} bytes, {found.full / found.size:.1f} times less than in float32"
+        found.facts["size"] = f"{found.size:,} bytes, {found.size / max(found.full, 1):.1%} of float32"
         return found
 
 
 def contents_table(found: Contents):
     """The layers as a :class:`rich.table.Table`, with totals."""
+    from rich.markup import escape
     from rich.table import Table
 
     stored, full = (sum(getattr(layer, kind) for layer in found.layers) for kind in ("stored", "full"))
@@ -87,7 +88,7 @@ def contents_table(found: Contents):
         bits = f"W{layer.bits}" + ("" if layer.input_bits is None else f"A{layer.input_bits}")
         shape = "×".join(map(str, layer.shape))
         share = _share(layer.stored, layer.full)
-        result.add_row(layer.name, shape, bits, f"{layer.scales:,}", f"{layer.stored:,}", share)
+        result.add_row(escape(layer.name), shape, bits, f"{layer.scales:,}", f"{layer.stored:,}", share)
     return result
 
 

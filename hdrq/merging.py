@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+import hdrq
 from hdrq import baselines, checks, ops
 from hdrq.checkpoint import TABLES, assign, state_of
 from hdrq.format import Reader, Spec, Writer, packs
 from hdrq.model import origin, quantized_layers
 from hdrq.ops import MergedTensor
+from hdrq.ops.merge import MODES, NOISES, SELECTIONS
+from hdrq.quantizers import mean_range
 from hdrq.readiness import LayerReadiness, Readiness, examine
 from hdrq.rng import rng_state
 
@@ -52,7 +55,12 @@ class Plan:
 
     def __post_init__(self) -> None:
         checks.integer("seed", self.seed, 0, 2**63 - 1)
-        checks.choice("rule", self.rule, RULES)
+        checks.integer("draws", self.draws, 1, 2**16)
+        choices = {"noise": NOISES, "select": SELECTIONS, "mode": MODES, "rule": RULES}
+        for name, known in choices.items():
+            checks.choice(name, getattr(self, name), known)
+        if self.rule != "noise" and self.extrapolate:
+            raise ValueError(f'rule must be "noise" to extrapolate, got {self.rule!r}')
 
 
 @torch.no_grad()
@@ -93,11 +101,12 @@ def merge_files(
 ) -> Readiness | None:
     """:func:`merge`, from files that :func:`hdrq.save` wrote to another: no architecture, and a few tensors of memory.
 
-    The file has the bytes that saving the merge of the loaded models would give.
+    The file has the bytes that saving the merge of the loaded models would give, but where layers share a weight: each
+    name has noise of its own, and a loaded model the codes of the last.
 
     Args:
         out: the merged file, which appears whole or not at all.
-        report: also say how well each layer merged.
+        report: also say how well each layer merged, by noise-sampled rounding.
         device: where layers are merged.
         progress: is told of every layer.
 
@@ -106,8 +115,11 @@ def merge_files(
         OSError: ``out`` cannot be written.
         TypeError, ValueError: as :func:`merge`; a damaged file.
     """
+    plan = Plan(**options)
+    if report and plan.rule != "noise":
+        raise ValueError(f'rule must be "noise" for a report, got {plan.rule!r}')
     with ExitStack() as stack:
-        merging = Merge([stack.enter_context(Reader(path)) for path in paths], Plan(**options), device)
+        merging = Merge([stack.enter_context(Reader(path)) for path in paths], plan, device)
         layers: list[LayerReadiness] = []
         with Writer(out, merging.specs, merging.manifest) as file:
             for name, value in merging.tensors(progress, layers if report else None):
@@ -122,7 +134,7 @@ def readiness(
     progress: Progress = nothing,
     **options: Any,
 ) -> Readiness:
-    """Whether merging will work: what :func:`merge` would do to each layer of models, or of files, and a verdict.
+    """Whether merging will work: what noise-sampled rounding does to each layer of models or of files; a verdict.
 
     Arguments and errors as :func:`merge_files`.
     """
@@ -176,6 +188,8 @@ class Merge:
 
     def __init__(self, sides: Sequence[Side], plan: Plan, device: str | None = None) -> None:
         checks.integer("the number of models", len(sides), 2, 64)
+        if device is not None:
+            checks.device(device)
         self.plan, self.device = plan, device
         self.weights = checks.mixing_weights(plan.weights, len(sides), plan.extrapolate)
         _check_alike(sides)
@@ -186,7 +200,7 @@ class Merge:
         how = {"folded": first["folded"], "merge": {**asdict(plan), "weights": list(self.weights)}, "models": made}
         if all("architecture" in facts and facts["architecture"] == made[0]["architecture"] for facts in made):
             how["architecture"] = made[0]["architecture"]
-        tables = {key: first[key] for key in TABLES if key in first and key != "sha256"}
+        tables = {key: first[key] for key in TABLES if key in first and key != "sha256"} | {"hdrq": hdrq.__version__}
         self.manifest = {**tables, "inputs": {name: self._range(name) for name in first["inputs"]}, **how}
 
     def tensors(
@@ -257,16 +271,17 @@ class Merge:
         return [value if self.device is None else value.to(self.device) for value in values]
 
     def _mean(self, name: str) -> torch.Tensor:
-        terms = [w * value.double() for w, value in zip(self.weights, self._read(name), strict=True)]
-        return sum(terms, torch.zeros_like(terms[0])).to(self.specs[name][0])
+        dtype, shape = self.specs[name]
+        values = self._read(name)
+        terms = [w * value.double() for w, value in zip(self.weights, values, strict=True) if w]  # 0·∞ is no number
+        return sum(terms, values[0].new_zeros(shape, dtype=torch.float64)).to(dtype)
 
     def _range(self, name: str) -> list[int]:
-        """A range of integers that has a zero point inside, ``[−z, 2^b − 1 − z]``, lies where the merged values do:
-        ``low* = round(Σ λ_k·s_k·low_k / Σ λ_k·s_k)``, its width as it is. Equal ranges stay."""
-        own = [side.manifest["inputs"][name] for side in self._sides]
-        steps = [w * float(s) for w, s in zip(self.weights, self._read(f"{name}.input.scale"), strict=True)]
-        low = round(sum(step * each[0] for step, each in zip(steps, own, strict=True)) / sum(steps))
-        return [low, low + own[0][1] - own[0][0]]
+        scales = self._read(f"{name}.input.scale")
+        for scale in scales:
+            checks.scale_values(f"{name}.input.scale", scale)
+        ranges = [side.manifest["inputs"][name] for side in self._sides]
+        return list(mean_range(self.weights, [float(scale) for scale in scales], ranges))
 
 
 def _check_alike(sides: Sequence[Side]) -> None:

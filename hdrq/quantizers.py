@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -17,6 +18,20 @@ def integer_range(bits: int, signed: bool) -> tuple[int, int]:
     """``(−2^(b−1), 2^(b−1) − 1)``, or ``(0, 2^b − 1)``."""
     checks.bits("bits", bits)
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def mean_range(weights: Sequence[float], scales: Sequence[float], ranges: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Where the mean of quantizers has its range of integers: ``low* = round(Σ λ_k·s_k·low_k / Σ λ_k·s_k)``, its width
+    that of the first. A range with a zero point inside is ``[−z, 2^b − 1 − z]``; equal ranges stay.
+
+    Raises:
+        ValueError: the mean scale is not positive.
+    """
+    steps = [w * s for w, s in zip(weights, scales, strict=True)]
+    if not 0 < sum(steps) < math.inf:
+        raise ValueError(f"the mean scale of an input must be positive and finite, got {sum(steps):g}")
+    low = round(sum(step * each[0] for step, each in zip(steps, ranges, strict=True)) / sum(steps))
+    return low, low + ranges[0][1] - ranges[0][0]
 
 
 class Quantizer(nn.Module):
@@ -50,7 +65,8 @@ class Quantizer(nn.Module):
             return ops.noise_quantize(
                 *grid, self.rng, noise=self.noise, axis=self.axis, grad_scale=factor, keep=self.keep
             )
-        return ops.fake_quantize(*grid, axis=self.axis, grad_scale=factor, keep=self.keep, rng=self.rng)
+        rng = self.rng if self.keep < 1 else None  # it lies where a learner put it, not where the module went
+        return ops.fake_quantize(*grid, axis=self.axis, grad_scale=factor, keep=self.keep, rng=rng)
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """The integers that ``x`` rounds to."""

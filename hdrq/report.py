@@ -85,20 +85,22 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 def table(rows: Sequence[Row], title: str):
     """The rows as a :class:`rich.table.Table`."""
+    from rich.markup import escape
     from rich.table import Table
 
     result = Table(title=title)
     result.add_column("model")
     for domain in rows[0].accuracies:
-        result.add_column(domain, justify="right")
+        result.add_column(escape(domain), justify="right")
     result.add_column("harmonic mean", justify="right", style="bold")
     for row in rows:
-        result.add_row(row.method, *(f"{v:.1f}" for v in row.accuracies.values()), f"{row.harmonic_mean:.1f}")
+        result.add_row(escape(row.method), *(f"{v:.1f}" for v in row.accuracies.values()), f"{row.harmonic_mean:.1f}")
     return result
 
 
 def errors_table(reports: Mapping[str, RunReport], title: str):
     """The accumulated errors of runs on data held out, as a :class:`rich.table.Table`; of one run losses too."""
+    from rich.markup import escape
     from rich.table import Table
 
     first = next(iter(reports.values()))
@@ -114,7 +116,7 @@ def errors_table(reports: Mapping[str, RunReport], title: str):
     for name in columns:
         result.add_column(name, justify="right")
     for block in dict.fromkeys(block for cells in columns.values() for block in cells):
-        result.add_row(block, *(cells.get(block, "") for cells in columns.values()))
+        result.add_row(escape(block), *(cells.get(block, "") for cells in columns.values()))
     return result
 
 
@@ -153,6 +155,7 @@ def parity_table(report: Report):
 
 def readiness_table(readiness: Readiness):
     """How well each layer merges, as a :class:`rich.table.Table`."""
+    from rich.markup import escape
     from rich.table import Table
 
     result = Table(box=None, title="Merge readiness")
@@ -161,7 +164,7 @@ def readiness_table(readiness: Readiness):
         result.add_column(name, justify="right")
     for layer in (*readiness.layers, readiness.total):
         result.add_row(
-            layer.name,
+            escape(layer.name),
             f"{layer.elements:,}",
             f"{layer.ambiguous:.1%}",
             f"{layer.ties:.1%}",

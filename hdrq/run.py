@@ -14,7 +14,7 @@ from torch import nn
 from hdrq import checks, recipes
 from hdrq.architecture import build
 from hdrq.checkpoint import load, save
-from hdrq.data import MEAN, STD, load_data, load_labelled
+from hdrq.data import MEAN, STD, class_names, load_data, load_labelled
 from hdrq.evaluate import accuracy_of
 from hdrq.model import origin, set_origin
 from hdrq.progress import Step
@@ -155,14 +155,17 @@ def evaluate(
 
     Args:
         files: quantized models, or states of the architecture in full precision, safetensors.
-        data: folders with a folder for each class, :func:`hdrq.data.load_labelled`; ``preparation`` is its arguments.
+        data: folders with a folder for each class, the same as in the first; ``preparation`` is arguments of
+            :func:`hdrq.data.load_labelled`.
         model: the architecture, ``"module:factory"``.
     """
-    rows = []
+    checks.device(device)
+    classes, rows = class_names(data[0]), []
     for file in files:
         network = _read(file, model, model_args or {}).to(device)
         folders = {
-            str(path): accuracy_of(network, load_labelled(path, batch_size=batch_size, **preparation)) for path in data
+            str(path): accuracy_of(network, load_labelled(path, batch_size=batch_size, classes=classes, **preparation))
+            for path in data
         }
         rows.append(Row(Path(file).name, folders))
     return rows
@@ -186,6 +189,7 @@ def _prepare(run: Run):
     if out is not None and not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
         raise FileNotFoundError(f"out must be a file in a folder that can be written to, got {run.out}")
     share = checks.real("held_out", run.held_out, 0.0, 0.5)
+    checks.device(run.device)
     model = _load(run.model, run.model_args, run.weights).to(run.device)
     source = None
     if run.source is not None and plan.iterations > 0:

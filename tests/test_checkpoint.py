@@ -148,6 +148,35 @@ def test_manifest_says_how_the_model_was_made(tmp_path):
 # --- what is in the file
 
 
+def test_a_folded_transposed_convolution_without_bias(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.ConvTranspose2d(6, 3, 2, bias=False), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)).eval()
+
+    x = torch.randn(8, 6, 4, 4)
+    model = hdrq.quantize(build(), x, "rtn")
+    hdrq.save(model, tmp_path / "model")
+    assert torch.equal(hdrq.load(tmp_path / "model", build())(x), model(x))
+
+
+def test_what_a_file_cannot_hold_is_said_before_anything_is_written(tmp_path):
+    model = quantized()
+    model.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"phase must be of F64, .*, got torch.complex64"):
+        hdrq.save(model, tmp_path / "model")
+    other = quantized()
+    other.hdrq_origin = {**other.hdrq_origin, "day": object()}
+    with pytest.raises(ValueError, match="manifest must be of what JSON has, got object"):
+        hdrq.save(other, tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_quantizer_goes_where_its_module_goes(path):
+    """A random state that is not drawn from may lie elsewhere (meta stands for a GPU here)."""
+    loaded = hdrq.load(path, net()).to("meta")
+    assert loaded(X.to("meta")).shape == (32, 4)
+
+
 def test_architecture_by_name(path, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "somewhere.py").write_text("import test_checkpoint\n\ndef build():\n    return test_checkpoint.net()\n")

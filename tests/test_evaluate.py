@@ -78,6 +78,23 @@ def test_error_barrier_of_quantized_models_goes_through_rounded_ones():
     assert barrier.losses.max() < 1e-5
 
 
+def test_both_ends_of_the_barrier_are_the_models_though_their_ranges_differ():
+    def quantized(shift):
+        torch.manual_seed(0)
+        x = 4 * torch.randn(200, 6) + shift
+        model = nn.Sequential(nn.Linear(6, 6), nn.ELU(), nn.Linear(6, 3)).eval()
+        return hdrq.quantize(model, x, "rtn", bits={"*": "W8A4"})
+
+    first, second = quantized(0), quantized(3)
+    x = torch.randn(50, 6)
+    assert first[2].input_quantizer.qmin != second[2].input_quantizer.qmin
+
+    def size(model):
+        return float(model(x).detach().double().square().sum())
+
+    assert error_barrier(first, second, size, points=3).losses[[0, 2]].tolist() == [size(first), size(second)]
+
+
 def test_loss_surface_holds_the_models_at_their_places():
     models = Point(1, 1), Point(4, 1), Point(3, 5)
     surface = loss_surface(models, bowl, points=9, margin=0.5)

@@ -179,6 +179,16 @@ def test_fast_draws_are_distributed_as_exact_ones(deltas, weights):
     assert chi2.max() < 20
 
 
+@pytest.mark.parametrize("backend", backend_params(only=("torch", "cpp")))
+def test_draws_that_are_as_good_are_told_apart_alike(backend):
+    """2 bits, equal scales: many draws tie, and sums are known to their rounding only."""
+    for seed in range(60):
+        codes, _ = models(2, (3 + 5 * seed,), -2, 1, None, seed)
+        scales = [torch.tensor([0.3])] * 2
+        got, want = (run(b, codes, scales, -2, 1, draws=30) for b in (backend, "reference"))
+        assert_same_bits(got.draw, want.draw)
+
+
 def test_fast_draws_spread_as_exact_ones():
     """Scores of draws: one mean and one spread in both modes, and none follows from its neighbour in fast mode."""
     codes, deltas = models(2, (20_000,), -8, 7, None)

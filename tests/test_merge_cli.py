@@ -98,6 +98,13 @@ def test_readiness_of_files_and_of_models(models, files, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["0.safetensors", "1.safetensors", "--device", "gpu"], "device must be one that is here, got 'gpu'"),
+        (
+            ["0.safetensors", "1.safetensors", "--rule", "half-up", "--mode", "no"],
+            "mode must be one of 'exact', 'fast'",
+        ),
+        (["0.safetensors", "1.safetensors", "--rule", "half-up", "--json"], 'rule must be "noise" for a report'),
+        (["0.safetensors", "."], "path must be a file that hdrq.save wrote, got the folder '.'"),
         (["0.safetensors"], "the number of models must be in [2, 64], got 1"),
         (["0.safetensors", "none"], "none"),
         (["0.safetensors", "text"], "path must be a file that hdrq.save wrote, got 'text'"),
@@ -105,7 +112,7 @@ def test_readiness_of_files_and_of_models(models, files, tmp_path):
         (["0.safetensors", "wide"], "(7,) torch.float32 in wide)"),
         (["0.safetensors", "1.safetensors", "--weights", "0.5,0.6"], "weights must sum to 1, got 1.1"),
         (["0.safetensors", "1.safetensors", "--weights", "1.5,-0.5"], "weights[0] must be finite and in [0, 1]"),
-        (["0.safetensors", "1.safetensors", "--weights", "half"], "could not convert string to float: 'half'"),
+        (["0.safetensors", "1.safetensors", "--weights", "half"], "weights must be numbers between commas, got 'half'"),
         (["0.safetensors", "1.safetensors", "--draws", "0"], "draws must be in"),
         (["0.safetensors", "1.safetensors", "--rule", "up"], "rule must be one of 'noise', 'half-even'"),
         (["0.safetensors"] * 5 + ["--mode", "fast"], 'mode must be "exact" but for 4 tensors or less'),
@@ -121,6 +128,23 @@ def test_bad_input_leaves_no_file(arguments, message, files, tmp_path, monkeypat
     result = call("merge", *arguments, "-o", "merged")
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_extrapolation_does_not_write_what_cannot_be_loaded(models, files, tmp_path):
+    wide = hdrq.load(files[1], net(5))
+    wide.b.input_quantizer.scale.data.mul_(4)
+    hdrq.save(wide, files[1])
+    result = call("merge", *files[:2], "-o", tmp_path / "m", "--weights", "1.4,-0.4", "--extrapolate")
+    assert result.exit_code == 2 and "the mean scale of an input must be positive and finite, got -" in result.stderr
+
+
+def test_names_may_hold_what_looks_like_markup(tmp_path):
+    model = torch.nn.Sequential(torch.nn.ModuleDict({"b[/b]": torch.nn.Linear(4, 4)})["b[/b]"]).eval()
+    model.add_module("[red]", torch.nn.Linear(4, 2))
+    for k in range(2):
+        hdrq.save(hdrq.quantize(model, torch.randn(9, 4), "rtn"), tmp_path / f"{k}")
+    assert "[red]" in call("inspect", tmp_path / "0").stdout
+    assert "[red]" in call("merge", tmp_path / "0", tmp_path / "1", "--dry-run").stdout
 
 
 def test_extrapolation_is_asked_for(files, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import hdrq
-from hdrq.data import MEAN, STD, load_data
+from hdrq.data import MEAN, STD, load_data, load_labelled
 from hdrq.evaluate import accuracy
 from hdrq.run import Run, parse_setting, read_settings
 
@@ -276,6 +276,23 @@ def test_evaluate_compares_files_on_folders(place):
     assert full["accuracies"]["images"] + full["accuracies"]["other"] == 100 - 5 * never
     table = evaluate("q.safetensors", "--data", "images", *sizes)
     assert table.exit_code == 0 and "harmonic mean" in table.stdout
+
+
+def test_labels_are_those_of_the_first_folder(place):
+    shutil.copytree(place / "images", place / "art")
+    (place / "art" / ".cache").mkdir()
+    shutil.copy(place / "images" / "mug" / "0.png", place / "art" / ".cache")
+    shutil.copytree(place / "images" / "mug", place / "clipart" / "mug")
+    shutil.copytree(place / "images" / "mug", place / "more" / "apple")
+    batches = load_labelled(place / "art", resize=20, crop=16, batch_size=8)
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0] * 10 + [1] * 10
+    sizes = ["--resize", "20", "--crop", "16"]
+    result = evaluate("w.safetensors", "--data", "art", "--data", "clipart", *sizes, "--json")
+    (row,) = json.loads(result.stdout)
+    mugs = load_data(place / "clipart", resize=20, crop=16)
+    assert row["accuracies"]["clipart"] == accuracy(model(), mugs, torch.ones(10, dtype=torch.int64))
+    wrong = evaluate("w.safetensors", "--data", "art", "--data", "more", *sizes)
+    assert wrong.exit_code == 2 and "got more/apple/0.png; classes: bike, mug" in wrong.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from hdrq import rng as stream
 from hdrq.eager import packing, per_element, valid_scale
 from hdrq.eager.noise import unit_noise
 
+EQUAL = 1e-6  # cosines that differ by less are equal
+
 
 def merge(
     codes, scales, zero_points, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, signed, packed
@@ -61,14 +63,13 @@ def cosines(dd: torch.Tensor, dr: torch.Tensor, rr: torch.Tensor) -> torch.Tenso
 
 def kept(cosines: torch.Tensor, select: str) -> torch.Tensor:
     """The draw that a rule keeps, int64, on its device."""
-    if select == "min-cosine":
-        return cosines.amin(dim=1).argmax()
-    if select == "mean-cosine":
-        return cosines.mean(dim=1).argmax()
+    if select in ("min-cosine", "mean-cosine"):
+        scores = cosines.amin(dim=1) if select == "min-cosine" else cosines.mean(dim=1)
+        return (scores >= scores.max() - EQUAL).to(torch.uint8).argmax()
     best, highest = torch.zeros((), dtype=torch.int64, device=cosines.device), cosines[0]
     if select == "official":
         for d in range(1, len(cosines)):
-            rises = (cosines[d] > highest).all()
+            rises = (cosines[d] > highest + EQUAL).all()
             best, highest = torch.where(rises, d, best), torch.where(rises, cosines[d], highest)
     return best
 

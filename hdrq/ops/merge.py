@@ -79,7 +79,7 @@ def merge(
         axis: the axis along which the scales vary.
         select: the first draw of the greatest smallest (``"min-cosine"``) or mean (``"mean-cosine"``) cosine; the
             ``"first"``; or the released code's rule (``"official"``): a draw replaces the one kept so far if all
-            cosines rise.
+            cosines rise. Cosines within 1e-6 of each other are equal.
         mode: how draws are made.
         zero_points: integer-valued float32 tensors shaped as the scales; None for 0.
         ranges: (qmin, qmax) of each input, where models differ in bits; None for that of the result.

@@ -11,6 +11,7 @@ from hdrq.reference import packing, per_element
 from hdrq.reference.noise import unit_noise
 
 f32 = np.float32
+EQUAL = 1e-6
 
 
 def merge(
@@ -104,15 +105,19 @@ def _state(rng, k: int, d: int) -> np.ndarray:
 
 
 def _kept(cosines: np.ndarray, select: str) -> int:
-    """The first draw of the greatest smaller, or mean, cosine; or, in turn, each that raises all cosines at once."""
+    """The first draw of the greatest smallest, or mean, cosine; or, in turn, each that raises all cosines at once.
+
+    Cosines are sums, which backends know to their own rounding: what differs by less than 1e-6 is equal.
+    """
     if select == "official":
         best = 0
         for d in range(1, len(cosines)):
-            best = d if (cosines[d] > cosines[best]).all() else best
+            best = d if (cosines[d] > cosines[best] + EQUAL).all() else best
         return best
     if select == "first":
         return 0
-    return int((cosines.min(axis=1) if select == "min-cosine" else cosines.mean(axis=1)).argmax())
+    scores = cosines.min(axis=1) if select == "min-cosine" else cosines.mean(axis=1)
+    return int((scores >= scores.max() - EQUAL).argmax())
 
 
 def _weighted_sum(weights: list, terms: list) -> np.ndarray:
