@@ -79,19 +79,17 @@ def test_error_barrier_of_quantized_models_goes_through_rounded_ones():
 
 
 def test_both_ends_of_the_barrier_are_the_models_though_their_ranges_differ():
-    def quantized(shift):
-        torch.manual_seed(0)
-        x = 4 * torch.randn(200, 6) + shift
+    def quantized(seed, low):
+        torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(6, 6), nn.ELU(), nn.Linear(6, 3)).eval()
-        return hdrq.quantize(model, x, "rtn", bits={"*": "W8A4"})
-
-    first, second = quantized(0), quantized(3)
-    x = torch.randn(50, 6)
-    assert first[2].input_quantizer.qmin != second[2].input_quantizer.qmin
+        result = hdrq.quantize(model, 4 * torch.randn(200, 6), "rtn", bits={"*": "W8A4"})
+        result[2].input_quantizer.qmin, result[2].input_quantizer.qmax = low, low + 15
+        return result
 
     def size(model):
         return float(model(x).detach().double().square().sum())
 
+    first, second, x = quantized(0, -1), quantized(1, -6), torch.randn(50, 6)
     assert error_barrier(first, second, size, points=3).losses[[0, 2]].tolist() == [size(first), size(second)]
 
 
