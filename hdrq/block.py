@@ -88,7 +88,7 @@ class Learner:
         for quantizer, rng in zip(quantizers, self.rngs, strict=False):
             quantizer.rng = rng
         self.mix = self.rngs[-1]
-        self.now = torch.zeros(4, device=self.device)  # this iteration's row of the schedule
+        self.now = torch.zeros(5, device=self.device)  # this iteration's row of the schedule
         self.schedule = schedule(plan).to(self.device)
 
         self.learned: dict[str, torch.Tensor] = {
@@ -99,20 +99,23 @@ class Learner:
             own = self._prepare(layer)
             self.learned.update({f"{layer.name}.{part}": value for part, value in own.items()})
             weights += own.values()
+        biased = [layer for layer in layers if getattr(layer.module, "bias", None) is not None]
+        biases = {f"{layer.name}.bias": _learned_bias(layer) for layer in biased} if plan.bias_lr > 0 else {}
+        self.learned.update(biases)
         inputs = [quantizer.scale for quantizer in activations.values()]
         scales = [p for p in self.learned.values() if any(p is q.scale for q in quantizers)]
         self.scales = _together(scales, self.device)
         bounds = [_rate_bound(p, plan) if any(p is w for w in weights) else torch.ones_like(p) for p in scales]
         self.rate_bounds = torch.cat([torch.zeros(0, device=self.device), *(bound.flatten() for bound in bounds)])
-        distinct = list({id(layer.latent): layer for layer in layers}.values())  # a weight may be that of two layers
-        bounded = distinct if plan.learns == "weights" and plan.weight_step > 0 else []
+        holders = list({id(layer.latent): layer for layer in layers}.values())  # a weight may be that of two layers
+        bounded = holders if plan.learns == "weights" and plan.weight_step > 0 else []
         self.bounded = [layer.latent for layer in bounded]
         self.weight_bounds = [_weight_bound(layer, plan) for layer in bounded]
         for p in self.learned.values():
             p.requires_grad_(True)
-        weights = list({id(p): p for p in weights}.values())
-        groups = [{"params": weights, "lr": self.now[0]}, {"params": inputs, "lr": self.now[1]}]
-        groups = [group for group in groups if group["params"]]
+        rates = zip((weights, inputs, biases.values()), (self.now[0], self.now[1], self.now[4]), strict=True)
+        distinct = [({id(p): p for p in group}.values(), rate) for group, rate in rates]
+        groups = [{"params": list(group), "lr": rate} for group, rate in distinct if group]
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=self.device.type == "cuda")
 
     def _prepare(self, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
@@ -276,6 +279,7 @@ class Learner:
             quantizer.alpha = quantizer.beta = quantizer.penalty = quantizer.ready = None
             settle(layer)
             quantizer.dtype = None
+            _settle_bias(layer)
         for each in self._quantizers:
             each.mode, each.scale.data, each.rng = "round", each.scale.data.clone(), each.rng.clone()
         for activation in self.activations.values():
@@ -326,6 +330,34 @@ def settle(layer: QuantizedLayer) -> None:
     latent.data = quantizer.values(quantizer.codes(latent)).to(quantizer.dtype or latent.dtype)
 
 
+class _As(nn.Module):
+    """A parametrization: what the module uses is of another type than what is learned."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.dtype)
+
+
+def _learned_bias(layer: QuantizedLayer) -> torch.Tensor:
+    """What of a bias is learned: float32 behind a bias of a half type, as a weight's latent is."""
+    bias = layer.module.bias
+    if bias.dtype.itemsize < 4 and not parametrize.is_parametrized(layer.module, "bias"):
+        parametrize.register_parametrization(layer.module, "bias", _As(bias.dtype), unsafe=True)
+        bias.data = bias.data.float()
+    return bias
+
+
+def _settle_bias(layer: QuantizedLayer) -> None:
+    """Give a bias its own type back."""
+    if parametrize.is_parametrized(layer.module, "bias"):
+        dtype = layer.module.parametrizations.bias[0].dtype
+        parametrize.remove_parametrizations(layer.module, "bias", leave_parametrized=False)
+        layer.module.bias.data = layer.module.bias.data.to(dtype)
+
+
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """``mean over batch and positions of Σ_channels (output − target)²``; tokens (B, N, C) have their channels last.
 
@@ -336,7 +368,7 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 
 def schedule(plan: Recipe) -> torch.Tensor:
-    """For each iteration: rate of weights, rate of activations' scales, AdaRound's β, weight of its loss."""
+    """For each iteration: rates of weights and activations' scales, AdaRound's β, its loss's weight, rate of biases."""
     share = torch.arange(plan.iterations, dtype=torch.float64) / max(plan.iterations, 1)
     warm = round(plan.warmup * plan.iterations) / max(plan.iterations, 1)
     rising = 1e-3 + (1 - 1e-3) * share / max(warm, 1e-12)
@@ -346,7 +378,9 @@ def schedule(plan: Recipe) -> torch.Tensor:
     decay = _cosine(decay) if plan.beta_schedule == "cosine" else 1 - decay
     beta = plan.beta_end + (plan.beta_start - plan.beta_end) * decay
     rounding = plan.rounding_weight * (share >= plan.rounding_warmup)
-    return torch.stack([weights, plan.activation_lr * _cosine(share), beta, rounding], dim=1).float()
+    cosine = _cosine(share)
+    columns = [weights, plan.activation_lr * cosine, beta, rounding, plan.bias_lr * cosine]
+    return torch.stack(columns, dim=1).float()
 
 
 def _after(share: torch.Tensor, warm: float) -> torch.Tensor:

@@ -35,6 +35,7 @@ class Recipe:
     scale_step: float = 0.01  # bound on the rate of a weight's scale, as a share of the scale it starts from
     weight_step: float = 0.0  # bound on the rate of a weight, as a share of its scale; 0: none
     activation_lr: float = 4e-5  # Adam, cosine, of the activations' scales
+    bias_lr: float = 0.0  # Adam, cosine, of the biases of quantized layers; 0: they stay as they are
     distance: float = 5e-2  # λ of Σ ‖W − W_src‖₂, not squared
     rounding_weight: float = 0.01  # of AdaRound's loss
     rounding_warmup: float = 0.2  # share of the iterations, at the start, without AdaRound's loss
@@ -66,7 +67,16 @@ class Recipe:
             checks.choice(name, getattr(self, name), (False, True))
         for name in ("tail", "warmup", "rounding_warmup", "input_keep", "activation_keep"):
             checks.real(name, getattr(self, name), 0.0, 1.0)
-        for name in ("weight_lr", "activation_lr", "distance", "rounding_weight", "norm", "scale_step", "weight_step"):
+        for name in (
+            "weight_lr",
+            "activation_lr",
+            "bias_lr",
+            "distance",
+            "rounding_weight",
+            "norm",
+            "scale_step",
+            "weight_step",
+        ):
             checks.real(name, getattr(self, name), 0.0)
         for name in ("beta_start", "beta_end"):
             checks.real(name, getattr(self, name), 1.0)

@@ -160,10 +160,14 @@ def test_global_random_state_does_not_matter():
 def test_half_precision_is_learned_in_float32(dtype, recipe):
     model = net().to(dtype)
     nearest = learn(model, CALIBRATION.to(dtype), recipe="rtn", iterations=0, bits="W2A4")
-    rates = {"weight_lr": 1e-2} if recipe == "qdrop" else {}
+    rates = {"weight_lr": 1e-2} if recipe == "qdrop" else {"bias_lr": 1e-4}
     result = learn(model, CALIBRATION.to(dtype), recipe=recipe, iterations=150, bits="W2A4", **rates)
+    full = hdrq.reconstruct.fold(model, CALIBRATION.to(dtype))
     for layer in quantized_layers(result).values():
         quantizer = layer.weight_quantizer
+        bias = layer.module.bias
+        assert bias.dtype == dtype and type(bias) is nn.Parameter and not bias.requires_grad
+        assert torch.equal(bias, full.get_submodule(layer.name).bias) == (recipe == "qdrop")
         assert layer.latent.dtype == layer.module.weight.dtype == dtype and quantizer.scale.dtype == torch.float32
         assert torch.equal(quantizer.values(quantizer.codes(layer.latent)).to(dtype), layer.latent)
     want = model(HELD_OUT.to(dtype)).float().detach()
@@ -308,9 +312,10 @@ def test_hdrq_without_noise_and_distance_is_qdrops_loop():
 
 
 def test_schedule():
-    plan = recipe("qdrop", iterations=100)
-    weights, activations, beta, rounding = schedule(plan).T
+    plan = recipe("qdrop", iterations=100, bias_lr=0.5)
+    weights, activations, beta, rounding, biases = schedule(plan).T
     assert (weights == 1e-3).all() and activations[0] == pytest.approx(4e-5) and activations[50] == pytest.approx(2e-5)
+    assert biases[0] == 0.5 and biases[50] == pytest.approx(0.25)
     assert not rounding[:20].any() and (rounding[20:] == 0.01).all()
     assert (beta[:21] == 20).all() and beta[60] == pytest.approx(11) and beta[99] == pytest.approx(2.225)
     cosine = schedule(replace(plan, beta_schedule="cosine"))[:, 2]
@@ -493,6 +498,18 @@ def test_weights_step_by_a_share_of_their_scale(per_channel):
         return scale.view(-1, *[1] * (layer.latent.ndim - 1))
 
     assert 1 < steps(weight_step=0.5) < 4 * 0.5 * 1.5 + 0.5 < steps()
+
+
+@pytest.mark.parametrize("recipe", ["hdrq", "brecq"])
+def test_biases_are_learned_where_asked_for(recipe):
+    """The mean that coarse weights shift comes back: the loss falls further; without a rate no bias moves."""
+    model = net()
+    full = hdrq.reconstruct.fold(model, CALIBRATION)
+    stays, learns = (learn(model, recipe=recipe, iterations=100, bits="W2A8", bias_lr=rate) for rate in (0.0, 1e-2))
+    for result, moved in ((stays, False), (learns, True)):
+        for name, layer in quantized_layers(result).items():
+            assert torch.equal(layer.module.bias, full.get_submodule(name).bias) != moved
+    assert error(learns, model) < 0.95 * error(stays, model)
 
 
 @pytest.mark.parametrize("options", [{}, {"preset": "official"}])

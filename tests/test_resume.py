@@ -19,7 +19,7 @@ pytest.importorskip("safetensors")
 
 torch.set_num_threads(1)
 
-OPTIONS = {"recipe": "hdrq", "iterations": 8, "checkpoint_every": 3}
+OPTIONS = {"recipe": "hdrq", "iterations": 8, "checkpoint_every": 3, "bias_lr": 1e-3}
 
 
 class Killed(Exception):
