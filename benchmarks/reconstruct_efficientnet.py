@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--bits", default="W4A8")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--recipes", nargs="+", default=["qdrop", "hdrq"])
+    parser.add_argument("--layers", action="store_true", help="reconstruct layer by layer, not block by block")
     parser.add_argument("--set", nargs="*", default=[], help="knobs of the recipes: name=value")
     options = parser.parse_args()
     knobs = dict(map(parse_setting, options.set))
@@ -82,6 +83,9 @@ def main() -> None:
     with torch.no_grad():
         want = model(held_out)
     common = {"bits": options.bits, "per_channel": True, "batch_size": 8}
+    if options.layers:
+        modules = model.named_modules()
+        common["blocks"] = [name for name, m in modules if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
     nearest = hdrq.quantize(model, calibration, "rtn", **common)
     print(f"rtn: {sqnr(nearest, want, held_out):.1f} dB")
     for recipe in options.recipes:

@@ -293,11 +293,16 @@ class Learner:
 
     # --- what is wrong, and how good it is
 
+    @kept_memory()
     @torch.no_grad()
     def measure(self) -> float:
         """The reconstruction loss of the block as it is, on the first samples."""
-        few = min(MEASURED, self.data.count)
-        return float(self._error([x.read(0, few) for x in self.data.quantized], self.data.target.read(0, few)))
+        few, size, total = min(MEASURED, self.data.count), self.plan.batch_size, 0.0
+        for start in range(0, few, size):
+            span = start, min(start + size, few)
+            error = self._error([x.read(*span) for x in self.data.quantized], self.data.target.read(*span))
+            total += float(error) * (span[1] - span[0])
+        return total / few
 
     def _sound(self, loss: torch.Tensor) -> bool:
         return bool(torch.stack([loss.isfinite(), *(p.isfinite().all() for p in self.learned.values())]).all())
