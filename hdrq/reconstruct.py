@@ -77,7 +77,8 @@ def quantize(
         recipe: ``"hdrq"``, ``"qdrop"``, ``"brecq"``, ``"rtn"`` (round to nearest), or a :class:`hdrq.recipes.Recipe`.
         bits: ``"W4A4"``, with 8 bits for the first and the last layer; or patterns of layer names,
             ``{"stem": "W8A8", "head": "float", "*": "W4A4"}``, of which the first that matches decides.
-        blocks: the names of the units of reconstruction; None finds them (:func:`hdrq.blocks.find_blocks`).
+        blocks: the names of the units of reconstruction, blocks or single layers; None finds blocks
+            (:func:`hdrq.blocks.find_blocks`).
         source: the model before its adaptation; needed where the recipe has a distance.
         preset: ``"paper"`` or ``"official"``.
         seed: of the batches, the noise and the drops: the same seed gives the same bits on the same machine.
