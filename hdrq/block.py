@@ -106,12 +106,15 @@ class Learner:
         inputs = [quantizer.scale for quantizer in activations.values()]
         scales = [p for p in self.learned.values() if any(p is q.scale for q in quantizers)]
         self.scales = _together(scales, self.device)
-        bounds = [_rate_bound(p, plan) if any(p is w for w in weights) else torch.ones_like(p) for p in scales]
-        self.rate_bounds = torch.cat([torch.zeros(0, device=self.device), *(bound.flatten() for bound in bounds)])
-        holders = list({id(layer.latent): layer for layer in layers}.values())  # a weight may be that of two layers
-        bounded = holders if plan.learns == "weights" and plan.weight_step > 0 else []
-        self.bounded = [layer.latent for layer in bounded]
-        self.weight_bounds = [_weight_bound(layer, plan) for layer in bounded]
+        bounds = [
+            _bound(p, plan.scale_step, plan) if any(p is w for w in weights) else torch.ones_like(p) for p in scales
+        ]
+        self.bounded = [self.scales]  # learn at a share of their rate: the scales, all in one tensor, then weights
+        self.bounds = [torch.cat([torch.zeros(0, device=self.device), *(bound.flatten() for bound in bounds)])]
+        if plan.learns == "weights" and plan.weight_step > 0:
+            holders = {id(layer.latent): layer for layer in layers}.values()  # a weight may be that of two layers
+            self.bounded += [layer.latent for layer in holders]
+            self.bounds += [_bound(_broadcast_scale(layer), plan.weight_step, plan) for layer in holders]
         for p in self.learned.values():
             p.requires_grad_(True)
         groups = [
@@ -169,13 +172,13 @@ class Learner:
         self.optimizer.zero_grad()
         error, loss = self.losses(batch)
         loss.backward()
-        before, weights = self.scales.clone(), [p.detach().clone() for p in self.bounded]
+        before = [p.detach().clone() for p in self.bounded]
         self.optimizer.step()
         with torch.no_grad():  # rates are bounded; no scale leaves what a scale may be
-            for p, old, bound in zip(self.bounded, weights, self.weight_bounds, strict=True):
+            for p, old, bound in zip(self.bounded, before, self.bounds, strict=True):
                 p.copy_(torch.lerp(old, p, bound))
-            after = torch.lerp(before, self.scales, self.rate_bounds)
-            self.scales.copy_(torch.where(after.isfinite(), after, before).clamp_(SMALLEST_SCALE, LARGEST_SCALE))
+            finite = torch.where(self.scales.isfinite(), self.scales, before[0])
+            self.scales.copy_(finite.clamp_(SMALLEST_SCALE, LARGEST_SCALE))
             self.rngs[:, 2] += 1
         return error.detach(), loss.detach()
 
@@ -401,16 +404,15 @@ def _cosine(share: torch.Tensor) -> torch.Tensor:
     return 0.5 * (1 + torch.cos(math.pi * share))
 
 
-def _rate_bound(scale: torch.Tensor, plan: Recipe) -> torch.Tensor:
-    """The share of the weights' rate that a scale learns at: its own rate is at most ``scale_step`` of itself."""
-    return (plan.scale_step * scale.detach() / max(plan.weight_lr, 1e-30)).clamp(max=1)
+def _bound(scale: torch.Tensor, step: float, plan: Recipe) -> torch.Tensor:
+    """The share of the weights' rate to learn at, so that the rate is at most ``step`` of a scale."""
+    return (step * scale.detach() / max(plan.weight_lr, 1e-30)).clamp(max=1)
 
 
-def _weight_bound(layer: QuantizedLayer, plan: Recipe) -> torch.Tensor:
-    """The share of the weights' rate that each weight learns at: its own is at most ``weight_step`` of its scale."""
+def _broadcast_scale(layer: QuantizedLayer) -> torch.Tensor:
+    """A weight's scales, in a shape that broadcasts over it."""
     quantizer, latent = layer.weight_quantizer, layer.latent
-    scale = per_element(quantizer.scale.detach(), latent.ndim, checks.axis_of(latent, quantizer.axis))
-    return (plan.weight_step * scale / max(plan.weight_lr, 1e-30)).clamp(max=1).expand(latent.shape)
+    return per_element(quantizer.scale, latent.ndim, checks.axis_of(latent, quantizer.axis))
 
 
 def _together(parameters: list[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -483,8 +483,7 @@ class Pair(nn.Sequential):
 def test_weights_step_by_a_share_of_their_scale(per_channel):
     """At a rate that would tear them apart, each weight stays within so many steps of Adam's, each bounded."""
     options = {"iterations": 4, "warmup": 0.0, "scale_step": 0.0, "bits": {"*": "W8A8"}, "per_channel": per_channel}
-    full = net()
-    fold_batchnorm(full, lambda m: m(CALIBRATION))
+    full = hdrq.reconstruct.fold(net(), CALIBRATION)
 
     def steps(**knobs):
         layers = quantized_layers(learn(weight_lr=10.0, tail=1.0, **options, **knobs))
