@@ -79,8 +79,7 @@ def average(
     states = [model.state_dict() for model in models]
     for name, value in merged.state_dict().items():
         if value.is_floating_point():
-            terms = (w * state[name].double() for w, state in zip(lam, states, strict=True) if w)  # 0·∞ is no number
-            value.copy_(sum(terms, torch.zeros_like(value, dtype=torch.float64)))
+            value.copy_(weighted_mean(lam, [state[name] for state in states]))
     own = [list(input_quantizers(model).values()) for model in models]
     for target, *quantizers in zip(input_quantizers(merged).values(), *own, strict=True):
         scales, ranges = zip(*((float(q.scale), (q.qmin, q.qmax)) for q in quantizers), strict=True)
@@ -103,6 +102,12 @@ class Surface(NamedTuple):
     y: torch.Tensor  # float64 (points,): at a right angle to it, towards the third
     losses: torch.Tensor  # float64 (points of y, points of x)
     places: torch.Tensor  # float64 (3, 2): where the models lie
+
+
+def weighted_mean(weights: Sequence[float], values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``Σ λ_k·x_k`` in float64; an x of weight 0 may be anything, infinity too."""
+    terms = (w * value.double() for w, value in zip(weights, values, strict=True) if w)
+    return sum(terms, torch.zeros_like(values[0], dtype=torch.float64))
 
 
 def error_barrier(

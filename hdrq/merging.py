@@ -15,6 +15,7 @@ from torch import nn
 import hdrq
 from hdrq import baselines, checks, ops
 from hdrq.checkpoint import TABLES, assign, state_of
+from hdrq.evaluate import weighted_mean
 from hdrq.format import Reader, Spec, Writer, packs
 from hdrq.model import origin, quantized_layers
 from hdrq.ops import MergedTensor
@@ -271,10 +272,7 @@ class Merge:
         return [value if self.device is None else value.to(self.device) for value in values]
 
     def _mean(self, name: str) -> torch.Tensor:
-        dtype, shape = self.specs[name]
-        values = self._read(name)
-        terms = [w * value.double() for w, value in zip(self.weights, values, strict=True) if w]  # 0·∞ is no number
-        return sum(terms, values[0].new_zeros(shape, dtype=torch.float64)).to(dtype)
+        return weighted_mean(self.weights, self._read(name)).to(self.specs[name][0])
 
     def _range(self, name: str) -> list[int]:
         scales = self._read(f"{name}.input.scale")
