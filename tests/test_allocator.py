@@ -11,10 +11,10 @@ import resource, sys
 import torch
 from hdrq.allocator import kept_memory
 
-def faults():
+def faults(size=1 << 24, times=20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(1 << 24)  # 64 MiB: more than glibc ever takes from its heap by itself
+    for _ in range(times):
+        torch.ones(size)  # 64 MiB: more than glibc ever takes from its heap by itself
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 def resident():
@@ -24,7 +24,7 @@ outside, before = faults(), resident()
 with kept_memory():
     inside, kept = faults(), resident()
 after = resident()
-again = faults()
+again = faults(1 << 26, 5)  # as much in blocks that fit no hole of the heap
 print(outside, inside, again, kept - before, after - before)
 """
 
