@@ -4,7 +4,7 @@ import glob
 import sys
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import find_packages, setup
 
 
 class optional_build_ext(build_ext):
@@ -18,16 +18,7 @@ class optional_build_ext(build_ext):
 
 
 setup(
-    packages=[
-        "hdrq",
-        "hdrq.benchmarks",
-        "hdrq.demo",
-        "hdrq.eager",
-        "hdrq.kernels",
-        "hdrq.native",
-        "hdrq.ops",
-        "hdrq.reference",
-    ],
+    packages=[*find_packages(include=["hdrq", "hdrq.*"]), "hdrq.benchmarks", "hdrq.kernels"],
     package_dir={"hdrq.benchmarks": "benchmarks", "hdrq.kernels": "kernels"},
     ext_modules=[
         Pybind11Extension(

@@ -192,9 +192,10 @@ def kernel_alone(
     cumulative: torch.Tensor | None = None,
 ) -> list[Provider]:
     """The C++ quantizer into memory that exists, where there is one; with noise if there is a random state."""
-    if x.device.type != "cpu" or hdrq.backends()["cpp"] is not None:
+    if x.device.type != "cpu" or hdrq.available_backends()["cpp"] is not None:
         return []
-    from hdrq import _C, native
+    from hdrq import _C
+    from hdrq.backends import native
 
     y = torch.empty_like(x).copy_(x)
     all_kept = (None, rng, hdrq.rng.KEEP_ALL)

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 import hdrq
-from hdrq.report import report_of
-from hdrq.run import parse_setting
+from hdrq.calibrate.report import report_of
+from hdrq.methods.job import parse_setting
 
 SIDE, MEAN, DEVIATION = 224, 127 / 255, 128 / 255  # as the network was trained
 

@@ -11,10 +11,10 @@ import argparse
 import torch
 
 import hdrq
+from hdrq.calibrate.report import report_of
 from hdrq.demo.data import TARGETS, load
 from hdrq.demo.model import load_model
-from hdrq.report import report_of
-from hdrq.run import parse_setting
+from hdrq.methods.job import parse_setting
 
 ROUNDING = {"weight_lr": 1e-2, "activation_lr": 1e-3, "rounding_weight": 1e-3}
 WEIGHTS = {"weight_lr": 1.0, "weight_step": 0.02, "tail": 0.5, "activation_lr": 1e-3}

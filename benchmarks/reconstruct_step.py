@@ -23,14 +23,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from hdrq.backends.info import facts
 from hdrq.benchmarks.bench_noise import official as official_noise
 from hdrq.benchmarks.harness import pinned
-from hdrq.block import Data, Learner, reconstruction_loss
-from hdrq.cache import Cache
-from hdrq.calibration import Call, run_all
-from hdrq.chain import trace
-from hdrq.info import facts
-from hdrq.model import attach_quantizers, input_quantizers, quantized_layers
+from hdrq.calibrate.cache import Cache
+from hdrq.calibrate.data import Call, run_all
+from hdrq.calibrate.ranges import attach_quantizers
+from hdrq.calibrate.trace import trace
+from hdrq.methods.reconstruct.learner import Data, Learner
+from hdrq.methods.reconstruct.schedule import reconstruction_loss
+from hdrq.quantizers.layers import input_quantizers, quantized_layers
 from hdrq.recipes import recipe
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from hdrq.backends.info import facts
 from hdrq.benchmarks.harness import CLONE, COPY, Figure, Result
-from hdrq.info import facts
 
 HEADER = f"{'':38}{'ns/element p20 / p50 / p80':>30}{'GB/s':>8}{'floor':>9}{'reached':>9}{'x copy':>8}{'speed-up':>10}"
 

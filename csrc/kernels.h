@@ -5,8 +5,8 @@
 
 namespace hdrq {
 
-enum class Float { f32, bf16, f16 };  // the order of hdrq.native.FLOATS
-enum class Code { i8, i16, i4, u4 };  // the order of hdrq.native.CODES; the last two packed two to a byte
+enum class Float { f32, bf16, f16 };  // the order of hdrq.backends.native.FLOATS
+enum class Code { i8, i16, i4, u4 };  // the order of hdrq.backends.native.CODES; the last two packed two to a byte
 
 // One scale (and zero point) for all elements, or the channel (e / inner) % channels for element e.
 struct Grid {

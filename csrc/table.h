@@ -2,7 +2,7 @@
 #pragma once
 
 #include "distance.h"
-#include "merge.h"
+#include "merging.h"
 #include "quantizer.h"
 #include "ranges.h"
 #include "rounding.h"

@@ -1,19 +1,19 @@
 """Fused quantizers for reconstruction loops, and a merge of quantized models that works on their integers."""
 
 from hdrq import evaluate, ops, recipes
-from hdrq.backends import BackendError, backends, use_backend
-from hdrq.block import Diverged
-from hdrq.checkpoint import load, save
-from hdrq.merging import merge
-from hdrq.reconstruct import quantize
+from hdrq._version import __version__
+from hdrq.backends import available_backends, use_backend
+from hdrq.checkpoint.models import load, save
+from hdrq.errors import BackendError, DivergenceError
+from hdrq.merging.models import merge
+from hdrq.methods.post_training import quantize
 from hdrq.rng import rng_state
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
-    "Diverged",
-    "backends",
+    "DivergenceError",
+    "__version__",
+    "available_backends",
     "evaluate",
     "load",
     "merge",
@@ -24,3 +24,13 @@ __all__ = [
     "save",
     "use_backend",
 ]
+
+
+def __getattr__(name: str):
+    """Names of the first house: they work for one release, and warn with what to write instead."""
+    if name == "Diverged":
+        import warnings
+
+        warnings.warn("hdrq.Diverged is hdrq.DivergenceError now", DeprecationWarning, stacklevel=2)
+        return DivergenceError
+    raise AttributeError(f"module 'hdrq' has no attribute {name!r}")

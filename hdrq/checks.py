@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -195,6 +196,12 @@ def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Ten
     """Both have one shape."""
     if value.shape != other.shape:
         raise ValueError(f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}")
+
+
+def listed(items: Iterable[str]) -> str:
+    """At most ten names for a message, and how many more there are."""
+    items = list(items)
+    return "; ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
 
 
 def _short(dtype: torch.dtype) -> str:

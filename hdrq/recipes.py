@@ -48,7 +48,9 @@ class Recipe:
     candidates: int = 100  # clip thresholds of the range search
     range_samples: int = 128  # calibration samples that the scales of activations are searched on
     placement: str = "qdrop"  # of activations' quantizers: "input" of layers; "qdrop", what blocks read besides
-    attention: bool = True  # quantize q, k, v and softmax too, where they are modules' (hdrq.attention says which)
+    attention: bool = (
+        True  # quantize q, k, v and softmax too, where they are modules' (hdrq.prepare.attention says which)
+    )
     per_channel: bool = False  # a weight scale for each output channel
 
     def __post_init__(self) -> None:

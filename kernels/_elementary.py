@@ -1,10 +1,10 @@
-"""Elementary functions as fixed sequences of float32 operations. Definition: :mod:`hdrq.reference.elementary`."""
+"""Elementary functions as fixed sequences of float32 operations. Definition: :mod:`hdrq.backends.reference.elementary`."""
 
 import triton
 import triton.language as tl
 
+from hdrq.backends.reference import elementary as constants
 from hdrq.kernels import _lang as lang
-from hdrq.reference import elementary as constants
 
 E2, E3, E4, E5, E6, E7 = (tl.constexpr(c) for c in reversed(constants.EXP))
 L1, L3, L5, L7, L9 = (tl.constexpr(c) for c in reversed(constants.LOG2))

@@ -1,4 +1,4 @@
-"""Distance to the source, in Triton. Definition: :mod:`hdrq.reference.distance`."""
+"""Distance to the source, in Triton. Definition: :mod:`hdrq.backends.reference.distance`."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""QDrop's mixing, in Triton. Definition: :mod:`hdrq.reference.drop`."""
+"""QDrop's mixing, in Triton. Definition: :mod:`hdrq.backends.reference.drop`."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""Fake-quantize and integer codes, in Triton. Definition: :mod:`hdrq.reference.fakequant`."""
+"""Fake-quantize and integer codes, in Triton. Definition: :mod:`hdrq.backends.reference.fakequant`."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""Noise in place of rounding, in Triton. Definition: :mod:`hdrq.reference.noise`."""
+"""Noise in place of rounding, in Triton. Definition: :mod:`hdrq.backends.reference.noise`."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""The parts of the search for a scale, in Triton. Definition: :mod:`hdrq.reference.ranges`."""
+"""The parts of the search for a scale, in Triton. Definition: :mod:`hdrq.backends.reference.ranges`."""
 
 import torch
 import triton

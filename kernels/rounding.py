@@ -1,4 +1,4 @@
-"""AdaRound, in Triton. Definition: :mod:`hdrq.reference.rounding`."""
+"""AdaRound, in Triton. Definition: :mod:`hdrq.backends.reference.rounding`."""
 
 import torch
 import triton

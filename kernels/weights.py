@@ -1,4 +1,4 @@
-"""All weights of a block in one launch, in Triton. Definition: :mod:`hdrq.reference.weights`.
+"""All weights of a block in one launch, in Triton. Definition: :mod:`hdrq.backends.reference.weights`.
 
 A launch takes a tuple of tensors for each argument, and each program works on one tile of one of them. Tensors whose
 tiles are cut alike go together: all of them without an axis.

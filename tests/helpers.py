@@ -10,7 +10,7 @@ import torch
 import hdrq
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MISSING = hdrq.backends()
+MISSING = hdrq.available_backends()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -80,3 +80,21 @@ SHAPES = [  # with the axis of the scales
 ]
 RANGES = [(-2, 1), (-8, 7), (0, 15), (-128, 127), (0, 255)]
 CASES = list(itertools.product(SHAPES, RANGES[1:3])) + [(((6, 3, 3, 3), 0), r) for r in RANGES]
+
+
+def state(model):
+    """A copy of the state of a model."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a, b):
+    """Whether two states are equal, tensor by tensor."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def per_element(x, s, axis):
+    """The scale of each element, flat."""
+    shape = [1] * x.ndim
+    if axis is not None:
+        shape[axis] = -1
+    return s.reshape(shape).expand(x.shape).flatten().numpy()

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import hdrq
-from hdrq.blocks import find_blocks
-from hdrq.model import input_quantizers, input_readers, quantized_layers
-from hdrq.report import report_of
+from hdrq.calibrate.report import report_of
+from hdrq.prepare.units import find_blocks
+from hdrq.quantizers.layers import input_quantizers, input_readers, quantized_layers
 
 RECIPES = ("rtn", "brecq", "qdrop", "hdrq")
 

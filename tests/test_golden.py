@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from golden import fingerprints
 
 STORED = json.loads(fingerprints.STORED.read_text())

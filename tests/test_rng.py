@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from contract import word
+from oracle.contract import word
 
 from hdrq import rng, rng_state
 

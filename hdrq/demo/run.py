@@ -11,13 +11,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import hdrq
+from hdrq._version import __version__
+from hdrq.calibrate.progress import Step
+from hdrq.checkpoint.models import save as save_model
 from hdrq.demo.data import TARGETS, load
 from hdrq.demo.model import load_model
-from hdrq.evaluate import accuracy, average
-from hdrq.progress import Step
-from hdrq.reconstruct import fold
-from hdrq.report import Row, write_bars, write_rows
+from hdrq.evaluate.averaging import average
+from hdrq.evaluate.metrics import Row, accuracy
+from hdrq.merging.models import merge
+from hdrq.methods.post_training import fold, quantize
+from hdrq.report.figures import write_bars
+from hdrq.report.tables import write_rows
 
 ITERATIONS = 400
 CALIBRATION = 1024  # images of each domain, without their labels
@@ -58,7 +62,7 @@ def run(bits: str, seed: int, progress: Callable[[str, Step], None]) -> Result:
 
     def quantized(recipe: str, **options) -> list[nn.Module]:
         return [
-            hdrq.quantize(
+            quantize(
                 adapted[domain],
                 images[domain],
                 recipe,
@@ -73,11 +77,11 @@ def run(bits: str, seed: int, progress: Callable[[str, Step], None]) -> Result:
     full = average([fold(adapted[domain], images[domain][:32]) for domain in TARGETS])
     nearest = quantized("rtn")
     learned = quantized("hdrq", source=source, iterations=ITERATIONS)
-    merged = hdrq.merge(learned, seed=seed)
+    merged = merge(learned, seed=seed)
     rows = [
         row("full precision", everywhere(full)),
-        row("round to nearest, naive merge", everywhere(hdrq.merge(nearest, noise="none", draws=1))),
-        row("HDRQ, naive merge", everywhere(hdrq.merge(learned, noise="none", draws=1))),
+        row("round to nearest, naive merge", everywhere(merge(nearest, noise="none", draws=1))),
+        row("HDRQ, naive merge", everywhere(merge(learned, noise="none", draws=1))),
         row("HDRQ, noise-sampled merge", everywhere(merged)),
     ]
     return Result(rows, merged)
@@ -85,7 +89,7 @@ def run(bits: str, seed: int, progress: Callable[[str, Step], None]) -> Result:
 
 def save(result: Result, folder: Path, bits: str, seed: int) -> None:
     """Write the table (CSV and JSON), the figure, and the merged model."""
-    facts = {"bits": bits, "seed": seed, "hdrq": hdrq.__version__, "torch": torch.__version__}
+    facts = {"bits": bits, "seed": seed, "hdrq": __version__, "torch": torch.__version__}
     write_rows(result.rows, folder, facts)
     write_bars(result.rows, folder / "figure.png", f"Three digit domains merged into one {bits} model")
-    hdrq.save(result.merged, folder / "merged.safetensors")
+    save_model(result.merged, folder / "merged.safetensors")

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from hdrq.demo.data import SOURCE, TARGETS, load
 from hdrq.demo.model import WEIGHTS, ResNet, resnet
-from hdrq.evaluate import accuracy, average
-from hdrq.reconstruct import fold
-from hdrq.report import Row, table
+from hdrq.evaluate.averaging import average
+from hdrq.evaluate.metrics import Row, accuracy
+from hdrq.methods.post_training import fold
+from hdrq.report.tables import table
 
 BATCH = 64
 

@@ -3,7 +3,7 @@
 from hdrq.ops.distance import source_distance
 from hdrq.ops.drop import drop_mix
 from hdrq.ops.fakequant import dequantize, fake_quantize, quantize
-from hdrq.ops.merge import MergedTensor, merge
+from hdrq.ops.merging import MergedTensor, merge
 from hdrq.ops.noise import noise_quantize
 from hdrq.ops.packing import pack, unpack
 from hdrq.ops.ranges import search_affine, search_scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hdrq import checks
-from hdrq.backends import implementation
+from hdrq.backends.dispatch import implementation
 from hdrq.ops._library import differentiable, not_differentiable, register
 
 NO_VMAP = "it is a norm over the whole tensor"

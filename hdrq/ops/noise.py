@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hdrq import checks
-from hdrq.backends import implementation
+from hdrq.backends.dispatch import implementation
 from hdrq.ops._library import differentiable, not_differentiable, register
 from hdrq.rng import KEEP_ALL
 

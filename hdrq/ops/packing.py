@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from hdrq import checks
-from hdrq.eager import packing
+from hdrq.backends.eager import packing
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:

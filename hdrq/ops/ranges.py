@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from hdrq import checks
-from hdrq.backends import implementation
+from hdrq.backends.dispatch import implementation
 from hdrq.ops._library import not_differentiable, register
 
 SMALLEST, LARGEST = 2.0**-126, torch.finfo(torch.float32).max  # a scale is a normal float32

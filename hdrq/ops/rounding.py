@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from hdrq import checks
-from hdrq.backends import implementation
-from hdrq.eager import per_element
+from hdrq.backends.dispatch import implementation
+from hdrq.backends.eager import per_element
 from hdrq.ops._library import differentiable, not_differentiable, register
 from hdrq.ops.fakequant import NO_VMAP
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from hdrq import checks
-from hdrq.backends import implementation
+from hdrq.backends.dispatch import implementation
 from hdrq.ops._library import differentiable, not_differentiable, register
 from hdrq.ops.noise import NO_VMAP, _error_histogram_op
 

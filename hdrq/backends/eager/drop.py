@@ -1,0 +1,28 @@
+"""QDrop's mixing, in plain PyTorch. Definition: :mod:`hdrq.backends.reference.drop`."""
+
+from __future__ import annotations
+
+import torch
+
+from hdrq import rng as stream
+
+
+def keep_mask(shape: torch.Size, threshold: int, rng: torch.Tensor | None) -> torch.Tensor | None:
+    """True where the element's second word keeps it; None where all are kept."""
+    if threshold == stream.KEEP_ALL or rng is None:
+        return None
+    seed, which, step = rng.unbind()
+    second = torch.stack((seed, which ^ stream.DROP_STREAM, step))
+    return ((stream.torch_words(second, shape.numel()) >> 8) < threshold).reshape(shape)
+
+
+def drop_mix(a, b, threshold, rng) -> torch.Tensor:
+    keep = keep_mask(a.shape, threshold, rng)
+    return a.clone() if keep is None else torch.where(keep, a, b)
+
+
+def drop_mix_backward(grad, threshold, rng) -> tuple[torch.Tensor, torch.Tensor]:
+    keep = keep_mask(grad.shape, threshold, rng)
+    if keep is None:
+        return grad.clone(), torch.zeros_like(grad)
+    return grad.masked_fill(~keep, 0), grad.masked_fill(keep, 0)

@@ -1,0 +1,74 @@
+"""The C++ path, for CPU tensors: thin wrappers that allocate results and hand addresses to ``hdrq._C``.
+
+The same signatures and the same bits as :mod:`hdrq.backends.reference`. Work is split over ``torch.get_num_threads()`` threads.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import hdrq._C as _C
+
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Float of csrc/kernels.h
+CODES = {torch.int8: 0, torch.int16: 1}  # enum Code
+PACKED = {True: 2, False: 3}  # enum Code: two 4-bit codes to a byte, signed or not
+
+
+LARGE = 8 << 20  # bytes from which the pages of a result are worth a hint
+
+
+def empty(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a result."""
+    result = torch.empty(shape, dtype=dtype)
+    if result.nbytes >= LARGE:
+        _C.expect_writes(result.data_ptr(), result.nbytes)
+    return result
+
+
+def job(x: torch.Tensor) -> _C.Job:
+    """How many elements, over how many threads."""
+    return _C.Job(x.numel(), torch.get_num_threads())
+
+
+def layout(x: torch.Tensor, axis: int | None) -> tuple[int, int]:
+    """Channels, and how many consecutive elements share one: element e has the channel ``(e // inner) % channels``."""
+    return (1, x.numel()) if axis is None else (x.shape[axis], x.shape[axis + 1 :].numel())
+
+
+def grid(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, qmin: int, qmax: int, axis) -> _C.Grid:
+    """The scale of each element, and the range. The tensors must outlive the call that takes it."""
+    return _C.Grid(scale.data_ptr(), address(zero_point), *layout(x, axis), qmin, qmax)
+
+
+def quantizer(x, scale, zero_point, qmin, qmax, axis, rng, threshold, *, noise, cumulative=None, source=None):
+    """A tensor to quantize, for :func:`forward` and :func:`backward`; the tensors given here must outlive the call."""
+    on = grid(x, scale, zero_point, qmin, qmax, axis)
+    draw = (address(rng), address(cumulative), threshold)
+    return _C.Quantizer(x.numel(), address(x), on, noise, *draw, address(source))
+
+
+def forward(quantizers: list, tensors: list) -> tuple[list[torch.Tensor], list[float]]:
+    """Quantize tensors of one dtype in one pass: results, and squared distances to the sources."""
+    results = [empty(x.shape, x.dtype) for x in tensors]
+    addresses = [address(y) for y in results]
+    squares = _C.quantizer_forward(torch.get_num_threads(), FLOATS[tensors[0].dtype], quantizers, addresses)
+    return results, squares
+
+
+def backward(quantizers: list, grads: list, scales: list, grad_scales: list, pulls: list) -> tuple[list, list]:
+    """Gradients of tensors and of their scales, in one pass."""
+    grad_xs = [empty(g.shape, g.dtype) for g in grads]
+    totals = [torch.empty(s.numel(), dtype=torch.float64) for s in scales]
+    _C.quantizer_backward(
+        torch.get_num_threads(),
+        FLOATS[grads[0].dtype],
+        quantizers,
+        *([address(t) for t in tensors] for tensors in (grads, grad_xs, totals)),
+        pulls,
+    )
+    return grad_xs, [(total * factor).float() for total, factor in zip(totals, grad_scales, strict=True)]
+
+
+def address(x: torch.Tensor | None) -> int:
+    """Where a tensor's elements are; 0 for none."""
+    return 0 if x is None else x.data_ptr()

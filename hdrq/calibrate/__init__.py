@@ -1,0 +1,1 @@
+"""The sequential pipeline: calibration data, tracing, propagating activations, ranges, and the walk over units."""

@@ -1,0 +1,158 @@
+"""Data from disk: images for calibration, images with labels for evaluation, or a tensor in a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from hdrq import checks
+
+IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images, in [0, 1]
+
+
+def load_data(
+    path: str | os.PathLike,
+    *,
+    resize: int = 256,
+    crop: int = 224,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+    limit: int | None = None,
+) -> torch.Tensor:
+    """Samples for calibration, float32, along the first axis.
+
+    Args:
+        path: a ``.npy`` or ``.safetensors`` file of one tensor, taken as it is; or a folder of images, flat or with a
+            folder for each class (as Office-Home has them): each resized so that its shorter side is ``resize`` pixels
+            (bilinear), cropped to the ``crop`` × ``crop`` pixels in its middle, and normalized, ``(x/255 − mean)/std``.
+        limit: how many samples at most, evenly over all in the order of their names, so that every class has its share.
+
+    Returns:
+        (N, 3, crop, crop) from images.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: "X must be …, got …"; a file that is no image is named.
+    """
+    path = Path(path)
+    if limit is not None:
+        checks.integer("limit", limit, 1, 2**31)
+    if not path.exists():
+        raise FileNotFoundError(f"data must be a folder or a file, got {path}, which does not exist")
+    if path.is_file():
+        samples = _tensor(path)
+        return samples[_spread(len(samples), limit)]
+    files = _files(path)
+    load = _loader(resize, crop, mean, std)
+    return load([files[i] for i in _spread(len(files), limit)])
+
+
+def load_labelled(
+    path: str | os.PathLike,
+    *,
+    resize: int = 256,
+    crop: int = 224,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+    batch_size: int = 100,
+    classes: Sequence[str] | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of images and labels, from a folder with a folder for each class (as Office-Home's domains are).
+
+    A label is the number of its class in ``classes``, int64; by default those are the folders that there are, in the
+    order of their names. Images are read as they are asked for, and made as :func:`load_data` makes them; so are
+    arguments and errors.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"data must be a folder with a folder for each class, got {path}, which is none")
+    checks.integer("batch_size", batch_size, 1, 2**31)
+    load, files = _loader(resize, crop, mean, std), _files(path)
+    numbers = {name: label for label, name in enumerate(class_names(path) if classes is None else classes)}
+    labels = [numbers.get(file.relative_to(path).parts[0], -1) for file in files]
+    if min(labels) < 0:
+        known = ", ".join(numbers)
+        wrong = files[labels.index(-1)]
+        raise ValueError(f"data must have every image in the folder of its class, got {wrong}; classes: {known[:300]}")
+    for first in range(0, len(files), batch_size):
+        some = slice(first, first + batch_size)
+        yield load(files[some]), torch.tensor(labels[some])
+
+
+def class_names(path: str | os.PathLike) -> list[str]:
+    """The folders in a folder, in order, but those that are hidden."""
+    folders = (f.name for f in Path(path).iterdir() if f.is_dir()) if Path(path).is_dir() else ()
+    return sorted(name for name in folders if not name.startswith("."))
+
+
+def _files(path: Path) -> list[Path]:
+    """The images in a folder and those in it, but hidden ones."""
+    found = (file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
+    files = sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts))
+    if not files:
+        raise ValueError(f"data must be a folder of images ({', '.join(IMAGES)}), got none in {path}")
+    return files
+
+
+def _loader(resize, crop, mean, std) -> Callable[[Sequence[Path]], torch.Tensor]:
+    checks.integer("crop", crop, 1, checks.integer("resize", resize, 1, 2**15))
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean and std must be 3 numbers each, std positive, got {list(mean)} and {list(std)}")
+    mean, std = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
+
+    def load(files: Sequence[Path]) -> torch.Tensor:
+        pixels = np.stack([_image(file, resize, crop) for file in files])
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float()
+        return x.div_(255).sub_(mean).div_(std)
+
+    return load
+
+
+def _spread(count: int, limit: int | None) -> list[int]:
+    wanted = count if limit is None else min(limit, count)
+    return [i * count // wanted for i in range(wanted)]
+
+
+def _tensor(path: Path) -> torch.Tensor:
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (EOFError, ValueError) as error:
+            raise ValueError(f"data must be an array, got {path}, which cannot be read: {error}") from error
+        tensors = {path.name: torch.from_numpy(array)} if array.dtype != object else {}
+    elif path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"data must be a safetensors file, got {path}: {error}") from error
+    else:
+        raise ValueError(f"data must be a folder, a .npy or a .safetensors file, got {path}")
+    if len(tensors) != 1:
+        raise ValueError(f"data must be a file of one tensor, got {len(tensors)} in {path}: {', '.join(tensors)[:200]}")
+    (tensor,) = tensors.values()
+    if not tensor.is_floating_point() or tensor.ndim < 2:
+        raise TypeError(f"data must be floats, (N, …), got {tensor.dtype} of shape {tuple(tensor.shape)} in {path}")
+    return tensor.float()
+
+
+def _image(path: Path, resize: int, crop: int) -> np.ndarray:
+    """Pixels (crop, crop, 3), uint8."""
+
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"data must be images, got {path}, which cannot be read: {error}") from error
+    factor = resize / min(image.size)
+    width, height = (max(resize, round(side * factor)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - crop) // 2, (height - crop) // 2
+    return np.asarray(image.crop((left, top, left + crop, top + crop)))

@@ -1,0 +1,106 @@
+"""The inputs and outputs of blocks, chained: each block runs over the calibration set once per model.
+
+How blocks depend on each other is found by tracing one call. Where a block reads what an earlier block returned, the
+very tensors, it is given the cached ones. Where something lies between them (a pooling, a reshape, a concatenation),
+the model runs again up to the block, with every finished block replaced by what it returned. A block's outputs are kept
+until the last block that needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import nn
+
+from hdrq.calibrate.cache import Cache, Rows
+from hdrq.calibrate.data import Call, spans
+from hdrq.calibrate.trace import Layout, Node
+from hdrq.prepare.observe import hooks
+
+
+class Stop(Exception):
+    """Raised by a hook once a block's inputs are known: what follows is not needed."""
+
+
+class Chain:
+    """What the blocks of one model read and return, over all batches of the calibration set."""
+
+    def __init__(self, model: nn.Module, nodes: list[Node], batches: list[Call], cache: Cache) -> None:
+        self.model, self.nodes, self.batches, self.cache = model, nodes, batches, cache
+        self._outputs: dict[int, list[Rows]] = {}
+
+    @torch.no_grad()
+    def inputs(self, k: int) -> list[Rows]:
+        """The rows of a block's batched inputs. All blocks before it must have run."""
+        node = self.nodes[k]
+        if node.reads is not None:
+            return [self._outputs[block][place] for block, place in node.reads]
+        store = self._room(node.inputs)
+
+        def enter(module, args, kwargs):
+            _write(store, start, node.inputs.split((args, dict(kwargs))))
+            raise Stop
+
+        handle = self.model.get_submodule(node.name).register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+        with hooks([handle]):
+            for call, (start, stop) in zip(self.batches, spans(self.batches), strict=True):
+                with suppress(Stop), self._finished(k, start, stop):
+                    call(self.model)
+        return store
+
+    @torch.no_grad()
+    def run(self, k: int, inputs: list[Rows]) -> list[Rows]:
+        """The rows of a block's outputs, from those of its inputs; kept for the blocks that need them."""
+        node, store = self.nodes[k], self._room(self.nodes[k].outputs)
+        block = self.model.get_submodule(node.name)
+        for start, stop in spans(self.batches):
+            args, kwargs = node.inputs.build([rows.read(start, stop) for rows in inputs])
+            _write(store, start, node.outputs.split(block(*args, **kwargs)))
+        self._outputs[k] = store
+        return store
+
+    def forget(self, k: int) -> None:
+        """Let go of what no block after ``k`` needs."""
+        needed = frozenset().union(*(node.needs for node in self.nodes[k + 1 :]))
+        self._outputs = {j: rows for j, rows in self._outputs.items() if j in needed}
+
+    def _room(self, layout: Layout) -> list[Rows]:
+        samples = sum(call.size for call in self.batches)
+        return [self.cache.rows(samples, leaf.shape, leaf.dtype) for leaf in layout.batched]
+
+    @contextmanager
+    def _finished(self, k: int, start: int, stop: int) -> Iterator[None]:
+        """Blocks before ``k`` return, at their first call, what they returned; zeros if ``k`` does not need it."""
+        blocks = [self.model.get_submodule(node.name) for node in self.nodes[:k]]
+        own = [block.__dict__.get("forward") for block in blocks]
+        for j, block in enumerate(blocks):
+            block.forward = self._stub(j, block.forward, j in self.nodes[k].needs, start, stop)
+        try:
+            yield
+        finally:
+            for block, forward in zip(blocks, own, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
+
+    def _stub(self, j: int, forward: Callable, needed: bool, start: int, stop: int) -> Callable:
+        layout, first = self.nodes[j].outputs, True
+
+        def returned(*args, **kwargs):
+            nonlocal first
+            if not first:
+                return forward(*args, **kwargs)
+            first = False
+            if needed:
+                return layout.build([rows.read(start, stop) for rows in self._outputs[j]])
+            shapes = [((stop - start, *leaf.shape), leaf.dtype) for leaf in layout.batched]
+            return layout.build([torch.zeros(s, dtype=d, device=self.cache.device) for s, d in shapes])
+
+        return returned
+
+
+def _write(store: list[Rows], start: int, parts: list[torch.Tensor]) -> None:
+    for rows, part in zip(store, parts, strict=True):
+        rows.write(start, part)

@@ -1,0 +1,150 @@
+"""Scales at the start: searched on weights, and on what modules read from the calibration set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from hdrq import checks, ops
+from hdrq.prepare.observe import hooks
+from hdrq.quantizers.attach import attach_input_quantizer, first_tensor
+from hdrq.quantizers.bits import BitWidths, bit_policy, bits_around, integer_range
+from hdrq.quantizers.layers import TRANSPOSED, quantized_layers, weighted_layers
+from hdrq.quantizers.modules import ActivationQuantizer, WeightQuantizer
+from hdrq.recipes import Recipe
+
+SAMPLED = 2**20  # elements of an input, of each call, that its scale is searched on
+
+
+@torch.no_grad()
+def attach_quantizers(
+    model: nn.Module, run, example, bits, plan: Recipe, blocks: Sequence[str], operands: Sequence[str] = ()
+) -> None:
+    """Give every layer that ``run(model)`` reaches quantizers for its weight and for its input, in place.
+
+    Inputs are quantized where they are read, once for all that read the same tensor (q, k and v). With ``placement``
+    ``"qdrop"`` blocks quantize what they read too, for all their branches, so that a residual is quantized. Scales are
+    searched: a weight's on the weight, an input's on what is read in ``run``. An input that is nowhere negative is
+    quantized unsigned; another signed or, where that lowers the error by a tenth, with a zero point, which is a range
+    of integers of its own: ``[qmin − z, qmax − z]``. Operands have the bits of the layers nearest around them.
+
+    Args:
+        run, example: run the model on the samples that scales are searched on, and on one.
+        blocks: :func:`hdrq.prepare.units.find_blocks`.
+        operands: more modules to quantize the inputs of (:func:`hdrq.prepare.attention.expose_operands`).
+
+    Raises:
+        ValueError: a layer cannot be quantized; the message names it.
+    """
+    weighted = weighted_layers(model)
+    readers = dict.fromkeys([*(blocks if plan.placement == "qdrop" else ()), *weighted, *operands])
+    reads = _first_reads(model, example, list(readers))
+    layers = [name for name in reads if name in weighted]
+    if not layers:
+        raise ValueError("model must run at least one convolution or linear layer on calibration, got none")
+    policy = bit_policy(layers, bits)
+    tied: dict[int, str] = {}  # the first of the layers that share a weight
+    for name in layers:
+        layer: Any = weighted[name]
+        own, first = policy[name], tied.setdefault(id(layer.weight), name)
+        if own is not None and first == name:
+            parametrize.register_parametrization(layer, "weight", _search_weight(name, layer, own, plan))
+        elif own is not None and own == policy[first]:
+            quantizer = quantized_layers(model)[first].weight_quantizer
+            parametrize.register_parametrization(layer, "weight", quantizer)
+        elif own != policy[first]:
+            raise ValueError(
+                f"bits must agree where a weight is shared, got {own} for {name}, {policy[first]} for {first}"
+            )
+    owners: dict[tuple, str] = {}
+    shared: dict[str, str] = {}
+    ranges: dict[str, int] = {}
+    for name, tensors in reads.items():
+        own = bits_around(name, policy)
+        if own is None or not tensors[0].is_floating_point():
+            continue
+        key = (own.activation, *map(id, tensors))
+        owner = next((o for o in owners.values() if name.startswith(f"{o}.") and reads[o][0] is tensors[0]), None)
+        if owner is not None:
+            continue  # the quantizer of the block around it serves it
+        owner = owners.setdefault(key, name)
+        shared[name] = owner
+        ranges[owner] = own.activation
+    samples = _read_samples(model, run, list(ranges))
+    quantizers = {name: _search_activation(name, samples[name], bits, plan) for name, bits in ranges.items()}
+    for name, owner in shared.items():
+        attach_input_quantizer(model.get_submodule(name), quantizers[owner])
+
+
+def _search_weight(name: str, layer: Any, bits: BitWidths, plan: Recipe) -> WeightQuantizer:
+    weight = layer.weight
+    axis = None
+    if plan.per_channel:
+        axis = 1 if isinstance(layer, TRANSPOSED) else 0
+        if isinstance(layer, TRANSPOSED) and layer.groups > 1:
+            raise ValueError(
+                f"{name} must have one group for a scale for each output channel, got {layer.groups}: a transposed "
+                "convolution's groups have their channels along one axis; per_channel=False, or keep it in float"
+            )
+    checks.finite(f"weight of {name}", weight)
+    qmin, qmax = integer_range(bits.weight, signed=True)
+    scale = ops.search_scale(weight, qmin, qmax, norm=plan.norm, candidates=plan.candidates, axis=axis)
+    return WeightQuantizer(scale, qmin, qmax, axis)
+
+
+def _search_activation(name: str, x: torch.Tensor, bits: int, plan: Recipe) -> ActivationQuantizer:
+    checks.finite(f"input of {name}", x)
+    options: Any = {"norm": plan.norm, "candidates": plan.candidates}
+    signed = bool((x < 0).any())
+    qmin, qmax = integer_range(bits, signed)
+    scale = ops.search_scale(x, qmin, qmax, **options)
+    if signed and bits < 16:  # a range of 16 bits fits as it is only
+        low, high = integer_range(bits, signed=False)
+        affine, zero_point = ops.search_affine(x, low, high, **options)
+        shift = int(zero_point)
+        if _error(x, affine, low - shift, high - shift, plan) < 0.9 * _error(x, scale, qmin, qmax, plan):
+            scale, qmin, qmax = affine, low - shift, high - shift
+    return ActivationQuantizer(scale, qmin, qmax)
+
+
+def _error(x: torch.Tensor, scale: torch.Tensor, qmin: int, qmax: int, plan: Recipe) -> float:
+    return float((ops.fake_quantize(x, scale, qmin, qmax) - x).abs().double().pow(plan.norm).sum())
+
+
+def _reading(model: nn.Module, run, names: list[str], see) -> None:
+    """Call ``see(name, tensor)`` with the first tensor that each module is called with, while ``run(model)``."""
+
+    def hook(name):
+        def look(module, args, kwargs):
+            where = first_tensor(args, kwargs)
+            see(name, args[where] if isinstance(where, int) else kwargs[where])
+
+        return look
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in names]
+    with hooks(handles):
+        run(model)
+
+
+def _first_reads(model: nn.Module, example, names: list[str]) -> dict[str, list[torch.Tensor]]:
+    """What modules read at each of their calls, the very tensors, in execution order."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    _reading(model, example, names, lambda name, x: seen.setdefault(name, []).append(x))
+    return seen
+
+
+def _read_samples(model: nn.Module, run, names: list[str]) -> dict[str, torch.Tensor]:
+    """Of what modules read, evenly spaced elements, few enough to keep for all of them, and the extremes."""
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def keep(name, x):
+        flat = x.detach().flatten()
+        few = flat[:: max(1, flat.numel() // SAMPLED)]
+        seen.setdefault(name, []).append(torch.cat([few, *(v.reshape(1) for v in torch.aminmax(flat))]))
+
+    _reading(model, run, names, keep)
+    return {name: torch.cat(parts) for name, parts in seen.items()}

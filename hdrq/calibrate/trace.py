@@ -1,0 +1,217 @@
+"""How the units of a model depend on each other: what each reads and returns, found by tracing one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from hdrq.calibrate.data import Call
+from hdrq.prepare.observe import hooks
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor among arguments or results: ``axis`` grows with the batch, by ``count`` for each sample."""
+
+    axis: int
+    count: int
+    shape: tuple[int, ...]  # of a row
+    dtype: torch.dtype
+
+    def rows(self, value: torch.Tensor) -> torch.Tensor:
+        """One row for each sample."""
+        value = value.movedim(self.axis, 0)
+        return value.unflatten(0, (-1, self.count)) if self.count != 1 else value
+
+    def tensor(self, rows: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`rows`."""
+        rows = rows.flatten(0, 1) if self.count != 1 else rows
+        return rows.movedim(0, self.axis)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tree of arguments or results: a :class:`Leaf` where a value depends on the sample, else the value itself."""
+
+    spec: TreeSpec
+    leaves: tuple
+
+    @classmethod
+    def of(cls, name: str, one: Any, two: Any) -> Layout:
+        """From the same tree for one sample, and for that sample twice."""
+        values, spec = tree_flatten(two)
+        return cls(spec, tuple(_leaf(name, a, b) for a, b in zip(tree_leaves(one), values, strict=True)))
+
+    @property
+    def batched(self) -> list[Leaf]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, Leaf)]
+
+    def build(self, parts: list[torch.Tensor]) -> Any:
+        """The tree whose batched leaves have these rows."""
+        rows = iter(parts)
+        return tree_unflatten([x.tensor(next(rows)) if isinstance(x, Leaf) else x for x in self.leaves], self.spec)
+
+    @property
+    def main(self) -> int:
+        """Which of the batched leaves a block is reconstructed by: the first of floating point."""
+        return next(i for i, leaf in enumerate(self.batched) if leaf.dtype.is_floating_point)
+
+    def split(self, tree: Any) -> list[torch.Tensor]:
+        """The rows of the batched leaves of a tree."""
+        values = tree_leaves(tree)
+        return [leaf.rows(x) for leaf, x in zip(self.leaves, values, strict=True) if isinstance(leaf, Leaf)]
+
+
+def _leaf(name: str, one: Any, two: Any) -> Any:
+    if not isinstance(two, torch.Tensor):
+        return two
+    grown = [axis for axis in range(two.ndim) if two.shape[axis] != one.shape[axis]]
+    if not grown:
+        return two
+    if len(grown) > 1 or two.shape[grown[0]] != 2 * one.shape[grown[0]]:
+        raise ValueError(
+            f"block {name} must have tensors of which one axis grows with the batch, "
+            f"got {tuple(one.shape)} for one sample and {tuple(two.shape)} for two"
+        )
+    axis, count = grown[0], one.shape[grown[0]]
+    rest = (*one.shape[:axis], *one.shape[axis + 1 :])
+    return Leaf(axis, count, rest if count == 1 else (count, *rest), two.dtype)
+
+
+@dataclass(frozen=True)
+class Node:
+    """What is known of a block before it is learned."""
+
+    name: str
+    inputs: Layout
+    outputs: Layout
+    reads: tuple[tuple[int, int], ...] | None  # for each batched input: which block returned it, at which leaf
+    needs: frozenset[int]  # the blocks on whose outputs the inputs depend
+
+
+class _Taint(TorchDispatchMode):
+    """Follows, storage by storage, which blocks' outputs a tensor was computed from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[int, frozenset[int]] = {}
+        self.control: frozenset[int] = frozenset()  # read on the host: anything may depend on it
+        self.alive: list = []  # so that no storage's address is used twice
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        origins = self.read((args, kwargs))
+        tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        for x in tensors:
+            self.mark(x, self.of.get(_storage(x), frozenset()) | origins)
+        if not tensors:
+            self.control |= origins
+        return result
+
+    def mark(self, x: torch.Tensor, origins: frozenset[int]) -> None:
+        self.alive.append(x)
+        self.of[_storage(x)] = origins
+
+    def read(self, tree: Any) -> frozenset[int]:
+        tensors = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+        return self.control.union(*(self.of.get(_storage(x), frozenset()) for x in tensors))
+
+
+def _storage(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+@torch.no_grad()
+def trace(model: nn.Module, blocks: list[str], example: Call) -> list[Node]:
+    """How blocks depend on each other, from running the model on the first sample, once and twice over.
+
+    Blocks that return the same for every sample, such as an embedding of positions, have nothing to be reconstructed
+    from, and are left out.
+
+    Raises:
+        ValueError: a tensor of a block that grows with the batch along no axis, or along several.
+    """
+    one = _traced(model, blocks, example.at(torch.tensor([0])))
+    two = _traced(model, blocks, example.at(torch.tensor([0, 0])))
+    growing = [name for name, *pair in zip(blocks, one, two, strict=True) if _grows(name, *pair)]
+    if growing != blocks:
+        return trace(model, growing, example)
+    produced: dict[tuple[int, int], tuple[int, int]] = {}
+    nodes = []
+    for k, name in enumerate(blocks):
+        inputs = Layout.of(name, one[k].inputs, two[k].inputs)
+        outputs = Layout.of(name, one[k].outputs, two[k].outputs)
+        if not inputs.batched or not any(leaf.dtype.is_floating_point for leaf in outputs.batched):
+            raise ValueError(f"block {name} must read tensors that grow with the batch, and return floats, got none")
+        batched = [i for i, leaf in enumerate(inputs.leaves) if isinstance(leaf, Leaf)]
+        reads = [produced[two[k].read[i]] for i in batched if two[k].read[i] in produced]
+        computed = any(two[k].origins[i] for i in range(len(inputs.leaves)) if i not in batched)
+        known = len(reads) == len(batched) and not computed
+        nodes.append(Node(name, inputs, outputs, tuple(reads) if known else None, frozenset().union(*two[k].origins)))
+        batched = [i for i, leaf in enumerate(outputs.leaves) if isinstance(leaf, Leaf)]
+        produced.update({two[k].returned[i]: (k, place) for place, i in enumerate(batched)})
+    return nodes
+
+
+@dataclass
+class _Visit:
+    """One block's call while tracing."""
+
+    inputs: Any = None
+    outputs: Any = None
+    read: list[tuple[int, int]] = field(default_factory=list)  # identity and version of each leaf
+    returned: list[tuple[int, int]] = field(default_factory=list)
+    origins: list[frozenset[int]] = field(default_factory=list)
+
+
+def _grows(name: str, one: _Visit, two: _Visit) -> bool:
+    """Whether anything that a block reads or returns does."""
+    sides = (one.inputs, two.inputs), (one.outputs, two.outputs)
+    return any(Layout.of(name, *pair).batched for pair in sides)
+
+
+def _traced(model: nn.Module, blocks: list[str], call: Call) -> list[_Visit]:
+    taint = _Taint()
+    visits: dict[int, _Visit] = {}
+
+    def enter(k: int):
+        def hook(module, args, kwargs):
+            if k in visits:  # a reused block: its first call is what is cached
+                return
+            visits[k] = _Visit(inputs=(args, dict(kwargs)))
+            leaves = tree_leaves((args, dict(kwargs)))
+            taint.alive.extend(leaves)
+            visits[k].read = [_identity(x) for x in leaves]
+            visits[k].origins = [taint.read(x) for x in leaves]
+
+        return hook
+
+    def leave(k: int):
+        def hook(module, args, output):
+            if visits[k].outputs is not None:
+                return
+            visits[k].outputs = output
+            for x in tree_leaves(output):
+                if isinstance(x, torch.Tensor):
+                    taint.mark(x, frozenset([k]))
+            visits[k].returned = [_identity(x) for x in tree_leaves(output)]
+
+        return hook
+
+    handles = []
+    for k, name in enumerate(blocks):
+        block = model.get_submodule(name)
+        handles += [block.register_forward_pre_hook(enter(k), with_kwargs=True, prepend=True)]
+        handles += [block.register_forward_hook(leave(k))]
+    with hooks(handles), taint:
+        call(model)
+    return [visits[k] for k in range(len(blocks))]
+
+
+def _identity(x: Any) -> tuple[int, int]:
+    return (id(x), x._version) if isinstance(x, torch.Tensor) and not x.is_inference() else (id(x), 0)

@@ -1,0 +1,278 @@
+"""The file of a quantized model: safetensors, with a manifest, read and written one tensor at a time. Never a pickle.
+
+What a header claims is checked against the file before anything is read or allocated; a hash of each tensor, in the
+manifest, and one of the manifest tell an altered file. The same content is the same file, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hdrq import checks
+from hdrq.checkpoint.files import disk_with_room, replacing
+from hdrq.prepare.attention import OPERANDS
+
+FORMAT = 2
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Spec = tuple[torch.dtype, tuple[int, ...]]
+
+
+def packs(qmin: int, qmax: int) -> bool:
+    """Whether codes of a range are stored two to a byte (:func:`hdrq.ops.pack`)."""
+    return qmin >= -8 and qmax <= (7 if qmin < 0 else 15)
+
+
+def codes_spec(qmin: int, qmax: int, shape: tuple[int, ...]) -> Spec:
+    """How the file holds codes of a range and a shape."""
+    return (torch.uint8, ((prod(shape) + 1) // 2,)) if packs(qmin, qmax) else (checks.code_range(qmin, qmax), shape)
+
+
+class Reader:
+    """A file to read from, in a ``with`` block.
+
+    ``manifest`` has tables ``weights`` (by layer: range, axis, shape), ``inputs`` (by module: range), ``shared``
+    (modules whose input quantizer is another's), ``folded``, ``attention`` (:func:`hdrq.prepare.attention.operand_table`),
+    ``sha256``, and how the model was made. ``specs`` has the dtype and shape of every tensor.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file that :class:`Writer` wrote, or an altered one.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+
+        self.path = os.fspath(path)
+        if os.path.isdir(path):
+            raise ValueError(f"path must be a file that hdrq.save wrote, got the folder {self.path!r}")
+        with ExitStack() as stack, _refusing(self.path):
+            self._file = stack.enter_context(safe_open(path, framework="pt"))
+            metadata = self._file.metadata() or {}
+            self.manifest = _manifest(metadata.get("hdrq"), metadata.get("sha256"))
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+            self.specs = {n: (_dtype(n, s.get_dtype()), tuple(s.get_shape())) for n, s in slices.items()}
+            _check(self.manifest, self.specs)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.close()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return os.path.getsize(self.path)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, in memory of its own.
+
+        Raises:
+            ValueError: it is not what was written.
+        """
+        with _refusing(self.path):
+            value = self._file.get_tensor(name).clone()
+            if _hash(value) != self.manifest["sha256"][name]:
+                raise ValueError(f"tensor {name} has another hash than it was written with")
+            return value
+
+
+class Writer:
+    """A file to write to, in a ``with`` block, at whose end it appears, whole.
+
+    Args:
+        path: of the file; what is there is replaced.
+        specs: the dtype and shape of every tensor.
+        manifest: as :class:`Reader` has it, without ``sha256``.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+        ValueError: the manifest does not fit the tensors, or a tensor its spec, or one is missing at the end.
+    """
+
+    def __init__(self, path: str | os.PathLike, specs: Mapping[str, Spec], manifest: Mapping[str, Any]) -> None:
+        for name, (dtype, _) in specs.items():
+            if dtype not in NAMES:
+                raise ValueError(f"{name} must be of {', '.join(DTYPES)}, got {dtype}")
+        # Wider types first: a reader maps each tensor where it lies, so it must be aligned.
+        self.specs = dict(sorted(specs.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
+        self._path, self._manifest = path, {**manifest, "format": FORMAT}
+        self._hashes = dict.fromkeys(specs, "0" * 64)
+        self._places, end = {}, 0
+        for name, (dtype, shape) in self.specs.items():
+            self._places[name] = (end, end := end + prod(shape) * dtype.itemsize)
+        _check(json.loads(self._text()), self.specs)
+
+    def __enter__(self) -> Writer:
+        with ExitStack() as stack:
+            self._file = stack.enter_context(replacing(self._path))
+            self._write(0, self._header())
+            self._start = self._file.tell()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> bool | None:
+        if error[0] is None:
+            missing = [name for name, digest in self._hashes.items() if digest == "0" * 64]
+            try:
+                if missing:
+                    raise ValueError(f"every tensor must be written, got none for {', '.join(missing[:10])}")
+                self._write(0, self._header())
+            except BaseException as problem:
+                self._stack.__exit__(type(problem), problem, problem.__traceback__)
+                raise
+        return self._stack.__exit__(*error)
+
+    def write(self, name: str, value: torch.Tensor) -> None:
+        """Write one tensor, in any order."""
+        value = value.detach().cpu().contiguous()
+        if (value.dtype, tuple(value.shape)) != self.specs[name]:
+            raise ValueError(f"{name} must be {self.specs[name]}, got {value.dtype} of shape {tuple(value.shape)}")
+        self._hashes[name] = _hash(value)
+        self._write(self._start + self._places[name][0], _bytes(value))
+
+    def _write(self, place: int, data) -> None:
+        with disk_with_room(self._path):
+            self._file.seek(place)
+            self._file.write(data)
+
+    def _text(self) -> str:
+        manifest = {**self._manifest, "sha256": self._hashes}
+        return json.dumps(manifest, sort_keys=True, default=_plain)
+
+    def _header(self) -> bytes:
+        """Of one length, whatever the hashes."""
+        text = self._text()
+        entries: dict[str, Any] = {"__metadata__": {"hdrq": text, "sha256": _text_hash(text)}}
+        for name, (dtype, shape) in self.specs.items():
+            entries[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": self._places[name]}
+        header = json.dumps(entries, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        return len(header).to_bytes(8, "little") + header
+
+
+def _plain(value: Any) -> Any:
+    """What JSON knows: a knob may be NumPy's."""
+    if not hasattr(value, "item"):
+        raise ValueError(f"manifest must be of what JSON has, got {type(value).__name__}: {value}")
+    return value.item()
+
+
+@contextmanager
+def _refusing(path: str) -> Iterator[None]:
+    """Whatever is wrong with a file is a ValueError that names it."""
+
+    try:
+        yield
+    except (SafetensorError, ValueError, TypeError, RuntimeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"path must be a file that hdrq.save wrote, got {path!r}: {error}") from error
+
+
+def _manifest(text: str | None, digest: str | None) -> dict[str, Any]:
+    if text is None:
+        raise ValueError("it has no manifest")
+    try:
+        manifest = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"manifest must be JSON, got {text[:40]!r}: {error}") from error
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
+        raise ValueError(f"manifest must be of format {FORMAT}, got {version!r}")
+    if digest != _text_hash(text):
+        raise ValueError("manifest has another hash than it was written with")
+    return manifest
+
+
+def _check(manifest: dict[str, Any], specs: Mapping[str, Spec]) -> None:
+    """The tables of a manifest fit each other and the tensors."""
+    for key in ("folded", "weights", "inputs", "shared", "sha256"):
+        if not isinstance(manifest.get(key), dict):
+            raise ValueError(f"manifest must have a table of {key}, got {manifest.get(key)!r}")
+    if manifest["sha256"].keys() != specs.keys():
+        raise ValueError(
+            f"manifest must hash all tensors, got others: {sorted(manifest['sha256'].keys() ^ specs.keys())}"
+        )
+    for key in ("folded", "shared"):
+        if not all(isinstance(value, str) for value in manifest[key].values()):
+            raise ValueError(f"manifest must name modules in {key}, got {manifest[key]!r}")
+    attention = manifest.get("attention", {})
+    labels = [attention.values()] if isinstance(attention, dict) else [[attention]]
+    if not all(isinstance(own, list) and own and {*own} <= {*OPERANDS, None} for each in labels for own in each):
+        raise ValueError(f"manifest must have lists of operands for attention, got {attention!r}")
+    inputs = manifest["inputs"]
+    orphans = [name for name, owner in manifest["shared"].items() if owner not in inputs or name in inputs]
+    if orphans:
+        raise ValueError(f"manifest must have one input quantizer for every module that shares one, got {orphans}")
+    architecture = manifest.get("architecture", {"factory": "", "arguments": {}})
+    if not (
+        isinstance(architecture, dict) and [type(architecture.get(k)) for k in ("factory", "arguments")] == [str, dict]
+    ):
+        raise ValueError(f"manifest must have factory and arguments of the architecture, got {architecture!r}")
+    for name, facts in manifest["weights"].items():
+        if not (isinstance(facts, dict) and facts.keys() == {"range", "axis", "shape"}):
+            raise ValueError(f"manifest must have range, axis and shape of weight {name!r}, got {facts!r}")
+        low, high = _range(name, facts["range"])
+        shape = tuple(checks.integer(f"shape of {name}", side, 0, 2**48) for side in facts["shape"])
+        axis = facts["axis"]
+        if axis is not None:
+            axis = checks.integer(f"axis of {name}", axis, -len(shape), len(shape) - 1)
+        _expect(specs, f"{name}.weight.codes", *codes_spec(low, high, shape))
+        _expect(specs, f"{name}.weight.scale", torch.float32, (1 if axis is None else shape[axis],))
+    for name, bounds in inputs.items():
+        _range(name, bounds)
+        _expect(specs, f"{name}.input.scale", torch.float32, (1,))
+
+
+def _range(name: str, bounds: Any) -> tuple[int, int]:
+    if not (isinstance(bounds, list) and len(bounds) == 2):
+        raise ValueError(f"range of {name} must be two integers, got {bounds!r}")
+    checks.quant_range(*bounds)
+    return bounds[0], bounds[1]
+
+
+def _expect(specs: Mapping[str, Spec], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if name not in specs:
+        raise ValueError(f"checkpoint must hold {name!r}, got none")
+    if specs[name] != (dtype, shape):
+        raise ValueError(f"{name} must be {dtype} of shape {shape}, got {specs[name][0]} of shape {specs[name][1]}")
+
+
+def _dtype(name: str, text: str) -> torch.dtype:
+    if text not in DTYPES:
+        raise ValueError(f"{name} must be of {', '.join(DTYPES)}, got {text}")
+    return DTYPES[text]
+
+
+def _hash(value: torch.Tensor) -> str:
+    digest = hashlib.sha256(f"{NAMES[value.dtype]} {tuple(value.shape)} ".encode())
+    digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _bytes(value: torch.Tensor):
+    return value.reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,92 @@
+"""What is in a checkpoint: layers, bits, bytes, and how it was made."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from hdrq.checkpoint.format import Reader
+
+
+@dataclass(frozen=True)
+class LayerContents:
+    """A quantized weight in the file, and what its layer reads."""
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int
+    input_bits: int | None  # None: its input is not quantized there
+    scales: int  # 1, or one for each channel
+    stored: int  # bytes of codes and scales
+    full: int  # bytes of the weight in float32
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A file, every tensor of which has the hash it was written with."""
+
+    layers: tuple[LayerContents, ...]
+    size: int  # bytes of the file
+    other: int  # bytes of what is not quantized: biases, norms, buffers
+    facts: dict[str, Any]  # how it was made
+
+    @property
+    def full(self) -> int:
+        """Bytes of the same model with float32 weights."""
+        return self.other + sum(layer.full for layer in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "full": self.full, "ratio": self.full / self.size}
+
+
+def contents(path: str | os.PathLike) -> Contents:
+    """Read a file, one tensor at a time, and say what it holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not a file that :func:`hdrq.save` wrote, or an altered one.
+    """
+    with Reader(path) as file:
+        sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in file.specs.items()}
+        for name in file.specs:
+            file.tensor(name)  # checks its hash
+        manifest = file.manifest
+        inputs = {**manifest["inputs"], **{n: manifest["inputs"][o] for n, o in manifest["shared"].items()}}
+        layers = []
+        for name, facts in manifest["weights"].items():
+            layers.append(
+                LayerContents(
+                    name,
+                    tuple(facts["shape"]),
+                    _bits(facts["range"]),
+                    _bits(inputs[name]) if name in inputs else None,
+                    prod(file.specs[f"{name}.weight.scale"][1]),
+                    sizes.pop(f"{name}.weight.codes") + sizes.pop(f"{name}.weight.scale"),
+                    4 * prod(facts["shape"]),
+                )
+            )
+        found = Contents(tuple(layers), file.size, sum(sizes.values()), _facts(manifest))
+        found.facts["size"] = f"{found.size:,} bytes, {found.size / max(found.full, 1):.1%} of float32"
+        return found
+
+
+def _bits(bounds: list[int]) -> int:
+    return (bounds[1] - bounds[0]).bit_length()
+
+
+def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The lines under the table."""
+    facts = {"format": manifest["format"], "hdrq": manifest.get("hdrq")}
+    if "architecture" in manifest:
+        facts["architecture"] = manifest["architecture"]["factory"]
+    recipe, fingerprints = manifest.get("recipe"), manifest.get("fingerprints")
+    if isinstance(recipe, dict):
+        facts |= {"recipe": recipe.get("name"), "bits": manifest.get("bits"), "seed": manifest.get("seed")}
+    if isinstance(fingerprints, dict):
+        facts |= {f"{name} (SHA-256)": value for name, value in fingerprints.items()}
+    if isinstance(manifest.get("models"), list):
+        facts |= {"merge of": f"{len(manifest['models'])} models", "merged by": manifest.get("merge")}
+    return facts

@@ -1,0 +1,139 @@
+"""Checkpoints of a run: what is finished, and how far the block in work has come. Never a pickle.
+
+A work folder holds ``run.json`` (what the run is made of, its fingerprint), ``block-000.safetensors`` and so on (what
+each finished block learned), ``current.safetensors`` (parameters, Adam's moments and the iteration of the block in
+work) and ``losses.csv``. Every file is replaced at once, so a kill leaves a state from which the run goes on. Batches,
+ noise and schedules are functions of seed and iteration and need no file; what finished blocks return is
+computed again, by the same calls, to the same bits.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from hdrq._version import __version__
+from hdrq.calibrate.data import Call
+from hdrq.checkpoint.files import write_atomically
+from hdrq.checks import listed
+from hdrq.recipes import Recipe
+
+CURRENT = "current.safetensors"
+
+
+class Workdir:
+    """The folder of one run.
+
+    Args:
+        path: made where it is missing.
+        fingerprint: what the run is made of.
+        resume: whether to go on with the run that is there; if none is, one starts.
+
+    Raises:
+        FileExistsError: there is a run, and ``resume`` is false.
+        ValueError: there is a run of another fingerprint; the message says what differs.
+    """
+
+    def __init__(self, path: str | os.PathLike, fingerprint: Mapping[str, Any], resume: bool) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        run = self.path / "run.json"
+        text = json.dumps(fingerprint, indent=1, sort_keys=True, default=str)
+        if not run.exists():
+            write_atomically(run, text)
+            return
+        if not resume:
+            raise FileExistsError(f"workdir must hold no run, or resume=True go on with it, got one in {self.path}")
+        theirs, ours = json.loads(run.read_text()), json.loads(text)
+        wrong = [
+            f"{key} ({theirs.get(key)}, now {ours.get(key)})"
+            for key in {**theirs, **ours}
+            if theirs.get(key) != ours.get(key)
+        ]
+        if wrong:
+            raise ValueError(f"resume must have what the run in {self.path} began with, got others: {listed(wrong)}")
+
+    def save_block(self, index: int, tensors: Mapping[str, torch.Tensor], facts: dict) -> None:
+        """A finished block: what it learned."""
+        self._save(_block(index), tensors, facts)
+
+    def load_block(self, index: int) -> tuple[dict[str, torch.Tensor], dict] | None:
+        return self._load(_block(index))
+
+    def save_current(self, tensors: Mapping[str, torch.Tensor], facts: dict) -> None:
+        """The block in work."""
+        self._save(CURRENT, tensors, facts)
+
+    def load_current(self, index: int) -> tuple[dict[str, torch.Tensor], dict] | None:
+        """The state of the block in work, if it is block ``index``."""
+        state = self._load(CURRENT)
+        return state if state is not None and state[1]["index"] == index else None
+
+    def write_losses(self, rows: list[tuple]) -> None:
+        """``losses.csv``: block, iteration, loss."""
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(["block", "iteration", "loss"])
+        writer.writerows(rows)
+        write_atomically(self.path / "losses.csv", text.getvalue())
+
+    def _save(self, name: str, tensors: Mapping[str, torch.Tensor], facts: dict) -> None:
+
+        own = {key: value.detach().cpu().clone() for key, value in tensors.items()}
+        write_atomically(self.path / name, save(own, {"hdrq": json.dumps(facts)}))
+
+    def _load(self, name: str) -> tuple[dict[str, torch.Tensor], dict] | None:
+
+        if not (self.path / name).exists():
+            return None
+        try:
+            with safe_open(self.path / name, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["hdrq"])  # noqa: SIM118
+        except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"workdir must hold checkpoints of hdrq, got {self.path / name}: {error}") from error
+
+
+def _block(index: int) -> str:
+    return f"block-{index:03}.safetensors"
+
+
+def fingerprint(
+    model: nn.Module, source: nn.Module | None, batches: list[Call], plan: Recipe, bits: Any, seed: int
+) -> dict[str, Any]:
+    """Everything that decides the bits of a run, as text that can be compared."""
+    device = next(iter(model.state_dict().values())).device
+    sizes = [call.size for call in batches]
+    data = [t for call in batches for t in call.tensors]
+    plain = [repr(v) for c in batches for v in (*c.args, *c.kwargs.items()) if not isinstance(v, torch.Tensor)]
+    return {
+        "hdrq": __version__,
+        "torch": torch.__version__,
+        "device": device.type,
+        "seed": seed,
+        "bits": bits if isinstance(bits, str) else dict(bits),
+        "model": state_hash(model.state_dict()),
+        "source": None if source is None else state_hash(source.state_dict()),
+        "calibration": state_hash({str(i): t for i, t in enumerate(data)}, repr(sizes) + "".join(plain)),
+        **{f"recipe.{key}": value for key, value in asdict(plan).items()},
+    }
+
+
+def state_hash(tensors: Mapping[str, torch.Tensor], more: str = "") -> str:
+    """A fingerprint of tensors and their names: 16 hexadecimal digits of a SHA-256."""
+    digest = hashlib.sha256(more.encode())
+    for name, value in tensors.items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,25 @@
+"""The command line, one file a command. It parses, shows progress and prints; the work is done elsewhere."""
+
+import sys
+
+try:
+    import typer
+
+    from hdrq.cli import bench, demo, evaluate, info, inspect, merge, parity, quantize
+except ImportError as error:
+    sys.exit(f'hdrq: the command line needs {error.name}; pip install "hdrq[cli]"')
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(info.info)
+app.command()(quantize.quantize)
+app.command()(merge.merge)
+app.command()(inspect.inspect)
+app.command()(evaluate.evaluate)
+app.command()(demo.demo)
+app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})(bench.bench)
+app.command()(parity.parity)
+
+
+@app.callback()
+def hdrq() -> None:
+    """Quantizers for reconstruction loops, and a merge of quantized models that works on their integers."""

@@ -1,0 +1,5 @@
+"""``python -m hdrq.cli``."""
+
+from hdrq.cli import app
+
+app()

@@ -1,0 +1,36 @@
+"""``hdrq inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from hdrq.cli.terminal import console, refuse
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A quantized model.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print layers, bits and sizes of a quantized model, and check every hash."""
+    from hdrq.checkpoint.inspection import contents
+    from hdrq.report.tables import contents_table
+
+    try:
+        found = contents(file)
+    except (ValueError, OSError) as error:
+        refuse(error)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    console.print(contents_table(found))
+    for name, value in found.facts.items():
+        console.print(
+            f"[bold]{name:>14}[/bold]  {escape(str(value).encode(errors='replace').decode())}",
+            highlight=False,
+            soft_wrap=True,
+        )

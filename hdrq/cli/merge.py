@@ -1,0 +1,79 @@
+"""``hdrq merge``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn
+
+from hdrq.cli.terminal import console, errors, refuse
+
+if TYPE_CHECKING:
+    from hdrq.merging.readiness import Readiness
+
+
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Two or more quantized models.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The merged model, safetensors.")] = None,
+    weights: Annotated[str | None, typer.Option(help="λ of each model, like 0.5,0.3,0.2; equal ones.")] = None,
+    draws: Annotated[int, typer.Option(help="Roundings tried for each layer.")] = 30,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    noise: Annotated[str, typer.Option(help="On all, odd or none of the weights.")] = "all",
+    select: Annotated[str, typer.Option(help="min-cosine, mean-cosine, first or official.")] = "min-cosine",
+    mode: Annotated[str, typer.Option(help="exact, or fast for up to four models.")] = "exact",
+    rule: Annotated[str, typer.Option(help="noise; or half-even, half-up, half-away, requantize.")] = "noise",
+    extrapolate: Annotated[bool, typer.Option("--extrapolate", help="Allow negative weights.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say whether it will work; status 1 if not.")] = False,
+    report: Annotated[Path | None, typer.Option(help="A folder for readiness.json and readiness.png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print how ready the models are as JSON.")] = False,
+) -> None:
+    """Merge quantized models on their integers: no originals, no data, no training."""
+    from hdrq.merging.models import merge_files, readiness
+    from hdrq.report.figures import plot_readiness
+    from hdrq.report.tables import readiness_table
+
+    if (out is None) != dry_run:
+        refuse(ValueError("out must be given, or --dry-run, and not both"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+    )
+    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bars:
+        task = bars.add_task("merging", total=1)
+        options: dict[str, Any] = {"draws": draws, "seed": seed, "noise": noise, "select": select, "mode": mode}
+        options |= {"rule": rule, "extrapolate": extrapolate, "device": device}
+        options["progress"] = lambda done, total, name: bars.update(task, completed=done, total=total, description=name)
+        try:
+            options["weights"] = None if weights is None else _numbers("weights", weights)
+            if report is not None:
+                report.mkdir(parents=True, exist_ok=True)
+            if out is None:
+                found: Readiness | None = readiness(files, **options)
+            else:
+                found = merge_files(files, out, report=report is not None or as_json, **options)
+        except (ValueError, TypeError, OSError) as error:
+            refuse(error)
+    if found is None:
+        return
+    if report is not None:
+        (report / "readiness.json").write_text(json.dumps(found.as_dict(), indent=2) + "\n")
+        plot_readiness(found, report / "readiness.png")
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        console.print(readiness_table(found))
+        console.print(found.verdict, highlight=False, markup=False, soft_wrap=True)
+    if dry_run and found.verdict.startswith("not ready"):
+        raise typer.Exit(1)
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{name} must be numbers between commas, got {text!r}") from error

@@ -1,0 +1,74 @@
+"""``hdrq quantize``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hdrq.cli.terminal import console, refuse
+
+
+def quantize(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file of settings; options override it.")] = None,
+    model: Annotated[str | None, typer.Option(help="The architecture: module:factory.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Its state, safetensors.")] = None,
+    source: Annotated[Path | None, typer.Option(help="The state before its adaptation.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A folder of images, a .npy or a .safetensors file.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="rtn, brecq, qdrop or hdrq.")] = None,
+    preset: Annotated[str | None, typer.Option(help="paper or official.")] = None,
+    bits: Annotated[str | None, typer.Option(help="Bits of weights and activations, like W4A4.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Steps for each block.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of batches, noise and drops.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The quantized model, safetensors.")] = None,
+    workdir: Annotated[Path | None, typer.Option(help="Checkpoints, losses and their plot.")] = None,
+    resume: Annotated[bool | None, typer.Option("--resume", help="Go on with the run in workdir.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: name=value.")] = None,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Also without distance, and without noise: a table.")
+    ] = False,
+) -> None:
+    """Quantize a model from unlabelled data."""
+    given = {
+        "model": model,
+        "weights": weights,
+        "source": source,
+        "data": data,
+        "recipe": recipe,
+        "preset": preset,
+        "bits": bits,
+        "iterations": iterations,
+        "seed": seed,
+        "device": device,
+        "out": out,
+        "workdir": workdir,
+        "resume": resume,
+    }
+    options = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
+    try:
+        from hdrq.calibrate.report import report_of
+        from hdrq.methods import job
+        from hdrq.report.figures import write_losses
+        from hdrq.report.tables import errors_table
+
+        settings = {} if config is None else job.read_settings(config)
+        plan = job.Run.of({**settings, **options, **dict(job.parse_setting(text) for text in set_ or [])})
+        title = f"Accumulated error: {plan.recipe}, {plan.bits}, seed {plan.seed}"
+        if ablate:
+            console.print(errors_table(job.ablate(plan), title))
+            return
+        report = report_of(job.execute(plan))
+    except ImportError as error:
+        sys.exit(f'hdrq: quantize needs {error.name}; pip install "hdrq[cli]"')
+    except (ValueError, TypeError, OSError) as error:
+        refuse(error)
+    except FloatingPointError as error:
+        sys.exit(f"hdrq: {error}")
+    console.print(errors_table({plan.recipe: report}, title))
+    memory = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in report.peak_memory.items())
+    console.print(f"{report.seconds:.0f} s; peak memory: {memory}", highlight=False)
+    if plan.workdir is not None and report.losses:
+        write_losses(report.losses, Path(plan.workdir) / "losses.png")

@@ -1,0 +1,107 @@
+"""What a model is worth: accuracies, their harmonic mean, and the errors that accumulate in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from hdrq import checks
+from hdrq.calibrate.data import Call
+from hdrq.prepare.observe import hooks
+
+
+def harmonic_mean(values: Iterable[float]) -> float:
+    """``n / Σ 1/v``; 0 where a value is 0.
+
+    Raises:
+        ValueError: no values, or one that is negative or not finite.
+    """
+    values = [float(v) for v in values]
+    if not values or not all(0 <= v < math.inf for v in values):
+        raise ValueError(f"values must be one or more finite numbers that are not negative, got {values}")
+    return 0.0 if min(values) == 0 else len(values) / sum(1 / v for v in values)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to merge: its accuracy on each domain, in percent."""
+
+    method: str
+    accuracies: dict[str, float]
+
+    @property
+    def harmonic_mean(self) -> float:
+        return harmonic_mean(self.accuracies.values())
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 500) -> float:
+    """The share of images whose greatest logit is the label's, in percent. ``images`` (N, …), ``labels`` (N,) int64.
+
+    Raises:
+        ValueError: no images, or not as many labels.
+    """
+    if len(images) == 0 or labels.shape != images.shape[:1]:
+        raise ValueError(f"labels must be one for each image, got {tuple(labels.shape)} for {len(images)} images")
+    checks.integer("batch_size", batch_size, 1, 2**31)
+    return accuracy_of(model, zip(images.split(batch_size), labels.split(batch_size), strict=True))
+
+
+@torch.no_grad()
+def accuracy_of(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """:func:`accuracy` over batches of images and labels, moved to where the model is.
+
+    The logits are the first floating-point tensor that the model returns.
+    """
+    parameter = next(model.parameters(), None)
+    right = total = 0
+    for x, y in batches:
+        if parameter is not None:
+            x, y = x.to(parameter.device), y.to(parameter.device)
+        right += int((_first(model(x)).argmax(dim=1) == y).sum())
+        total += len(y)
+    return 100 * right / total
+
+
+@torch.no_grad()
+def accumulated_errors(
+    model: nn.Module, full: nn.Module, batches: Sequence[Call], blocks: Sequence[str]
+) -> dict[str, float]:
+    """How far a quantized model is from full precision: ``‖y_q − y‖² / ‖y‖²`` of each block's output and the model's.
+
+    Nothing is reset between blocks, so the error of a block contains that of all before it. Sums run over all
+    samples of ``batches``, in float64, of the first tensor that a block returns at its first call.
+    """
+    names = (*blocks, "output")
+    wrong, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for call in batches:
+        ours, theirs = (_outputs(m, call, blocks) for m in (model, full))
+        for name in names:
+            y = theirs[name].double()
+            wrong[name] += float((ours[name].double() - y).square().sum())
+            size[name] += float(y.square().sum())
+    return {name: wrong[name] / max(size[name], 1e-300) for name in names}
+
+
+def _outputs(model: nn.Module, call: Call, blocks: Sequence[str]) -> dict[str, torch.Tensor]:
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str):
+        def look(module, args, output) -> None:
+            if name not in seen:
+                seen[name] = _first(output).clone()  # what follows may work in place
+
+        return look
+
+    with hooks(model.get_submodule(name).register_forward_hook(keep(name)) for name in blocks):
+        seen["output"] = _first(call(model))
+    return seen
+
+
+def _first(tree) -> torch.Tensor:
+    return next(x for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and x.is_floating_point())

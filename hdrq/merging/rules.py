@@ -1,0 +1,96 @@
+"""Merges to compare noise-sampled rounding with: naive rules on the integers, and rounding a float mean anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from hdrq import checks, ops
+from hdrq.backends.eager import per_element
+from hdrq.backends.eager.merging import weighted_sum
+from hdrq.rng import rng_state
+
+RULES = ("half-even", "half-up", "half-away", "requantize")
+
+
+class RuleMerge(NamedTuple):
+    """What a baseline made, as :class:`hdrq.ops.MergedTensor` has it; one draw, so there is none to choose."""
+
+    codes: torch.Tensor  # int8 or int16
+    scale: torch.Tensor  # float32
+    zero_point: torch.Tensor  # float32
+
+
+def merge_rule(
+    codes: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    qmin: int,
+    qmax: int,
+    rule: str,
+    *,
+    weights: Sequence[float] | None = None,
+    zero_points: Sequence[torch.Tensor] | None = None,
+    ranges: Sequence[tuple[int, int]] | None = None,
+    axis: int | None = None,
+) -> RuleMerge:
+    """Average K quantized tensors into one by a fixed rule. Arguments and Δ*, z* are those of :func:`hdrq.ops.merge`.
+
+    Equation, in float32, with ``m = Σ λ_k·(I_k − z_k)·Δ_k``: ``I* = clamp(rounded(m / Δ*) + z*, qmin, qmax)``.
+    ``"half-even"`` is ``noise="none"`` there; ``"half-up"`` rounds ties towards +∞, ``"half-away"`` away from 0.
+    ``"requantize"`` takes m as a float tensor: its scale is searched anew (its zero point too, if zero points are
+    given) and it is rounded to nearest. The first three differ at ties only, of which there are hardly any where scales
+    were learned: then of two models a step apart each of them takes the one of the greater ``λ_k·Δ_k``.
+
+    Args:
+        codes: int8 or int16, of one shape.
+        rule: one of ``RULES``.
+
+    Raises:
+        TypeError, ValueError: "X must be …, got …".
+    """
+    checks.choice("rule", rule, RULES)
+    options: dict[str, Any] = {"weights": weights, "zero_points": zero_points, "ranges": ranges, "axis": axis}
+    even = _half_even(codes, scales, qmin, qmax, **options)
+    if rule == "half-even":
+        return even
+    mean = _midpoint(codes, scales, weights, zero_points, axis)
+    if rule == "requantize":
+        return _nearest(mean, qmin, qmax, axis, affine=zero_points is not None)
+    step, zero = (per_element(t, mean.ndim, axis) for t in (even.scale, even.zero_point))
+    position = mean / step
+    rounded = _half_up(position) if rule == "half-up" else _half_up(position.abs()).copysign(position)
+    return even._replace(codes=(rounded + zero).clamp(qmin, qmax).to(even.codes.dtype))
+
+
+def _half_even(codes, scales, qmin, qmax, **options) -> RuleMerge:
+    unused = rng_state(0, device=codes[0].device)
+    merged = ops.merge(codes, scales, qmin, qmax, unused, noise="none", **options)
+    return RuleMerge(merged.codes, merged.scale, merged.zero_point)
+
+
+def _half_up(x: torch.Tensor) -> torch.Tensor:
+    """Not ``floor(x + ½)``, which rounds the sum: 0.49999997 would become 1."""
+    low = x.floor()
+    return torch.where(x - low >= 0.5, low + 1, low)
+
+
+def _midpoint(codes, scales, weights, zero_points, axis) -> torch.Tensor:
+    """``Σ λ_k·(I_k − z_k)·Δ_k`` with the bits that :func:`hdrq.ops.merge` rounds."""
+    lam = torch.tensor(checks.mixing_weights(weights, len(codes)), device=codes[0].device)
+    zeros = [torch.zeros_like(s) for s in scales] if zero_points is None else zero_points
+    values = [
+        (c.float() - per_element(z, c.ndim, axis)) * per_element(s, c.ndim, axis)
+        for c, s, z in zip(codes, scales, zeros, strict=True)
+    ]
+    return weighted_sum(lam.unbind(), values)
+
+
+def _nearest(x, qmin, qmax, axis, affine) -> RuleMerge:
+    if affine:
+        scale, zero_point = ops.search_affine(x, qmin, qmax, axis=axis)
+    else:
+        scale = ops.search_scale(x, qmin, qmax, axis=axis)
+        zero_point = torch.zeros_like(scale)
+    return RuleMerge(ops.quantize(x, scale, qmin, qmax, zero_point=zero_point, axis=axis), scale, zero_point)

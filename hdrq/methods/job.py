@@ -1,0 +1,155 @@
+"""What the command line and its YAML files say, carried out: quantizing a model, evaluating one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from hdrq import checks, recipes
+from hdrq.calibrate.images import MEAN, STD, load_data
+from hdrq.calibrate.progress import Step
+from hdrq.calibrate.report import RunReport, report_of
+from hdrq.checkpoint.models import load_float, save
+from hdrq.methods.post_training import quantize
+from hdrq.quantizers.provenance import origin, set_origin
+
+ABLATION = {"as given": {}, "no distance": {"distance": 0.0}, "nor noise": {"distance": 0.0, "tail": 1.0}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Every setting of ``hdrq quantize``, with its default. Those that are not here are fields of the recipe."""
+
+    model: str  # "module:factory"; the factory takes model_args and returns the architecture
+    data: str  # a folder of images, or a .npy or .safetensors file
+    out: str | None = None  # the quantized model, safetensors
+    weights: str | None = None  # the model's state, safetensors; None for the factory's own
+    source: str | None = None  # the state of the model before its adaptation
+    model_args: dict = field(default_factory=dict)
+    recipe: str = "hdrq"
+    preset: str = "paper"
+    bits: str | dict = "W4A4"
+    seed: int = 0
+    samples: int | None = 1024  # of data, at most; None for all
+    held_out: float = 0.1  # share of the samples that nothing is learned from: the report's errors are taken on them
+    resize: int = 256
+    crop: int = 224
+    mean: tuple = MEAN
+    std: tuple = STD
+    device: str = "cpu"
+    cache: str = "auto"
+    cache_bytes: int | None = None
+    graph: bool | str = "auto"
+    workdir: str | None = None  # checkpoints, losses, their plot
+    resume: bool = False
+    checkpoint_every: int = 1000
+    knobs: dict = field(default_factory=dict)  # any field of hdrq.recipes.Recipe
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Run:
+        """From names and values, those of the recipe's fields among them.
+
+        Raises:
+            ValueError: a name that is none; no model or no data.
+        """
+        own = {f.name for f in fields(cls)}
+        knobs = {f.name for f in fields(recipes.Recipe)} - {"name"}
+        given = {name.replace("-", "_"): value for name, value in settings.items()}
+        for name in given:
+            checks.choice("setting", name, tuple(sorted(own | knobs)))
+        for name in ("model", "data"):
+            if not given.get(name):
+                raise ValueError(f"{name} must be given, got none")
+        merged = {**given.pop("knobs", {}), **{name: given.pop(name) for name in knobs & given.keys()}}
+        return cls(**given, knobs={name: number(value) for name, value in merged.items()})
+
+
+def read_settings(path: str | os.PathLike) -> dict[str, Any]:
+    """The settings of a YAML file."""
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"config must be YAML, got {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config must be a mapping of settings, got {type(settings).__name__} in {path}")
+    return settings
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``"name=value"``, the value as YAML has it: ``"tail=0.2"``."""
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"set must be name=value, got {text!r}")
+    return name, number(yaml.safe_load(value))
+
+
+def number(value: Any) -> Any:
+    """A number that YAML takes for a string: it wants 1.0e-3 for 1e-3."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def execute(run: Run, progress: Callable[[Step], None] | bool = True) -> nn.Module:
+    """Load, quantize, save. The manifest of the result has every setting, given or not."""
+    plan, model, source, samples, held_out = _prepare(run)
+    quantized = quantize(
+        model,
+        samples,
+        plan,
+        bits=run.bits,
+        source=source,
+        seed=run.seed,
+        held_out=held_out,
+        cache=run.cache,
+        cache_bytes=run.cache_bytes,
+        graph=run.graph,
+        workdir=run.workdir,
+        resume=run.resume,
+        checkpoint_every=run.checkpoint_every,
+        progress=progress,
+    )
+    architecture = {"factory": run.model, "arguments": run.model_args}
+    set_origin(quantized, {**origin(quantized), "architecture": architecture, "run": asdict(run)})
+    if run.out is not None:
+        save(quantized, run.out)
+    return quantized
+
+
+def ablate(run: Run, progress: Callable[[Step], None] | bool = True) -> dict[str, RunReport]:
+    """The run as it is given, without distance, and without distance and noise: what each of them is worth."""
+    reports = {}
+    for name, knobs in ABLATION.items():
+        settings = {**asdict(run), "knobs": {**run.knobs, **knobs}, "workdir": None, "resume": False}
+        if knobs:
+            settings |= {"out": None}
+        reports[name] = report_of(execute(Run(**settings), progress))
+    return reports
+
+
+def _prepare(run: Run):
+    plan = recipes.recipe(run.recipe, run.preset, **run.knobs)
+    out = None if run.out is None else Path(run.out)
+    if out is not None and not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise FileNotFoundError(f"out must be a file in a folder that can be written to, got {run.out}")
+    share = checks.real("held_out", run.held_out, 0.0, 0.5)
+    checks.device(run.device)
+    model = load_float(run.model, run.model_args, run.weights).to(run.device)
+    source = None
+    if run.source is not None and plan.iterations > 0:
+        source = load_float(run.model, run.model_args, run.source).to(run.device)
+    data = load_data(run.data, resize=run.resize, crop=run.crop, mean=run.mean, std=run.std, limit=run.samples)
+    data = data.to(run.device)
+    every = round(1 / share) if share > 0 else 0
+    held = torch.arange(len(data)) % every == every - 1 if every else torch.zeros(len(data), dtype=torch.bool)
+    return plan, model, source, data[~held], data[held] if held.any() else None

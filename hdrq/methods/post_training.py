@@ -1,0 +1,188 @@
+"""The block-wise loop: quantize a model, one block after the other, so that each block's output is kept."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+from hdrq import checks
+from hdrq.calibrate.cache import Cache
+from hdrq.calibrate.data import Call, calibration_calls, first_samples, run_all
+from hdrq.calibrate.progress import Step, bars
+from hdrq.calibrate.ranges import attach_quantizers
+from hdrq.calibrate.report import RunReport, peak_memory, set_report
+from hdrq.calibrate.sequential import Loop
+from hdrq.checkpoint.workdir import Workdir, fingerprint, state_hash
+from hdrq.checks import listed
+from hdrq.errors import DivergenceError
+from hdrq.evaluate.metrics import accumulated_errors
+from hdrq.methods.reconstruct.learner import settle
+from hdrq.prepare.attention import expose_operands, quantized_operands
+from hdrq.prepare.float_model import check_module, device_of, prepare_float
+from hdrq.prepare.uncalled import refuse_uncalled
+from hdrq.prepare.units import find_blocks
+from hdrq.quantizers.layers import quantized_layers
+from hdrq.quantizers.provenance import set_origin
+from hdrq.recipes import Recipe
+from hdrq.recipes import recipe as make_recipe
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def quantize(
+    model: nn.Module,
+    calibration: torch.Tensor | Iterable,
+    recipe: str | Recipe = "hdrq",
+    *,
+    bits: str | Mapping[str, str] = "W4A4",
+    source: nn.Module | None = None,
+    blocks: Sequence[str] | None = None,
+    preset: str = "paper",
+    seed: int = 0,
+    iterations: int | None = None,
+    held_out: torch.Tensor | Iterable | None = None,
+    cache: str = "auto",
+    cache_bytes: int | None = None,
+    graph: bool | str = "auto",
+    workdir: str | os.PathLike | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 0,
+    progress: Callable[[Step], None] | bool = True,
+    **knobs,
+) -> nn.Module:
+    """Quantize a model after training, from unlabelled data.
+
+    BatchNorm is folded; weights and inputs of every convolution and linear layer get quantizers
+    (:func:`hdrq.calibrate.ranges.attach_quantizers` says where), and so do an attention's operands (:mod:`hdrq.prepare.attention`); then,
+    block by block in forward order, what the recipe learns is learned so that the block's output stays that of the
+    full-precision model::
+
+        mean over batch and positions of Σ_channels (B_q(x) − B(x))²
+          +  λ·Σ_layers ‖W − W_src‖₂  (HDRQ)   or   0.01·Σ (1 − |2h(α) − 1|^β)  (BRECQ, QDrop)
+
+    Args:
+        model: in evaluation mode; it is left as it was. Weights in half precision are learned in float32.
+        calibration: a tensor, or an iterable of batches: each a tensor, a tuple or a dict of the model's arguments.
+        recipe: ``"hdrq"``, ``"qdrop"``, ``"brecq"``, ``"rtn"`` (round to nearest), or a :class:`hdrq.recipes.Recipe`.
+        bits: ``"W4A4"``, with 8 bits for the first and the last layer; or patterns of layer names,
+            ``{"stem": "W8A8", "head": "float", "*": "W4A4"}``, of which the first that matches decides.
+        blocks: the names of the units of reconstruction, blocks or single layers; None finds blocks
+            (:func:`hdrq.prepare.units.find_blocks`).
+        source: the model before its adaptation; needed where the recipe has a distance.
+        preset: ``"paper"`` or ``"official"``.
+        seed: of the batches, the noise and the drops: the same seed gives the same bits on the same machine.
+        iterations: for each block; None for the recipe's.
+        held_out: data like ``calibration``; the report then has each block's accumulated error on it.
+        cache: where inputs and targets of blocks lie: ``"auto"``, ``"device"``, ``"host"`` or ``"disk"``.
+        cache_bytes: what ``"auto"`` may take on the device, and again on the host; None for half of what is free.
+        graph: whether a step is captured as a CUDA graph: ``"auto"`` (where that works), True or False.
+        workdir: a folder for checkpoints and losses, from which ``resume=True`` goes on; None for none.
+        resume: go on with the run in ``workdir``, if there is one; it ends with the bits of a run that was not stopped.
+        checkpoint_every: iterations between checkpoints inside a block; 0 for none but after each block.
+        progress: called with a :class:`Step` from time to time; True for bars if standard error is a terminal.
+        knobs: any other field of the recipe.
+
+    Returns:
+        A model of the same class, its weights on the grid; :func:`hdrq.quantizers.layers.quantized_layers` lists its quantizers,
+        :func:`hdrq.report.report_of` says how it went.
+
+    Raises:
+        TypeError, ValueError: "X must be …, got …".
+        DivergenceError: a loss is not finite (a FloatingPointError); it names block, layer and iteration, and holds the model.
+        OSError: a disk is full; what is finished stays in ``workdir``.
+
+    Source: HDRQ (Shin et al., ICML 2025); QDrop (Wei et al., ICLR 2022); BRECQ (Li et al., ICLR 2021).
+    """
+    if iterations is not None:
+        knobs["iterations"] = iterations
+    plan = make_recipe(recipe, preset, **knobs)
+    seed = checks.integer("seed", seed, 0, 2**63 - 1)
+    checks.integer("checkpoint_every", checkpoint_every, 0, 2**31)
+    checks.choice("graph", graph, ("auto", True, False))
+    if resume and workdir is None:
+        raise ValueError("workdir must be the folder of the run to resume, got None")
+    check_module("model", model)
+    batches = calibration_calls(calibration)
+    checked = None if held_out is None else calibration_calls(held_out, "held_out")
+    learns = plan.iterations > 0
+    if learns and plan.distance > 0 and source is None:
+        raise ValueError("source must be the model before its adaptation where distance > 0, got None; or distance=0")
+    folder = None
+    if workdir is not None:
+        folder = Workdir(workdir, fingerprint(model, source, batches, plan, bits, seed), resume)
+
+    began = time.perf_counter()
+    full, folded = prepare_float(model, run_all(batches[:1]))
+    quantized = copy.deepcopy(full)
+    example = run_all(first_samples(batches, 1))
+    units = find_blocks(full, example, blocks)
+    refuse_uncalled(quantized, example, bits)
+    operands = expose_operands(quantized, example) if plan.attention else []
+    ranged = run_all(first_samples(batches, plan.range_samples))
+    attach_quantizers(quantized, ranged, example, bits, plan, units, operands)
+
+    def errors() -> dict[str, float]:
+        return {} if checked is None else accumulated_errors(quantized, full, checked, units)
+
+    report = RunReport(plan.name, nearest=errors(), attention=quantized_operands(quantized))
+    if learns:
+        pull = {} if source is None or plan.distance == 0 else source_weights(source, quantized, batches)
+        store = Cache(device_of(full), cache, cache_bytes, None if folder is None else folder.path)
+        with bars() if progress is True else nullcontext(progress or None) as tell:
+            loop = Loop(full, quantized, units, batches, plan, pull, seed, store, graph, folder, checkpoint_every, tell)
+            try:
+                loop.run(report)
+            except DivergenceError as error:
+                error.model = _finish(quantized)
+                raise
+        report.cache_peak = store.peak
+    _finish(quantized)
+    report.errors = errors() if learns else report.nearest
+    report.seconds, report.peak_memory = time.perf_counter() - began, peak_memory(device_of(full))
+    policy = bits if isinstance(bits, str) else dict(bits)
+    states = {"model": state_hash(model.state_dict())}
+    if source is not None:
+        states["source"] = state_hash(source.state_dict())
+    set_origin(
+        quantized, {"folded": folded, "recipe": asdict(plan), "bits": policy, "seed": seed, "fingerprints": states}
+    )
+    set_report(quantized, report)
+    return quantized
+
+
+def fold(model: nn.Module, example) -> nn.Module:
+    """The model, in full precision, that :func:`quantize` starts from; ``example`` is data that it runs on."""
+    return prepare_float(model, run_all(calibration_calls(example)[:1]))[0]
+
+
+def source_weights(source: nn.Module, model: nn.Module, batches: list[Call]) -> dict[str, torch.Tensor]:
+    """The source's weight, its own BatchNorm folded, for each quantized layer of a model: in float32."""
+    check_module("source", source)
+    full, _ = prepare_float(source, run_all(batches[:1]))
+    modules = dict(full.named_modules())
+    weights, wrong = {}, []
+    for name, layer in quantized_layers(model).items():
+        theirs = getattr(modules.get(name), "weight", None)
+        if theirs is None or theirs.shape != layer.latent.shape:
+            got = "missing" if theirs is None else tuple(theirs.shape)
+            wrong.append(f"{name} ({tuple(layer.latent.shape)}, got {got})")
+        else:
+            weights[name] = theirs.detach().to(layer.latent.device, torch.float32)
+    if wrong:
+        raise ValueError(f"source must have the layers of model, got others: {listed(wrong)}")
+    return weights
+
+
+@torch.no_grad()
+def _finish(model: nn.Module) -> nn.Module:
+    """Put every weight on its grid."""
+    for layer in quantized_layers(model).values():
+        settle(layer)
+    return model.requires_grad_(False)

@@ -1,0 +1,194 @@
+"""Family ``merge``: one quantized tensor from several, on their integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from hdrq import checks
+from hdrq.backends.dispatch import implementation
+from hdrq.ops._library import register
+from hdrq.ops.packing import unpack
+
+NOISES = ("all", "odd", "none")
+SELECTIONS = ("min-cosine", "mean-cosine", "first", "official")
+MODES = ("exact", "fast")
+FEW = 4  # tensors that fast draws are made of, at most: what a threshold costs doubles with each
+
+
+class MergedTensor(NamedTuple):
+    """What :func:`merge` returns."""
+
+    codes: torch.Tensor  # int8 or int16, shaped as the inputs; packed: uint8, two codes to a byte
+    scale: torch.Tensor  # float32: Δ* = Σ λ_k·Δ_k
+    similarity: torch.Tensor  # float64 (draws, K): the cosine of each draw's step from each model
+    draw: torch.Tensor  # int64, zero-dimensional: the draw kept
+    zero_point: torch.Tensor  # float32: z* = round_half_even(Σ λ_k·Δ_k·z_k / Δ*)
+
+
+def merge(
+    codes: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    qmin: int,
+    qmax: int,
+    rng: torch.Tensor,
+    *,
+    weights: Sequence[float] | None = None,
+    draws: int = 1,
+    noise: str = "all",
+    axis: int | None = None,
+    select: str = "min-cosine",
+    mode: str = "exact",
+    zero_points: Sequence[torch.Tensor] | None = None,
+    ranges: Sequence[tuple[int, int]] | None = None,
+    shape: Sequence[int] | None = None,
+    packed: bool = False,
+    extrapolate: bool = False,
+) -> MergedTensor:
+    """Average K quantized tensors into one, with noise-sampled rounding; no float originals are needed.
+
+    Equation, in float32, with ``J_k = I_k − z_k``::
+
+        Δ* = Σ_k λ_k·Δ_k,  z* = round_half_even(Σ_k λ_k·Δ_k·z_k / Δ*)
+        I* = clamp(round_half_even(Σ_k λ_k·(J_k·Δ_k + n_k·Δ_k) / Δ*) + z*, qmin, qmax),  n_k ~ U[−½, ½)
+
+    Without noise the mean of two integers whose sum is odd lies half-way, and the tie rule would decide for all of them
+    alike. Several draws may be made, all scored in one pass, and ``select`` says which is kept, by the cosines between
+    its step from each model and the step to the midpoint.
+
+    ``mode="exact"``: noise of input k in draw d comes from ``stream + k``, ``step + d``. ``mode="fast"``, for up to
+    four tensors without extrapolation: noise can move the mean to one of two neighbours only, with a known probability,
+    so a draw compares one word with one threshold; and the word of draw d is ``A + d·B`` modulo 2³², A and B being the
+    element's words of ``stream`` and ``stream + 1`` at ``step``. Each draw has the distribution of an exact one (but a
+    tensor with less than 2⁻¹⁴ of the noise has that much), and any two are independent (to 16 bits or better). Three
+    of one element are not, but sums over many elements, which decide between draws, tend to be. More draws cost
+    additions and comparisons, no random numbers.
+
+    Args:
+        codes: 2 to 64 tensors of one shape and device: int8, int16, or :func:`hdrq.ops.pack`-ed uint8, with ``shape``.
+        scales: as many float32 tensors, of one element, or ``shape[axis]`` elements each.
+        qmin, qmax: the integer range of the result.
+        rng: :func:`hdrq.rng_state`.
+        weights: λ, one per tensor, summing to 1, not negative unless ``extrapolate``; None for 1/K each.
+        draws: how many roundings to try, 1 to 65536.
+        noise: on ``"all"`` elements, on none (``"none"``), or (``"odd"``) where the mean integer ``c = Σ λ_k·J_k`` is
+            nearer to a tie than to an integer, ``abs(c − floor(c) − ½) < ¼``: for two tensors of equal weight, where
+            the sum of the integers is odd.
+        axis: the axis along which the scales vary.
+        select: the first draw of the greatest smallest (``"min-cosine"``) or mean (``"mean-cosine"``) cosine; the
+            ``"first"``; or the released code's rule (``"official"``): a draw replaces the one kept so far if all
+            cosines rise. Cosines within 1e-6 of each other are equal.
+        mode: how draws are made.
+        zero_points: integer-valued float32 tensors shaped as the scales; None for 0.
+        ranges: (qmin, qmax) of each input, where models differ in bits; None for that of the result.
+        shape: of the tensors, where codes are packed.
+        packed: pack the result.
+        extrapolate: allow negative weights. Δ* must still be positive.
+
+    Raises:
+        TypeError, ValueError: "X must be …, got …". Values of codes and scales are checked on CPU tensors only.
+
+    Source: HDRQ (Shin et al., ICML 2025), Eq. 12, generalised to K models.
+    """
+    codes, scales = list(codes), list(scales)
+    count = checks.integer("the number of tensors", len(codes), 2, 64)
+    lam = checks.mixing_weights(weights, count, extrapolate)
+    ranges = [(qmin, qmax)] * count if ranges is None else list(ranges)
+    zeros = [torch.zeros_like(s) for s in scales] if zero_points is None else list(zero_points)
+    for name, values in (("scales", scales), ("zero_points", zeros), ("ranges", ranges)):
+        if len(values) != count:
+            raise ValueError(f"{name} must be as many as codes, {count}, got {len(values)}")
+    if shape is None:
+        if any(isinstance(c, torch.Tensor) and c.dtype == torch.uint8 for c in codes):
+            raise ValueError("shape must be given with packed codes, got None")
+        checks.tensor("codes[0]", codes[0], checks.CODES)
+        shape = codes[0].shape
+    flat = [bound for each in ranges for bound in each]
+    args = (codes, scales, zeros, flat, qmin, qmax, rng, list(lam), draws, noise, axis, select, mode)
+    _check(*args, list(shape), packed)
+    merged, scale, zero_point, similarity, draw = _merge_op(*args, list(shape), packed)
+    return MergedTensor(merged, scale, similarity, draw, zero_point)
+
+
+def _check(
+    codes, scales, zero_points, ranges, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, packed
+) -> int | None:
+    device = codes[0].device
+    checks.quant_range(qmin, qmax)
+    checks.rng(rng, device)
+    checks.integer("draws", draws, 1, 2**16)
+    for name, value, choices in (("noise", noise, NOISES), ("select", select, SELECTIONS), ("mode", mode, MODES)):
+        checks.choice(name, value, choices)
+    if mode == "fast" and (len(codes) > FEW or min(weights) < 0):
+        raise ValueError(
+            f'mode must be "exact" but for {FEW} tensors or less without extrapolation, got "fast" for λ = {weights}'
+        )
+    if packed:
+        checks.packed_range("qmin and qmax", qmin, qmax)
+    logical = torch.empty(shape, device="meta")
+    axis = checks.axis_of(logical, axis)
+    length = 1 if axis is None else logical.shape[axis]
+    for k, code in enumerate(codes):
+        checks.tensor(f"codes[{k}]", code, (*checks.CODES, torch.uint8), device)
+        low, high = ranges[2 * k : 2 * k + 2]
+        checks.quant_range(low, high)
+        if code.dtype == torch.uint8:
+            checks.packed(f"codes[{k}]", code, logical.numel(), device)
+            checks.packed_range(f"ranges[{k}]", low, high)
+        else:
+            checks.same_shape(f"codes[{k}]", code, "codes[0]", logical)
+        for name, value in ((f"scales[{k}]", scales[k]), (f"zero_points[{k}]", zero_points[k])):
+            checks.per_axis(name, value, code.new_empty(length), None if axis is None else 0)
+    return axis
+
+
+def _merge(
+    codes, scales, zero_points, ranges, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, packed
+):
+    axis = _check(
+        codes, scales, zero_points, ranges, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, packed
+    )
+    signed = [low < 0 for low in ranges[::2]]
+    for k, (code, scale, zero) in enumerate(zip(codes, scales, zero_points, strict=True)):
+        checks.scale_values(f"scales[{k}]", scale)
+        checks.zero_point_values(zero)
+        if code.dtype != torch.uint8 or ranges[2 * k + 1] - ranges[2 * k] < 15:
+            plain = unpack(code, shape, signed=signed[k]) if code.dtype == torch.uint8 else code
+            checks.code_values(f"codes[{k}]", plain, *ranges[2 * k : 2 * k + 2])
+    if min(weights) < 0:
+        checks.scale_values("the merged scale", sum(w * s for w, s in zip(weights, scales, strict=True)))
+    run = implementation("merging", "merge", codes[0])
+    codes = [c.contiguous() for c in codes]
+    scales, zero_points = ([t.flatten() for t in tensors] for tensors in (scales, zero_points))
+    args = (rng, weights, draws, noise, axis, select, mode, torch.Size(shape), signed, packed)
+    return run(codes, scales, zero_points, qmin, qmax, *args)
+
+
+def _merge_fake(
+    codes, scales, zero_points, ranges, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, packed
+):
+    _check(
+        codes, scales, zero_points, ranges, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, packed
+    )
+    first, grid = codes[0], scales[0]
+    size, dtype = (shape, checks.code_range(qmin, qmax))
+    if packed:
+        size, dtype = [(torch.Size(shape).numel() + 1) // 2], torch.uint8
+    return (
+        first.new_empty(size, dtype=dtype),
+        grid.new_empty(grid.numel()),
+        grid.new_empty(grid.numel()),
+        first.new_empty((draws, len(codes)), dtype=torch.float64),
+        first.new_empty((), dtype=torch.int64),
+    )
+
+
+_merge_op = register(
+    "merge(Tensor[] codes, Tensor[] scales, Tensor[] zero_points, int[] ranges, int qmin, int qmax, Tensor rng, "
+    "float[] weights, int draws, str noise, int? axis, str select, str mode, SymInt[] shape, bool packed) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _merge,
+    _merge_fake,
+)

@@ -1,0 +1,81 @@
+"""Bit widths: how they are written, which layer gets which, and the integers they stand for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from hdrq import checks
+
+EDGE_BITS = 8  # of the first and the last layer, unless a pattern of the caller's says otherwise
+
+
+@dataclass(frozen=True)
+class BitWidths:
+    """Bit widths of a layer's weight and of its input, 2 to 16 each."""
+
+    weight: int
+    activation: int
+
+    @classmethod
+    def parse(cls, text: str) -> BitWidths:
+        """``"W4A8"``: 4-bit weights, 8-bit activations."""
+        match = re.fullmatch(r"W(\d+)A(\d+)", text) if isinstance(text, str) else None
+        if match is None:
+            raise ValueError(f'bits must be written like "W4A4", got {text!r}')
+        weight, activation = (int(group) for group in match.groups())
+        return cls(checks.bits("weight bits", weight), checks.bits("activation bits", activation))
+
+
+def bit_policy(layers: list[str], bits: str | Mapping[str, str]) -> dict[str, BitWidths | None]:
+    """The bits of each layer, in execution order: the first pattern of ``bits`` that matches decides. None: in float.
+
+    A string is the pattern ``"*"``; then the first and the last layer take 8 bits. Patterns are those of a shell, and
+    match a layer's name or that of a module it lies in: ``"stem"`` is for all of the stem.
+
+    Raises:
+        TypeError: ``bits`` is neither a string nor a mapping.
+        ValueError: a pattern matches no layer, or a layer no pattern.
+    """
+    if not isinstance(bits, str | Mapping):
+        raise TypeError(f'bits must be a string like "W4A4" or a mapping from patterns, got {type(bits).__name__}')
+    if isinstance(bits, str):
+        edge = BitWidths(EDGE_BITS, EDGE_BITS)
+        inner = BitWidths.parse(bits)
+        return {name: edge if name in (layers[0], layers[-1]) else inner for name in layers}
+    patterns = {pattern: None if text == "float" else BitWidths.parse(text) for pattern, text in bits.items()}
+    for pattern, own in patterns.items():
+        if own is not None and not any(matches(name, pattern) for name in layers):
+            known = ", ".join(layers)
+            raise ValueError(f"bits must have patterns that match a layer, got {pattern!r}; layers: {known}")
+    policy = {}
+    for name in layers:
+        chosen = next((p for p in patterns if matches(name, p)), None)
+        if chosen is None:
+            raise ValueError(f'bits must have a pattern for every layer (end with "*"), got none for {name!r}')
+        policy[name] = patterns[chosen]
+    return policy
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern is for a module of this name, or for one that it lies in."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1)) or fnmatchcase(
+        name, pattern
+    )
+
+
+def bits_around(name: str, policy: Mapping[str, BitWidths | None]) -> BitWidths | None:
+    """The first of the layers in a module, or of those nearest around it, that is quantized."""
+    inside = [bits for layer, bits in policy.items() if not name or layer == name or layer.startswith(f"{name}.")]
+    if not inside:
+        return bits_around(name.rpartition(".")[0], policy)
+    return next((bits for bits in inside if bits is not None), None)
+
+
+def integer_range(bits: int, signed: bool) -> tuple[int, int]:
+    """``(−2^(b−1), 2^(b−1) − 1)``, or ``(0, 2^b − 1)``."""
+    checks.bits("bits", bits)
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)

@@ -1,0 +1,67 @@
+"""Which layers have weights to quantize, and which of a model are quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from hdrq.quantizers.modules import ActivationQuantizer, WeightQuantizer
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear, nn.Embedding)
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A layer with its quantizers attached."""
+
+    name: str
+    module: Any
+
+    @property
+    def latent(self) -> nn.Parameter:
+        """The weight before its quantizer; in a finished model, on the grid."""
+        return self.module.parametrizations.weight.original
+
+    @property
+    def weight_quantizer(self) -> WeightQuantizer:
+        return self.module.parametrizations.weight[0]
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The layers of a model whose weights are quantized, by name, in the order of the module tree."""
+    return {
+        name: QuantizedLayer(name, module)
+        for name, module in model.named_modules()
+        if parametrize.is_parametrized(module, "weight")
+        and isinstance(module.parametrizations.weight[0], WeightQuantizer)
+    }
+
+
+def input_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The quantizers of what modules read, by the name of the module; a shared one by its first reader's."""
+    found: dict[int, str] = {}
+    for name, quantizer in input_readers(model).items():
+        found.setdefault(id(quantizer), name)
+    return {name: cast(Any, model.get_submodule(name)).input_quantizer for name in found.values()}
+
+
+def input_readers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Every module whose input is quantized, by name, with its quantizer: modules that read one tensor share one."""
+    modules: Iterable[tuple[str, Any]] = model.named_modules()
+    return {n: m.input_quantizer for n, m in modules if hasattr(m, "input_quantizer")}
+
+
+def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The convolutions, linear layers and embeddings of a model, subclasses too, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` in the place of the module called ``name``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)

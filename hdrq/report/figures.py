@@ -1,0 +1,87 @@
+"""Figures, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot
+
+from hdrq.merging.readiness import FAR, TOO_FAR, Readiness
+from hdrq.report.tables import Row
+
+
+def write_losses(losses: Sequence[tuple[str, int, float]], path: Path) -> None:
+    """A figure: each block's reconstruction loss while it was learned."""
+
+    matplotlib.use("Agg")
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    for block in dict.fromkeys(name for name, *_ in losses):
+        points = [(iteration, loss) for name, iteration, loss in losses if name == block]
+        axes.plot(*zip(*points, strict=True), marker=".", label=block)
+    axes.set(xlabel="iteration", ylabel="reconstruction loss", yscale="log")
+    axes.legend(fontsize=6, ncols=2)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plot_readiness(readiness: Readiness, path: Path) -> None:
+    """A figure of how well each layer merges: what is ambiguous, scales, distances and the cosines of draws."""
+
+    matplotlib.use("Agg")
+
+    layers = readiness.layers
+    x = range(len(layers))
+
+    def values(field: str) -> list[float]:
+        return [getattr(layer, field) for layer in layers]
+
+    size = (max(8, 0.25 * len(layers)), 10)
+    figure, (share, scale, distance, steps, cosine) = pyplot.subplots(
+        5, sharex=True, figsize=size, layout="constrained"
+    )
+    share.bar(x, [100 * v for v in values("ambiguous")], color="C0", label="ambiguous")
+    share.bar(x, [100 * v for v in values("ties")], color="C1", width=0.4, label="ties")
+    share.set(ylabel="weights (%)", ylim=(0, 100))
+    scale.plot(x, values("scale_ratio"), "C0o", label="worst channel")
+    scale.plot(x, values("mean_scale_ratio"), "C1_", markersize=10, label="mean over channels")
+    scale.set(ylabel="scale ratio", ylim=(0.9, 1.1 * max(2, *values("scale_ratio"))))
+    distance.bar(x, values("distance"), color="C0")
+    distance.axhline(FAR, color="C1", label="needs care")
+    distance.axhline(TOO_FAR, color="C3", label="fails")
+    distance.set(ylabel="distance / norm")
+    steps.plot(x, values("steps_apart"), "C0o")
+    steps.axhline(6**-0.5, color="C1", label="one model,\nrounded twice")  # two errors of variance 1/12
+    steps.set_yscale("symlog", linthresh=1)
+    steps.set(ylabel="distance / step", ylim=(0, 1.5 * max(1, *values("steps_apart"))))
+    cosine.vlines(x, values("lowest_cosine"), values("highest_cosine"), color="C0", linewidth=4, label="draws")
+    cosine.plot(x, values("kept_cosine"), "C1_", markersize=10, label="kept")
+    cosine.set(ylabel="cosine", ylim=(min(0.5, *values("lowest_cosine")), 1.02))
+    cosine.set_xticks(x, [layer.name for layer in layers], rotation=90, fontsize=7)
+    for axes in (share, scale, distance, steps, cosine):
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    figure.suptitle(readiness.verdict, fontsize=10, wrap=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def write_bars(rows: Sequence[Row], path: Path, title: str) -> None:
+    """A figure of the accuracies: a group of bars for each domain and one for the harmonic mean."""
+
+    matplotlib.use("Agg")
+
+    groups = [*rows[0].accuracies, "harmonic mean"]
+    width = 0.8 / len(rows)
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    for i, row in enumerate(rows):
+        heights = [*row.accuracies.values(), row.harmonic_mean]
+        bars = axes.bar([g + i * width for g in range(len(groups))], heights, width, label=row.method)
+        axes.bar_label(bars, fmt="%.1f", fontsize=7)
+    axes.set_xticks([g + width * (len(rows) - 1) / 2 for g in range(len(groups))], groups)
+    axes.set_ylabel("accuracy (%)")
+    axes.set_title(title)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

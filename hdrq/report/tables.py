@@ -1,0 +1,109 @@
+"""Tables for a terminal and for files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from hdrq.calibrate.report import RunReport
+from hdrq.checkpoint.inspection import Contents
+from hdrq.evaluate.metrics import Row
+from hdrq.merging.readiness import Readiness
+
+
+def table(rows: Sequence[Row], title: str):
+    """The rows as a :class:`rich.table.Table`."""
+
+    result = Table(title=title)
+    result.add_column("model")
+    for domain in rows[0].accuracies:
+        result.add_column(escape(domain), justify="right")
+    result.add_column("harmonic mean", justify="right", style="bold")
+    for row in rows:
+        result.add_row(escape(row.method), *(f"{v:.1f}" for v in row.accuracies.values()), f"{row.harmonic_mean:.1f}")
+    return result
+
+
+def errors_table(reports: Mapping[str, RunReport], title: str):
+    """The accumulated errors of runs on data held out, as a :class:`rich.table.Table`; of one run losses too."""
+
+    first = next(iter(reports.values()))
+    columns: dict[str, dict[str, str]] = {}
+    if len(reports) == 1:
+        columns["loss"] = {b.name: f"{b.loss_before:.3g} → {b.loss_after:.3g}" for b in first.blocks}
+    columns["nearest"] = {name: f"{error:.3g}" for name, error in first.nearest.items()}
+    for name, report in reports.items():
+        columns[name] = {block: f"{error:.3g}" for block, error in report.errors.items()}
+    columns = {name: cells for name, cells in columns.items() if cells}
+    result = Table(title=title)
+    result.add_column("block")
+    for name in columns:
+        result.add_column(name, justify="right")
+    for block in dict.fromkeys(block for cells in columns.values() for block in cells):
+        result.add_row(escape(block), *(cells.get(block, "") for cells in columns.values()))
+    return result
+
+
+def readiness_table(readiness: Readiness):
+    """How well each layer merges, as a :class:`rich.table.Table`."""
+
+    result = Table(box=None, title="Merge readiness")
+    result.add_column("layer")
+    for name in ("weights", "ambiguous", "ties", "scale ratio", "distance", "in steps", "cosine", "clipped", "error"):
+        result.add_column(name, justify="right")
+    for layer in (*readiness.layers, readiness.total):
+        result.add_row(
+            escape(layer.name),
+            f"{layer.elements:,}",
+            f"{layer.ambiguous:.1%}",
+            f"{layer.ties:.1%}",
+            f"{layer.scale_ratio:.2f}",
+            f"{layer.distance:.2f}",
+            f"{layer.steps_apart:.2f}",
+            f"{layer.lowest_cosine:.2f}–{layer.highest_cosine:.2f}",
+            f"{layer.clipped:.1%}",
+            f"{layer.rounding_error:.2f}",
+        )
+    return result
+
+
+def write_rows(rows: Sequence[Row], folder: Path, facts: dict) -> None:
+    """``table.csv``, and ``table.json`` with ``facts`` (settings, versions) beside the rows."""
+    with open(folder / "table.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", *rows[0].accuracies, "harmonic_mean"])
+        for row in rows:
+            writer.writerow([row.method, *(f"{v:.2f}" for v in (*row.accuracies.values(), row.harmonic_mean))])
+    (folder / "table.json").write_text(json.dumps({**facts, "rows": records(rows)}, indent=2) + "\n")
+
+
+def records(rows: Sequence[Row]) -> list[dict]:
+    """The rows as JSON has them."""
+    return [{**asdict(row), "harmonic_mean": row.harmonic_mean} for row in rows]
+
+
+def contents_table(found: Contents):
+    """The layers as a :class:`rich.table.Table`, with totals."""
+
+    stored, full = (sum(getattr(layer, kind) for layer in found.layers) for kind in ("stored", "full"))
+    result = Table(box=None, show_footer=True)
+    result.add_column("layer", "total")
+    footers = {"shape": "", "bits": "", "scales": "", "bytes": f"{stored:,}", "of float32": _share(stored, full)}
+    for name, footer in footers.items():
+        result.add_column(name, footer, justify="right")
+    for layer in found.layers:
+        bits = f"W{layer.bits}" + ("" if layer.input_bits is None else f"A{layer.input_bits}")
+        shape = "×".join(map(str, layer.shape))
+        share = _share(layer.stored, layer.full)
+        result.add_row(escape(layer.name), shape, bits, f"{layer.scales:,}", f"{layer.stored:,}", share)
+    return result
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else ""

@@ -1,0 +1,178 @@
+"""``hdrq merge`` and ``hdrq inspect``: from files to a file, the same bytes from every backend and from Python."""
+
+import json
+
+import pytest
+import torch
+from helpers import backend_params
+from networks import SAMPLES, mergeable, quantized
+
+import hdrq
+from hdrq.checkpoint import format
+from hdrq.merging import models as merging
+from hdrq.merging import rules as baselines
+from hdrq.quantizers.layers import quantized_layers
+
+for package in ("typer", "rich", "safetensors", "matplotlib"):
+    pytest.importorskip(package)
+
+from typer.testing import CliRunner  # noqa: E402
+
+from hdrq.cli import app  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return [quantized(seed) for seed in range(3)]
+
+
+@pytest.fixture
+def files(models, tmp_path):
+    paths = [tmp_path / f"{k}.safetensors" for k in range(3)]
+    for model, path in zip(models, paths, strict=True):
+        hdrq.save(model, path, architecture="networks:mergeable")
+    return paths
+
+
+def call(command, *arguments):
+    return CliRunner().invoke(app, [command, *map(str, arguments)])
+
+
+@pytest.mark.parametrize("backend", backend_params())
+def test_every_backend_writes_what_saving_a_merge_in_memory_would(backend, models, files, tmp_path):
+    with hdrq.use_backend(backend):
+        result = call("merge", *files, "-o", tmp_path / "merged", "--draws", 3, "--weights", "0.5,0.25,0.25")
+    assert result.exit_code == 0 and result.output == ""
+    loaded = [hdrq.load(path, mergeable(5)) for path in files]
+    merged = hdrq.merge(loaded, draws=3, weights=(0.5, 0.25, 0.25))
+    hdrq.save(merged, tmp_path / "in memory")
+    assert (tmp_path / "merged").read_bytes() == (tmp_path / "in memory").read_bytes()
+    restored = hdrq.load(tmp_path / "merged", mergeable(7))
+    assert torch.equal(restored(SAMPLES), hdrq.merge(models, draws=3, weights=(0.5, 0.25, 0.25))(SAMPLES))
+    assert restored.hdrq_origin["architecture"] == {"factory": "networks:mergeable", "arguments": {}}
+
+
+def test_merged_files_merge(files, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert call("merge", *files, "-o", first, "--mode", "fast").exit_code == 0
+    assert call("merge", first, files[2], "-o", second, "--noise", "odd", "--select", "official").exit_code == 0
+    assert hdrq.load(second, mergeable(5))(SAMPLES).isfinite().all()
+
+
+@pytest.mark.parametrize("rule", baselines.RULES)
+def test_baselines_of_whole_models(rule, models, files, tmp_path):
+    assert call("merge", *files[:2], "-o", tmp_path / "merged", "--rule", rule).exit_code == 0
+    merged = hdrq.load(tmp_path / "merged", mergeable(5))
+    inputs = [quantized_layers(model)["b"] for model in models[:2]]
+    codes = [layer.weight_quantizer.codes(layer.latent) for layer in inputs]
+    want = baselines.merge_rule(codes, [layer.weight_quantizer.scale for layer in inputs], -8, 7, rule)
+    layer = quantized_layers(merged)["b"]
+    assert torch.equal(layer.weight_quantizer.codes(layer.latent), want.codes)
+    assert torch.equal(layer.weight_quantizer.scale, want.scale)
+
+
+def test_layers_are_read_as_they_are_written(files, tmp_path, monkeypatch):
+    """A few tensors of memory: a layer's codes are read after those of the one before were written."""
+    events = []
+    read, write = format.Reader.tensor, format.Writer.write
+    monkeypatch.setattr(format.Reader, "tensor", lambda self, n: (events.append(("read", n)), read(self, n))[1])
+    monkeypatch.setattr(format.Writer, "write", lambda self, n, v: (events.append(("write", n)), write(self, n, v))[1])
+    merging.merge_files(files, tmp_path / "merged", draws=1)
+    codes = [event for event in events if event[1].endswith("codes")]
+    assert codes == [(e, f"{n}.weight.codes") for n in ("a", "b", "head") for e in ("read", "read", "read", "write")]
+
+
+def test_readiness_of_files_and_of_models(models, files, tmp_path):
+    want = merging.readiness(models, draws=4, seed=2)
+    result = call("merge", *files, "--dry-run", "--draws", 4, "--seed", 2, "--json", "--report", tmp_path / "report")
+    assert json.loads(result.stdout) == json.loads((tmp_path / "report" / "readiness.json").read_text())
+    assert json.loads(result.stdout) == json.loads(json.dumps(want.as_dict()))
+    assert (tmp_path / "report" / "readiness.png").stat().st_size > 10_000
+    assert want.verdict.startswith("not ready") and result.exit_code == 1  # independent networks
+    table = call("merge", files[0], files[0], "--dry-run", "--draws", 1)
+    assert table.exit_code == 0 and "ready" in table.stdout and "head" in table.stdout
+    both = call("merge", *files, "-o", tmp_path / "merged", "--draws", 4, "--seed", 2, "--json")
+    assert both.exit_code == 0 and json.loads(both.stdout) == json.loads(result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["0.safetensors", "1.safetensors", "--device", "gpu"], "device must be one that is here, got 'gpu'"),
+        (
+            ["0.safetensors", "1.safetensors", "--rule", "half-up", "--mode", "no"],
+            "mode must be one of 'exact', 'fast'",
+        ),
+        (["0.safetensors", "1.safetensors", "--rule", "half-up", "--json"], 'rule must be "noise" for a report'),
+        (["0.safetensors", "."], "path must be a file that hdrq.save wrote, got the folder '.'"),
+        (["0.safetensors"], "the number of models must be in [2, 64], got 1"),
+        (["0.safetensors", "none"], "none"),
+        (["0.safetensors", "text"], "path must be a file that hdrq.save wrote, got 'text'"),
+        (["0.safetensors", "cut"], "path must be a file that hdrq.save wrote, got 'cut'"),
+        (["0.safetensors", "wide"], "(7,) torch.float32 in wide)"),
+        (["0.safetensors", "1.safetensors", "--weights", "0.5,0.6"], "weights must sum to 1, got 1.1"),
+        (["0.safetensors", "1.safetensors", "--weights", "1.5,-0.5"], "weights[0] must be finite and in [0, 1]"),
+        (["0.safetensors", "1.safetensors", "--weights", "half"], "weights must be numbers between commas, got 'half'"),
+        (["0.safetensors", "1.safetensors", "--draws", "0"], "draws must be in"),
+        (["0.safetensors", "1.safetensors", "--rule", "up"], "rule must be one of 'noise', 'half-even'"),
+        (["0.safetensors"] * 5 + ["--mode", "fast"], 'mode must be "exact" but for 4 tensors or less'),
+        (["0.safetensors", "1.safetensors", "--dry-run"], "out must be given, or --dry-run, and not both"),
+    ],
+)
+def test_bad_input_leaves_no_file(arguments, message, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("nothing")
+    (tmp_path / "cut").write_bytes(files[0].read_bytes()[:-7])
+    hdrq.save(quantized(0, width=7), tmp_path / "wide")
+    before = sorted(tmp_path.iterdir())
+    result = call("merge", *arguments, "-o", "merged")
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_extrapolation_does_not_write_what_cannot_be_loaded(models, files, tmp_path):
+    wide = hdrq.load(files[1], mergeable(5))
+    wide.b.input_quantizer.scale.data.mul_(4)
+    hdrq.save(wide, files[1])
+    result = call("merge", *files[:2], "-o", tmp_path / "m", "--weights", "1.4,-0.4", "--extrapolate")
+    assert result.exit_code == 2 and "the mean scale of an input must be positive and finite, got -" in result.stderr
+
+
+def test_names_may_hold_what_looks_like_markup(tmp_path):
+    model = torch.nn.Sequential(torch.nn.ModuleDict({"b[/b]": torch.nn.Linear(4, 4)})["b[/b]"]).eval()
+    model.add_module("[red]", torch.nn.Linear(4, 2))
+    for k in range(2):
+        hdrq.save(hdrq.quantize(model, torch.randn(9, 4), "rtn"), tmp_path / f"{k}")
+    assert "[red]" in call("inspect", tmp_path / "0").stdout
+    assert "[red]" in call("merge", tmp_path / "0", tmp_path / "1", "--dry-run").stdout
+
+
+def test_extrapolation_is_asked_for(files, tmp_path):
+    assert call("merge", *files[:2], "-o", tmp_path / "m", "--weights", "1.2,-0.2", "--extrapolate").exit_code == 0
+    assert hdrq.load(tmp_path / "m", mergeable(5)).hdrq_origin["merge"]["extrapolate"]
+
+
+def test_inspect_says_what_is_there(files, tmp_path):
+    found = json.loads(call("inspect", files[0], "--json").stdout)
+    assert [(x["name"], x["bits"], x["input_bits"], x["scales"]) for x in found["layers"]] == [
+        ("a", 8, 8, 1),
+        ("b", 4, 4, 1),
+        ("head", 8, 8, 1),
+    ]
+    assert found["layers"][1]["stored"] == 6 * 6 * 9 // 2 + 4 and found["layers"][1]["full"] == 6 * 6 * 9 * 4
+    assert found["size"] == files[0].stat().st_size and found["ratio"] == found["full"] / found["size"]
+    assert found["facts"]["recipe"] == "rtn" and found["facts"]["architecture"] == "networks:mergeable"
+    table = call("inspect", files[0])
+    assert table.exit_code == 0 and "W4A4" in table.stdout and "rtn" in table.stdout
+    assert call("merge", *files, "-o", tmp_path / "m", "--draws", 1).exit_code == 0
+    assert "3 models" in call("inspect", tmp_path / "m").stdout
+
+
+def test_inspect_checks_every_hash(files):
+    data = bytearray(files[0].read_bytes())
+    data[-1] ^= 1
+    files[0].write_bytes(data)
+    result = call("inspect", files[0])
+    assert result.exit_code == 2 and "has another hash than it was written with" in result.stderr

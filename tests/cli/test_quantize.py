@@ -1,0 +1,311 @@
+"""``hdrq quantize``: from images on disk to a quantized file, by options, by YAML, and refused with a word why."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hdrq
+from hdrq.calibrate.images import MEAN, STD, load_data, load_labelled
+from hdrq.evaluate.metrics import accuracy
+from hdrq.methods.job import Run, parse_setting, read_settings
+
+for package in ("typer", "rich", "safetensors", "yaml", "PIL", "matplotlib"):
+    pytest.importorskip(package)
+
+from PIL import Image  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from hdrq.cli import app  # noqa: E402
+
+torch.set_num_threads(1)
+
+MODULE = """
+import torch
+from torch import nn
+
+def tiny(width=4):
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.Conv2d(width, 6, 3, stride=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(54, 3)
+    )
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with a module, images of two classes, and states of two models."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "tinynet.py").write_text(MODULE)
+    draw = np.random.default_rng(0)
+    for label in ("bike", "mug"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(10):
+            pixels = draw.integers(0, 256, (20 + i, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{i}.png")
+    for name, seed in (("w", 0), ("s", 1)):
+        save_file(model(seed).state_dict(), tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+def model(seed=0, width=4):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            *(nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.Conv2d(width, 6, 3, stride=2), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(54, 3)),
+        ).eval()
+
+
+OPTIONS = {
+    "model": "tinynet:tiny",
+    "weights": "w.safetensors",
+    "source": "s.safetensors",
+    "data": "images",
+    "iterations": "4",
+    "out": "q.safetensors",
+}
+SETTINGS = ("--set", "resize=20", "--set", "crop=16")
+
+
+def call(*arguments, **options):
+    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+    return CliRunner().invoke(app, ["quantize", *map(str, arguments), *flags])
+
+
+def manifest(path):
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["hdrq"])
+
+
+def tensors(path):
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+# --- data
+
+
+def test_images_are_resized_cropped_and_normalized(place):
+    pixels = np.zeros((30, 60, 3), np.uint8)
+    pixels[:, 15:45] = (255, 0, 127)  # the middle
+    (place / "flat").mkdir()
+    Image.fromarray(pixels).save(place / "flat" / "wide.png")
+    x = load_data(place / "flat", resize=30, crop=20)
+    assert x.shape == (1, 3, 20, 20) and x.dtype == torch.float32
+    want = (torch.tensor([1.0, 0.0, 127 / 255]) - torch.tensor(MEAN)) / torch.tensor(STD)
+    torch.testing.assert_close(x[0], want[:, None, None].expand(3, 20, 20))
+    small = load_data(place / "flat", resize=10, crop=10, mean=(0, 0, 0), std=(1, 1, 1))  # 20 x 10: pixels 5 to 15
+    assert small.shape == (1, 3, 10, 10) and small[0, 0, :, 1:9].min() > 0.95
+
+
+def test_limit_takes_every_class(place):
+    everything = load_data(place / "images", resize=20, crop=16)
+    assert everything.shape == (20, 3, 16, 16)
+    assert torch.equal(load_data(place / "images", resize=20, crop=16, limit=4), everything[[0, 5, 10, 15]])
+
+
+def test_grey_images_have_three_channels(place):
+    (place / "grey").mkdir()
+    Image.fromarray(np.full((20, 20), 51, np.uint8)).save(place / "grey" / "a.jpg")
+    x = load_data(place / "grey", resize=20, crop=16, mean=(0, 0, 0), std=(1, 1, 1))
+    torch.testing.assert_close(x, torch.full((1, 3, 16, 16), 0.2), atol=0.01, rtol=0)
+
+
+def test_tensors_are_taken_as_they_are(place):
+    x = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    np.save(place / "x.npy", x.numpy())
+    save_file({"images": x}, place / "x.safetensors")
+    for name in ("x.npy", "x.safetensors"):
+        assert torch.equal(load_data(place / name), x)
+        assert torch.equal(load_data(place / name, limit=3), x[[0, 2, 4]])
+
+
+def test_data_that_is_none(place):
+    (place / "empty").mkdir()
+    (place / "images" / "mug" / "0.png").write_bytes(b"no image")
+    np.save(place / "codes.npy", np.zeros((3, 4), np.int64))
+    np.save(place / "objects.npy", np.array([{}]), allow_pickle=True)
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, place / "two.safetensors")
+    for name, options, error, message in (
+        ("nowhere", {}, FileNotFoundError, "data must be a folder or a file, got nowhere, which does not exist"),
+        ("empty", {}, ValueError, "data must be a folder of images .* got none in empty"),
+        ("images", {}, ValueError, "data must be images, got images/mug/0.png, which cannot be read"),
+        ("images", {"resize": 8, "crop": 9}, ValueError, r"crop must be in \[1, 8\], got 9"),
+        ("images", {"std": (0, 1, 1)}, ValueError, "mean and std must be 3 numbers each, std positive"),
+        ("codes.npy", {}, TypeError, r"data must be floats, \(N, …\), got torch.int64 of shape \(3, 4\)"),
+        ("objects.npy", {}, ValueError, "Object arrays cannot be loaded"),
+        ("two.safetensors", {}, ValueError, "data must be a file of one tensor, got 2 in two.safetensors: a, b"),
+        ("tinynet.py", {}, ValueError, "data must be a folder, a .npy or a .safetensors file, got tinynet.py"),
+    ):
+        with pytest.raises(error, match=message):
+            load_data(name, **options)
+
+
+# --- the command
+
+
+def test_options_make_a_model(place):
+    result = call(*SETTINGS, **OPTIONS)
+    assert result.exit_code == 0, result.output
+    for word in ("hdrq, W4A4, seed 0", "Accumulated error", "nearest", "loss", "output", "peak memory: host"):
+        assert word in result.output
+    quantized = hdrq.load(place / "q.safetensors", model())
+    images = load_data(place / "images", resize=20, crop=16)
+    learned_from = images[[i for i in range(20) if i % 10 != 9]]
+    float_model, source = (model(seed) for seed in (0, 1))
+    again = hdrq.quantize(float_model, learned_from, iterations=4, source=source)
+    assert torch.equal(quantized(images), again(images))
+
+
+def test_yaml_makes_the_same_model_and_options_override_it(place):
+    assert call(*SETTINGS, **OPTIONS).exit_code == 0
+    settings = {**OPTIONS, "out": "y.safetensors", "iterations": 9, "resize": 20, "crop": 16, "weight-lr": "1e-3"}
+    (place / "run.yaml").write_text("\n".join(f"{name}: {value}" for name, value in settings.items()))
+    result = call("run.yaml", iterations="4")
+    assert result.exit_code == 0, result.output
+    one, two = tensors("q.safetensors"), tensors("y.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_manifest_has_every_default(place):
+    assert call(*SETTINGS, **OPTIONS).exit_code == 0
+    facts = manifest("q.safetensors")
+    want = Run.of({**OPTIONS, "iterations": 4, "resize": 20, "crop": 16})
+    assert facts["run"] == json.loads(json.dumps({**want.__dict__, "knobs": {"iterations": 4}}))
+    assert {"samples", "held_out", "mean", "cache", "preset"} <= facts["run"].keys()
+    assert facts["recipe"]["beta_start"] == 20 and facts["recipe"]["iterations"] == 4
+
+
+def test_ablation_is_a_table(place):
+    result = call("--ablate", *SETTINGS, **OPTIONS)
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    for word in ("nearest", "as given", "no distance", "nor noise"):
+        assert word in text
+    assert (place / "q.safetensors").exists()
+
+
+def test_workdir_has_losses_and_resumes(place):
+    options = {**OPTIONS, "workdir": "work"}
+    assert call(*SETTINGS, **options).exit_code == 0
+    assert {"losses.csv", "losses.png", "run.json", "block-000.safetensors"} <= {
+        p.name for p in (place / "work").iterdir()
+    }
+    assert "workdir must hold no run" in call(*SETTINGS, **options).stderr
+    before = tensors("q.safetensors")
+    assert call("--resume", *SETTINGS, **options).exit_code == 0
+    assert all(torch.equal(before[name], value) for name, value in tensors("q.safetensors").items())
+
+
+def test_without_a_terminal_no_bars(place):
+    result = call(*SETTINGS, **OPTIONS)
+    assert "loss" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"model": None}, "model must be given, got none"),
+        ({"data": None}, "data must be given, got none"),
+        ({"model": "tinynet"}, "model must be written like \"module:factory\", got 'tinynet'"),
+        ({"model": "nowhere:tiny"}, "model must be in a module that can be imported, got 'nowhere:tiny'"),
+        ({"model": "tinynet:big"}, "model must name a function of tinynet, got 'big'"),
+        ({"model": "tinynet:number"}, "model must be a factory of a torch.nn.Module, got one of int"),
+        ({"data": "nowhere"}, "data must be a folder or a file, got nowhere"),
+        ({"weights": "tinynet.py"}, "weights must be a safetensors file, got tinynet.py"),
+        (
+            {"weights": "other.safetensors"},
+            "other.safetensors must have the tensors of tinynet:tiny, got 0.bias (5,), not (4,); 0.weight",
+        ),
+        ({"source": None}, "source must be the model before its adaptation"),
+        ({"bits": "W1A4"}, "weight bits must be in [2, 16], got 1"),
+        ({"recipe": "best"}, "recipe must be one of"),
+        ({"out": "nowhere/q.safetensors"}, "out must be a file in a folder that can be written to, got nowhere/q"),
+        ({"set": "tale=0.2"}, "setting must be one of"),
+        ({"set": "tail"}, "set must be name=value, got 'tail'"),
+        ({"set": "held_out=0.9"}, "held_out must be finite and in [0, 0.5], got 0.9"),
+    ],
+)
+def test_bad_input_is_refused(place, options, message):
+    save_file(model(width=5).state_dict(), place / "other.safetensors")
+    result = call(*SETTINGS, **{name: value for name, value in {**OPTIONS, **options}.items() if value is not None})
+    assert result.exit_code == 2 and message in result.stderr
+    assert not (place / "q.safetensors").exists()
+
+
+def test_settings_are_numbers_where_they_look_like_it(place):
+    assert [parse_setting(t) for t in ("a=1e-3", "b=4", "c=uniform", "d=true", "e=")] == [
+        *(("a", 1e-3), ("b", 4), ("c", "uniform"), ("d", True), ("e", None))
+    ]
+    (place / "list.yaml").write_text("- 1")
+    (place / "no.yaml").write_text("a: [")
+    for name, message in (("list.yaml", "must be a mapping of settings, got list"), ("no.yaml", "config must be YAML")):
+        with pytest.raises(ValueError, match=message):
+            read_settings(name)
+
+
+def evaluate(*arguments):
+    return CliRunner().invoke(app, ["evaluate", "--model", "tinynet:tiny", *arguments])
+
+
+def test_evaluate_compares_files_on_folders(place):
+    assert call(*SETTINGS, **OPTIONS).exit_code == 0
+    (place / "other").mkdir()
+    for label in ("bike", "mug"):
+        shutil.copytree(place / "images" / label, place / "other" / ("mug" if label == "bike" else "bike"))
+    sizes = ["--resize", "20", "--crop", "16", "--batch-size", "3"]
+    result = evaluate("w.safetensors", "q.safetensors", "--data", "images", "--data", "other", *sizes, "--json")
+    assert result.exit_code == 0, result.output
+    full, quantized = json.loads(result.stdout)
+    images = load_data(place / "images", resize=20, crop=16)
+    labels = torch.tensor([0] * 10 + [1] * 10)
+    assert full["accuracies"]["images"] == accuracy(model(), images, labels)
+    assert quantized["accuracies"]["images"] == accuracy(hdrq.load("q.safetensors", model()), images, labels)
+    assert full["method"] == "w.safetensors" and quantized["method"] == "q.safetensors"
+    never = int((model()(images).argmax(1) == 2).sum())  # of three classes, folders have two
+    assert full["accuracies"]["images"] + full["accuracies"]["other"] == 100 - 5 * never
+    table = evaluate("q.safetensors", "--data", "images", *sizes)
+    assert table.exit_code == 0 and "harmonic mean" in table.stdout
+
+
+def test_labels_are_those_of_the_first_folder(place):
+    shutil.copytree(place / "images", place / "art")
+    (place / "art" / ".cache").mkdir()
+    shutil.copy(place / "images" / "mug" / "0.png", place / "art" / ".cache")
+    shutil.copytree(place / "images" / "mug", place / "clipart" / "mug")
+    shutil.copytree(place / "images" / "mug", place / "more" / "apple")
+    batches = load_labelled(place / "art", resize=20, crop=16, batch_size=8)
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0] * 10 + [1] * 10
+    sizes = ["--resize", "20", "--crop", "16"]
+    result = evaluate("w.safetensors", "--data", "art", "--data", "clipart", *sizes, "--json")
+    (row,) = json.loads(result.stdout)
+    mugs = load_data(place / "clipart", resize=20, crop=16)
+    assert row["accuracies"]["clipart"] == accuracy(model(), mugs, torch.ones(10, dtype=torch.int64))
+    wrong = evaluate("w.safetensors", "--data", "art", "--data", "more", *sizes)
+    assert wrong.exit_code == 2 and "got more/apple/0.png; classes: bike, mug" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "message"),
+    [
+        ("tinynet.py", "images", "files must be safetensors, got tinynet.py"),
+        ("nowhere", "images", "nowhere"),
+        ("w.safetensors", "nowhere", "data must be a folder with a folder for each class, got nowhere"),
+        ("w.safetensors", "flat", "data must have every image in the folder of its class, got flat/0.png"),
+    ],
+)
+def test_evaluate_refuses(place, file, data, message):
+    (place / "flat").mkdir()
+    shutil.copy(place / "images" / "mug" / "0.png", place / "flat")
+    result = evaluate(file, "--data", data, "--resize", "20", "--crop", "16")
+    assert result.exit_code == 2 and message in result.stderr

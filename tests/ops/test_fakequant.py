@@ -1,0 +1,144 @@
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    CASES,
+    FLOATS,
+    assert_same_bits,
+    backend_params,
+    device_of,
+    length,
+    per_element,
+    sample,
+    scales,
+)
+from oracle import contract
+
+import hdrq
+
+
+def zero_points(count: int) -> torch.Tensor:
+    return torch.randint(-3, 4, (count,), generator=torch.Generator().manual_seed(2)).float()
+
+
+def run(backend, x, s, qmin, qmax, grad, zero_point=None, **options):
+    """Output and gradients of one backend, on the CPU."""
+    device = device_of(backend)
+    x, s = (t.clone().to(device).requires_grad_() for t in (x, s))
+    z = None if zero_point is None else zero_point.to(device)
+    with hdrq.use_backend(backend):
+        y = hdrq.ops.fake_quantize(x, s, qmin, qmax, zero_point=z, **options)
+        y.backward(grad.to(device))
+    return y.detach().cpu(), x.grad.cpu(), s.grad.cpu()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize(("shaped", "quant_range"), CASES[::3])
+def test_forward_has_the_bits_of_the_contract(backend, affine, dtype, shaped, quant_range):
+    (shape, axis), (qmin, qmax) = shaped, quant_range
+    x = sample(shape, dtype)
+    s = scales(length(x, axis))
+    z = zero_points(len(s)) if affine else torch.zeros(len(s))
+    y, _, _ = run(backend, x, s, qmin, qmax, torch.ones_like(x), z if affine else None, axis=axis)
+    elements = zip(x.float().flatten().numpy(), per_element(x, s, axis), per_element(x, z, axis), strict=True)
+    with np.errstate(all="ignore"):
+        expected = [contract.fake_quantize(*e, qmin, qmax) for e in elements]
+    assert_same_bits(y, torch.tensor(np.array(expected, np.float32)).reshape(shape).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("backend", backend_params(only=("torch", "cpp", "triton")))
+@pytest.mark.parametrize(("shaped", "quant_range"), CASES)
+def test_backends_agree_with_the_reference(backend, affine, dtype, shaped, quant_range):
+    (shape, axis), (qmin, qmax) = shaped, quant_range
+    x, grad = sample(shape, dtype), sample(shape, dtype, seed=1, special=False)
+    x = x.nan_to_num(nan=0.1)  # a NaN's gradient is a NaN: its sum has no bound to check
+    s = scales(length(x, axis))
+    z = zero_points(len(s)) if affine else None
+    y, grad_x, grad_s = run(backend, x, s, qmin, qmax, grad, z, axis=axis, grad_scale=0.3)
+    y_ref, grad_x_ref, grad_s_ref = run("reference", x, s, qmin, qmax, grad, z, axis=axis, grad_scale=0.3)
+    assert_same_bits(y, y_ref)
+    assert_same_bits(grad_x, grad_x_ref)
+    magnitude = grad.abs().sum().item() * (max(-qmin, qmax) + 3) * 0.3
+    assert (grad_s - grad_s_ref).abs().max().item() <= 1e-6 * magnitude if s.numel() else True
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize(("shaped", "quant_range"), CASES)
+def test_codes_are_what_fake_quantize_stands_on(backend, affine, shaped, quant_range):
+    (shape, axis), (qmin, qmax) = shaped, quant_range
+    device = device_of(backend)
+    x = sample(shape).nan_to_num(nan=0.3).to(device)
+    s = scales(length(x, axis)).to(device)
+    z = zero_points(len(s)).to(device) if affine else None
+    with hdrq.use_backend(backend):
+        codes = hdrq.ops.quantize(x, s, qmin, qmax, zero_point=z, axis=axis)
+        values = hdrq.ops.dequantize(codes, s, zero_point=z, axis=axis)
+        assert_same_bits(values, hdrq.ops.fake_quantize(x, s, qmin, qmax, zero_point=z, axis=axis))
+    assert codes.dtype == (torch.int8 if qmax <= 127 else torch.int16)
+    assert codes.numel() == 0 or (codes.min() >= qmin and codes.max() <= qmax)
+
+
+@pytest.mark.parametrize("backend", backend_params())
+def test_gradients_have_their_closed_form(backend):
+    x = torch.tensor([-5.0, -1.2, -0.9, 0.3, 0.8, 2.0])
+    grad = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    _, grad_x, grad_s = run(backend, x, torch.tensor([0.25]), -4, 3, grad)
+    # x/s = −20, −4.8, −3.6, 1.2, 3.2, 8: round to −20, −5, −4, 1, 3, 8
+    assert grad_x.tolist() == [0, 0, 3, 4, 5, 0]
+    assert grad_s.item() == pytest.approx(1 * -4 + 2 * -4 + 3 * -0.4 + 4 * -0.2 + 5 * -0.2 + 6 * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", backend_params())
+def test_nan_stays_at_its_element_and_has_no_code(backend):
+    device = device_of(backend)
+    x, s = torch.linspace(-1, 1, 40, device=device), torch.tensor([0.1], device=device)
+    x[13] = torch.nan
+    with hdrq.use_backend(backend):
+        assert hdrq.ops.fake_quantize(x, s, -8, 7).isnan().nonzero().flatten().tolist() == [13]
+        with pytest.raises(ValueError, match=r"x must hold no NaN .*, got 1 of 40"):
+            hdrq.ops.quantize(x, s, -8, 7)
+
+
+@pytest.mark.parametrize("backend", backend_params())
+def test_sums_do_not_drift_on_a_long_tensor(backend):
+    count = 20_000 if backend == "triton" else 1_000_000
+    x, grad = sample((count,), special=False), sample((count,), seed=1, special=False)
+    _, _, grad_s = run(backend, x, torch.tensor([0.25]), -8, 7, grad)
+    v = x.double() / 0.25
+    q = v.round().clamp(-8, 7)
+    terms = grad.double() * (q - torch.where(v.round() == q, v, 0.0))
+    assert abs(grad_s.item() - terms.sum().item()) <= 1e-6 * terms.abs().sum().item()
+
+
+BAD = [
+    (ValueError, "zero_point must have 1 element, got 2", {"zero_point": torch.zeros(2)}),
+    (ValueError, "zero_point must be an integer .*, got 0.5", {"zero_point": torch.tensor([0.5])}),
+    (TypeError, "zero_point must be a tensor of float32, got int64", {"zero_point": torch.zeros(1, dtype=torch.int64)}),
+    (ValueError, "scale must be positive and finite, got -1.0", {"scale": -torch.ones(1)}),
+    (ValueError, "qmin must be less than qmax", {"qmin": 9}),
+    (TypeError, "qmin must be an int, got float", {"qmin": -4.0}),
+]
+
+
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize(("error", "message", "change"), BAD)
+@pytest.mark.parametrize("op", ["fake_quantize", "quantize"])
+def test_bad_input(backend, op, error, message, change):
+    arguments = {"x": torch.zeros(4), "scale": torch.ones(1), "qmin": -4, "qmax": 3} | change
+    with pytest.raises(error, match=message), hdrq.use_backend(backend):
+        getattr(hdrq.ops, op)(**arguments)
+
+
+def test_a_range_beyond_int16_has_no_codes():
+    with pytest.raises(ValueError, match="must fit int16"):
+        hdrq.ops.quantize(torch.zeros(4), torch.ones(1), 0, 65535)
+
+
+def test_codes_must_be_integers():
+    with pytest.raises(TypeError, match="codes must be a tensor of int8 or int16, got float32"):
+        hdrq.ops.dequantize(torch.zeros(4), torch.ones(1))
