@@ -17,7 +17,7 @@ from hdrq.demo.model import load_model
 from hdrq.methods.job import parse_setting
 
 ROUNDING = {"weight_lr": 1e-2, "activation_lr": 1e-3, "rounding_weight": 1e-3}
-WEIGHTS = {"weight_lr": 1.0, "weight_step": 0.02, "tail": 0.5, "activation_lr": 1e-3}
+WEIGHTS = {"weight_lr": 1.0, "weight_step": 0.02, "fake_quant_fraction": 0.5, "activation_lr": 1e-3}
 RATES = {"brecq": ROUNDING, "qdrop": ROUNDING, "hdrq": WEIGHTS}  # a preset's are for 20,000 iterations
 
 

@@ -29,9 +29,10 @@ from hdrq.benchmarks.harness import pinned
 from hdrq.calibrate.cache import Cache
 from hdrq.calibrate.data import Call, run_all
 from hdrq.calibrate.ranges import attach_quantizers
+from hdrq.calibrate.sequential import Unit
 from hdrq.calibrate.trace import trace
-from hdrq.methods.reconstruct.learner import Data, Learner
-from hdrq.methods.reconstruct.schedule import reconstruction_loss
+from hdrq.methods.loss import reconstruction_loss
+from hdrq.methods.reconstruct.learner import Learner
 from hdrq.quantizers.layers import input_quantizers, quantized_layers
 from hdrq.recipes import recipe
 
@@ -142,10 +143,10 @@ def steps(name: str, samples: int, device: str) -> dict:
     eager = Official(theirs, quantized, source, plan)
     layers = list(quantized_layers(quantized).values())
     activations = input_quantizers(quantized)
-    data = Data(rows[:1], rows[1:2], rows[2])
-    learner = Learner(node, quantized[0], layers, activations, source, data, plan, 0, 0, graph="auto")
+    unit = Unit(0, node, quantized[0], model[0], layers, activations, rows[:1], rows[1:2], rows[2])
+    learner = Learner(unit, plan, source, seed=0, graph="auto")
     learner._set_modes("noise")
-    learner.now.copy_(learner.schedule[5000])
+    learner.row.copy_(learner.schedule[5000])
     run = learner._graphed()
     batch = [row.tensor for row in rows]
     plain.requires_grad_(True)

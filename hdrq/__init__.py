@@ -1,6 +1,6 @@
 """Fused quantizers for reconstruction loops, and a merge of quantized models that works on their integers."""
 
-from hdrq import evaluate, ops, recipes
+from hdrq import evaluate, ops, recipes, report
 from hdrq._version import __version__
 from hdrq.backends import available_backends, use_backend
 from hdrq.checkpoint.models import load, save
@@ -20,6 +20,7 @@ __all__ = [
     "ops",
     "quantize",
     "recipes",
+    "report",
     "rng_state",
     "save",
     "use_backend",

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from hdrq import checks
 
 NAMES = ("rtn", "brecq", "qdrop", "hdrq")
 PRESETS = ("paper", "official")
+RENAMED = {"tail": "fake_quant_fraction", "placement": "activation_placement"}  # accepted for one release
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a model is quantized. The defaults are HDRQ's, as the paper has it.
 
-    ``iterations`` steps are made for each block; none is round to nearest. What is learned of a weight:
+    Each block is learned for ``iterations`` steps; with 0 steps it is rounded to nearest. ``learns`` says what is
+    learned of a weight:
 
-    - ``learns="weights"``: the weight and its scale, first with noise in place of rounding, then, for the last
-      ``tail`` of the steps, with the real fake-quantizer. HDRQ; without noise and distance, QDrop's loop on weights.
+    - ``learns="weights"``: the weight and its scale, first with noise in place of rounding and, for the last
+      ``fake_quant_fraction`` of the steps, with the real fake-quantizer. This is HDRQ; without noise and distance it
+      is QDrop's loop on weights.
     - ``learns="rounding"``: whether each weight is rounded up or down, its scale fixed: ``(floor(w/Δ) + h(α))·Δ`` with
       α learned, and ``rounding_weight·Σ(1 − |2h − 1|^β)`` added to the loss; at the end h is 0 or 1. BRECQ and QDrop.
     """
@@ -25,7 +31,9 @@ class Recipe:
     name: str
     learns: str = "weights"  # or "rounding": AdaRound's α
     iterations: int = 20_000
-    tail: float = 0.175  # share of the iterations, at the end, that fake-quantize; 1 is all of them: no noise
+    fake_quant_fraction: float = (
+        0.175  # share of the iterations, at the end, that fake-quantize; 1 is all of them: no noise
+    )
     noise: str = "uniform"  # of weights: "uniform" or "empirical"
     noise_activations: bool = False  # noise on activations too, while weights have it
     batch_size: int = 32
@@ -47,7 +55,9 @@ class Recipe:
     norm: float = 2.4  # exponent of the range search
     candidates: int = 100  # clip thresholds of the range search
     range_samples: int = 128  # calibration samples that the scales of activations are searched on
-    placement: str = "qdrop"  # of activations' quantizers: "input" of layers; "qdrop", what blocks read besides
+    activation_placement: str = (
+        "qdrop"  # of activations' quantizers: "input" of layers; "qdrop", what blocks read besides
+    )
     attention: bool = (
         True  # quantize q, k, v and softmax too, where they are modules' (hdrq.prepare.attention says which)
     )
@@ -62,12 +72,12 @@ class Recipe:
         checks.integer("range_samples", self.range_samples, 1, 2**31)
         checks.choice("learns", self.learns, ("weights", "rounding"))
         checks.choice("noise", self.noise, ("uniform", "empirical"))
-        checks.choice("placement", self.placement, ("input", "qdrop"))
+        checks.choice("activation_placement", self.activation_placement, ("input", "qdrop"))
         checks.choice("weight_schedule", self.weight_schedule, ("cosine", "constant"))
         checks.choice("beta_schedule", self.beta_schedule, ("linear", "cosine"))
         for name in ("noise_activations", "attention", "per_channel"):
             checks.choice(name, getattr(self, name), (False, True))
-        for name in ("tail", "warmup", "rounding_warmup", "input_keep", "activation_keep"):
+        for name in ("fake_quant_fraction", "warmup", "rounding_warmup", "input_keep", "activation_keep"):
             checks.real(name, getattr(self, name), 0.0, 1.0)
         for name in (
             "weight_lr",
@@ -82,19 +92,23 @@ class Recipe:
             checks.real(name, getattr(self, name), 0.0)
         for name in ("beta_start", "beta_end"):
             checks.real(name, getattr(self, name), 1.0)
-        if self.learns == "rounding" and (self.tail != 1 or self.distance != 0):
+        if self.learns == "rounding" and (self.fake_quant_fraction != 1 or self.distance != 0):
             raise ValueError(
-                'tail must be 1 and distance 0 where learns="rounding", which knows no noise and leaves weights alone, '
-                f"got tail={self.tail:g}, distance={self.distance:g}"
+                'fake_quant_fraction must be 1 and distance 0 where learns="rounding", which knows no noise and leaves '
+                f"weights alone, got fake_quant_fraction={self.fake_quant_fraction:g}, distance={self.distance:g}"
             )
 
 
 _HDRQ = Recipe("hdrq")
-_QDROP = Recipe("qdrop", learns="rounding", tail=1.0, distance=0.0, weight_schedule="constant", warmup=0.0)
+_QDROP = Recipe(
+    "qdrop", learns="rounding", fake_quant_fraction=1.0, distance=0.0, weight_schedule="constant", warmup=0.0
+)
 _BRECQ = replace(_QDROP, name="brecq", input_keep=1.0, activation_keep=1.0)
 _RTN = Recipe("rtn", iterations=0)
 _RECIPES = {"rtn": _RTN, "brecq": _BRECQ, "qdrop": _QDROP, "hdrq": _HDRQ}
-_OFFICIAL = replace(_HDRQ, tail=0.2, noise="empirical", noise_activations=True, weight_lr=1e-4, scale_step=1.0)
+_OFFICIAL = replace(
+    _HDRQ, fake_quant_fraction=0.2, noise="empirical", noise_activations=True, weight_lr=1e-4, scale_step=1.0
+)
 
 
 def recipe(name: str | Recipe, preset: str = "paper", **knobs) -> Recipe:
@@ -111,7 +125,25 @@ def recipe(name: str | Recipe, preset: str = "paper", **knobs) -> Recipe:
         checks.choice("recipe", name, NAMES)
         checks.choice("preset", preset, PRESETS)
         base = _OFFICIAL if (name, preset) == ("hdrq", "official") else _RECIPES[name]
+    knobs = current_names(knobs)
     known = tuple(f.name for f in fields(Recipe) if f.name != "name")
     for knob in knobs:
         checks.choice("knob", knob, known)
     return replace(base, **knobs)
+
+
+def current_names(knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """Knobs by the names that they have now. A name of the first house is accepted with a warning.
+
+    Raises:
+        ValueError: a knob is given by both of its names.
+    """
+    found: dict[str, Any] = {}
+    for name, value in knobs.items():
+        current = RENAMED.get(name, name)
+        if current in found or (current != name and current in knobs):
+            raise ValueError(f"{current} must be given once, got {name} too, which is its old name")
+        if current != name:
+            warnings.warn(f"{name} is called {current} now", DeprecationWarning, stacklevel=3)
+        found[current] = value
+    return found

@@ -281,7 +281,7 @@ def test_a_skip_to_the_decoder_is_quantized_where_it_is_read():
 @pytest.mark.parametrize(("placement", "extra"), [("qdrop", True), ("input", False)])
 def test_placement(placement, extra):
     model, data = built("ResNet-50")
-    names = input_quantizers(hdrq.quantize(model, data, "rtn", placement=placement))
+    names = input_quantizers(hdrq.quantize(model, data, "rtn", activation_placement=placement))
     assert ("layer1.1" in names) is extra
     assert ("layer1.1.conv1" in names) is not extra
     assert "layer1.1.conv2" in names

@@ -18,6 +18,7 @@ import torch
 from hdrq import checks
 
 TIERS = ("device", "host", "disk")
+UNKNOWN_FREE = 4 << 30  # bytes of the host's memory that count as free where the system does not say, as on Windows
 AHEAD = 2  # batches that are gathered while a step runs
 
 
@@ -136,7 +137,12 @@ def batches(sources: Sequence[Rows], indices: torch.Tensor) -> Iterator[list[tor
 
 
 def _half_of_free(device: torch.device) -> dict[str, int]:
-    free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS says the sum only
-    host = os.sysconf(free) * os.sysconf("SC_PAGE_SIZE") // 2
+    if hasattr(os, "sysconf"):
+        pages = (
+            "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+        )  # macOS says the sum only
+        host = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") // 2
+    else:
+        host = UNKNOWN_FREE // 2
     own = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else host
     return {"device": own, "host": host}

@@ -20,11 +20,11 @@ from hdrq.calibrate.trace import Layout, Node
 from hdrq.prepare.observe import hooks
 
 
-class Stop(Exception):
+class _Stop(Exception):
     """Raised by a hook once a block's inputs are known: what follows is not needed."""
 
 
-class Chain:
+class Activations:
     """What the blocks of one model read and return, over all batches of the calibration set."""
 
     def __init__(self, model: nn.Module, nodes: list[Node], batches: list[Call], cache: Cache) -> None:
@@ -41,12 +41,12 @@ class Chain:
 
         def enter(module, args, kwargs):
             _write(store, start, node.inputs.split((args, dict(kwargs))))
-            raise Stop
+            raise _Stop
 
         handle = self.model.get_submodule(node.name).register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         with hooks([handle]):
             for call, (start, stop) in zip(self.batches, spans(self.batches), strict=True):
-                with suppress(Stop), self._finished(k, start, stop):
+                with suppress(_Stop), self._finished(k, start, stop):
                     call(self.model)
         return store
 

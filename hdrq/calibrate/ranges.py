@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hdrq import checks, ops
-from hdrq.prepare.observe import hooks
+from hdrq.prepare.observe import observe
 from hdrq.quantizers.attach import attach_input_quantizer, first_tensor
 from hdrq.quantizers.bits import BitWidths, bit_policy, bits_around, integer_range
-from hdrq.quantizers.layers import TRANSPOSED, quantized_layers, weighted_layers
+from hdrq.quantizers.layers import TRANSPOSED, weighted_layers
 from hdrq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from hdrq.recipes import Recipe
 
@@ -26,11 +26,12 @@ def attach_quantizers(
 ) -> None:
     """Give every layer that ``run(model)`` reaches quantizers for its weight and for its input, in place.
 
-    Inputs are quantized where they are read, once for all that read the same tensor (q, k and v). With ``placement``
-    ``"qdrop"`` blocks quantize what they read too, for all their branches, so that a residual is quantized. Scales are
-    searched: a weight's on the weight, an input's on what is read in ``run``. An input that is nowhere negative is
-    quantized unsigned; another signed or, where that lowers the error by a tenth, with a zero point, which is a range
-    of integers of its own: ``[qmin − z, qmax − z]``. Operands have the bits of the layers nearest around them.
+    Inputs are quantized where they are read, once for all that read the same tensor (q, k and v). With
+    ``activation_placement="qdrop"`` blocks quantize what they read too, for all their branches, so that a residual is
+    quantized. Scales are searched: a weight's on the weight, an input's on what is read in ``run``. An input that is
+    nowhere negative is quantized unsigned. Another is quantized signed, or with a zero point where that lowers the
+    error by a tenth: the range of integers is then ``[qmin − z, qmax − z]``. Operands have the bits of the layers
+    nearest around them.
 
     Args:
         run, example: run the model on the samples that scales are searched on, and on one.
@@ -41,43 +42,55 @@ def attach_quantizers(
         ValueError: a layer cannot be quantized; the message names it.
     """
     weighted = weighted_layers(model)
-    readers = dict.fromkeys([*(blocks if plan.placement == "qdrop" else ()), *weighted, *operands])
-    reads = _first_reads(model, example, list(readers))
-    layers = [name for name in reads if name in weighted]
+    at_blocks = blocks if plan.activation_placement == "qdrop" else ()
+    reads = _first_reads(model, example, list(dict.fromkeys([*at_blocks, *weighted, *operands])))
+    layers = {name: weighted[name] for name in reads if name in weighted}
     if not layers:
         raise ValueError("model must run at least one convolution or linear layer on calibration, got none")
-    policy = bit_policy(layers, bits)
-    tied: dict[int, str] = {}  # the first of the layers that share a weight
-    for name in layers:
-        layer: Any = weighted[name]
-        own, first = policy[name], tied.setdefault(id(layer.weight), name)
-        if own is not None and first == name:
-            parametrize.register_parametrization(layer, "weight", _search_weight(name, layer, own, plan))
-        elif own is not None and own == policy[first]:
-            quantizer = quantized_layers(model)[first].weight_quantizer
-            parametrize.register_parametrization(layer, "weight", quantizer)
-        elif own != policy[first]:
-            raise ValueError(
-                f"bits must agree where a weight is shared, got {own} for {name}, {policy[first]} for {first}"
-            )
-    owners: dict[tuple, str] = {}
-    shared: dict[str, str] = {}
-    ranges: dict[str, int] = {}
-    for name, tensors in reads.items():
-        own = bits_around(name, policy)
-        if own is None or not tensors[0].is_floating_point():
-            continue
-        key = (own.activation, *map(id, tensors))
-        owner = next((o for o in owners.values() if name.startswith(f"{o}.") and reads[o][0] is tensors[0]), None)
-        if owner is not None:
-            continue  # the quantizer of the block around it serves it
-        owner = owners.setdefault(key, name)
-        shared[name] = owner
-        ranges[owner] = own.activation
-    samples = _read_samples(model, run, list(ranges))
-    quantizers = {name: _search_activation(name, samples[name], bits, plan) for name, bits in ranges.items()}
-    for name, owner in shared.items():
+    policy = bit_policy(list(layers), bits)
+    _attach_to_weights(layers, policy, plan)
+    owners = _input_owners(reads, policy)
+    widths = {owner: width for owner, width in owners.values()}
+    samples = _read_samples(model, run, list(widths))
+    quantizers = {name: _search_activation(name, samples[name], width, plan) for name, width in widths.items()}
+    for name, (owner, _) in owners.items():
         attach_input_quantizer(model.get_submodule(name), quantizers[owner])
+
+
+def _attach_to_weights(layers: Mapping[str, Any], policy: Mapping[str, BitWidths | None], plan: Recipe) -> None:
+    """Give each layer a quantizer for its weight; layers that share a weight share the quantizer of the first."""
+    tied: dict[int, tuple[str, WeightQuantizer | None]] = {}
+    for name, layer in layers.items():
+        widths, weight = policy[name], id(layer.weight)
+        if weight not in tied:
+            tied[weight] = name, None if widths is None else _search_weight(name, layer, widths, plan)
+        first, quantizer = tied[weight]
+        if widths != policy[first]:
+            raise ValueError(
+                f"bits must agree where a weight is shared, got {widths} for {name}, {policy[first]} for {first}"
+            )
+        if quantizer is not None:
+            parametrize.register_parametrization(layer, "weight", quantizer)
+
+
+def _input_owners(
+    reads: Mapping[str, list[torch.Tensor]], policy: Mapping[str, BitWidths | None]
+) -> dict[str, tuple[str, int]]:
+    """For each module whose input is quantized: the module whose quantizer that is, and its bits.
+
+    Modules that read the same tensors at the same bits share the quantizer of the first of them. A module inside a
+    block that reads what the block reads has none: the block's quantizer serves it.
+    """
+    first_of: dict[tuple, str] = {}
+    owners: dict[str, tuple[str, int]] = {}
+    for name, tensors in reads.items():
+        widths = bits_around(name, policy)
+        if widths is None or not tensors[0].is_floating_point():
+            continue
+        if any(name.startswith(f"{o}.") and reads[o][0] is tensors[0] for o in first_of.values()):
+            continue
+        owners[name] = first_of.setdefault((widths.activation, *map(id, tensors)), name), widths.activation
+    return owners
 
 
 def _search_weight(name: str, layer: Any, bits: BitWidths, plan: Recipe) -> WeightQuantizer:
@@ -118,16 +131,11 @@ def _error(x: torch.Tensor, scale: torch.Tensor, qmin: int, qmax: int, plan: Rec
 def _reading(model: nn.Module, run, names: list[str], see) -> None:
     """Call ``see(name, tensor)`` with the first tensor that each module is called with, while ``run(model)``."""
 
-    def hook(name):
-        def look(module, args, kwargs):
-            where = first_tensor(args, kwargs)
-            see(name, args[where] if isinstance(where, int) else kwargs[where])
+    def note(name, module, args, kwargs) -> None:
+        where = first_tensor(args, kwargs)
+        see(name, args[where] if isinstance(where, int) else kwargs[where])
 
-        return look
-
-    handles = [model.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in names]
-    with hooks(handles):
-        run(model)
+    observe(model, run, before=note, names=names)
 
 
 def _first_reads(model: nn.Module, example, names: list[str]) -> dict[str, list[torch.Tensor]]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+
+try:
+    import resource
+except ImportError:  # Windows has no such module
+    resource = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,14 @@ def set_report(model: nn.Module, report: RunReport) -> None:
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """The most bytes that this process held so far, on the host and on a CUDA device."""
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    """The most bytes that this process held so far, on the host and on a CUDA device.
+
+    ``"host"`` is left out where Python has no ``resource``, as on Windows.
+    """
+    peak = {}
+    if resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device)
     return peak

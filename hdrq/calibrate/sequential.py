@@ -1,130 +1,196 @@
-"""The sequential walk: every unit of a model in forward order, each fitted behind the quantized prefix."""
+"""The sequential walk: every unit of a model in forward order, each fitted behind the quantized prefix.
+
+The walk knows no method. For each unit it knows what the unit read, in full precision and behind the units that are
+quantized already, and what it returned; it keeps that in a cache, and reports and resumes. A :class:`Method` is given
+one :class:`Unit` at a time and leaves it quantized.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from hdrq.calibrate.cache import Cache
+from hdrq.calibrate.cache import Cache, Rows
 from hdrq.calibrate.data import Call
 from hdrq.calibrate.progress import Step
-from hdrq.calibrate.propagate import Chain
-from hdrq.calibrate.report import BlockReport, RunReport
-from hdrq.calibrate.trace import trace
+from hdrq.calibrate.propagate import Activations
+from hdrq.calibrate.report import BlockReport
+from hdrq.calibrate.trace import Node, trace
 from hdrq.checkpoint.workdir import Workdir
-from hdrq.errors import DivergenceError
-from hdrq.methods.reconstruct.learner import Data, Learner
 from hdrq.quantizers.layers import QuantizedLayer, quantized_layers
 from hdrq.quantizers.modules import ActivationQuantizer
-from hdrq.recipes import Recipe
+
+LossRow = tuple[str, int, float]  # the unit, the iteration, the reconstruction loss
 
 
-class Loop:
-    """All blocks of a model, learned in forward order; what is finished already is taken from the work folder."""
+@dataclass(frozen=True)
+class Unit:
+    """One unit of a model, and all that a method may fit it by. Rows have one entry for each calibration sample."""
 
-    def __init__(
-        self,
-        full: nn.Module,
-        model: nn.Module,
-        blocks: list[str],
-        batches: list[Call],
-        plan: Recipe,
-        pull: Mapping[str, torch.Tensor],
-        seed: int,
-        cache: Cache,
-        graph: bool | str,
-        folder: Workdir | None,
-        every: int,
-        tell: Callable[[Step], None] | None,
-    ) -> None:
-        self.model, self.plan, self.pull, self.seed, self.graph = model, plan, pull, seed, graph
-        self.folder, self.every, self.tell = folder, every if folder is not None else 0, tell
-        self.nodes = trace(full, blocks, batches[0])
-        self.full, self.quantized = (Chain(m, self.nodes, batches, cache) for m in (full, model))
-        self.losses: list[tuple[str, int, float]] = []
-        self.finished: set[int] = set()  # parameters that an earlier block learned: a shared layer learns once
+    index: int
+    node: Node  # its name, and how its arguments and results are made of rows
+    module: nn.Module  # quantized; what it computes is the method's to choose
+    reference: nn.Module  # the same unit in full precision
+    layers: list[QuantizedLayer]  # its quantized layers that no earlier unit has fitted
+    activations: Mapping[str, ActivationQuantizer]  # its quantizers of activations, by name, likewise
+    quantized: list[Rows]  # its inputs behind the quantized prefix
+    full: list[Rows]  # its inputs in full precision
+    target: Rows  # its output in full precision
 
-    def run(self, report: RunReport) -> None:
-        """Learn every block, in order."""
-        for index, node in enumerate(self.nodes):
-            began = time.perf_counter()
-            inputs = self.full.inputs(index)
-            quantized = self.quantized.inputs(index) if node.needs else inputs
-            target = self.full.run(index, inputs)[node.outputs.main]
-            facts = self._block(index, Data(quantized, inputs, target))
-            self.quantized.run(index, quantized)
-            for chain in (self.full, self.quantized):
-                chain.forget(index)
-            if facts is not None:
-                report.blocks.append(BlockReport(node.name, **facts, seconds=time.perf_counter() - began))
-        report.losses = self.losses
+    @property
+    def name(self) -> str:
+        return self.node.name
 
-    def _block(self, index: int, data: Data) -> dict[str, float] | None:
-        """Learn a block, or load what was learned; its losses before and after. None where nothing is left to learn."""
-        node = self.nodes[index]
-        module = self.model.get_submodule(node.name)
-        layers, activations = self._own(node.name)
-        if not layers and not activations:
+    @property
+    def count(self) -> int:
+        """How many calibration samples there are."""
+        return len(self.target.tensor)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a method says of a unit that it has fitted."""
+
+    tensors: dict[str, torch.Tensor]  # enough for :meth:`Method.restore`
+    losses: dict[str, float]  # loss_before and loss_after
+
+
+class Method(Protocol):
+    """How one unit is quantized."""
+
+    def fit(self, unit: Unit, journal: Journal) -> Fitted:
+        """Leave the unit quantized, for good."""
+
+    def restore(self, unit: Unit, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Leave the unit as :meth:`fit` left it when it returned these tensors."""
+
+
+@dataclass
+class Journal:
+    """Where a method notes how far it is: losses for whoever watches, its state for whoever resumes.
+
+    Args:
+        names: the units, in order.
+        progress: is told of every step that is noted; None for nobody.
+        workdir: the work folder; None for none.
+        every: iterations between two states that are kept inside a unit; 0 for none.
+    """
+
+    names: Sequence[str]
+    progress: Callable[[Step], None] | None = None
+    workdir: Workdir | None = None
+    every: int = 0
+    losses: list[LossRow] = field(default_factory=list)
+
+    def note(self, unit: Unit, iteration: int, iterations: int, loss: float) -> None:
+        """The loss after so many iterations."""
+        self.losses.append((unit.name, iteration, loss))
+        if self.progress is not None:
+            self.progress(Step(unit.name, unit.index, len(self.names), iteration, iterations, loss))
+
+    def keep(self, unit: Unit, tensors: Mapping[str, torch.Tensor], iteration: int, loss_before: float) -> None:
+        """Keep the state of a unit that is not finished."""
+        if self.workdir is not None:
+            facts = {"index": unit.index, "iteration": iteration, "loss_before": loss_before, "losses": self.losses}
+            self.workdir.save_current(tensors, facts)
+
+    def kept(self, unit: Unit) -> tuple[dict[str, torch.Tensor], int, float] | None:
+        """The state that :meth:`keep` kept of a unit: tensors, iteration, and the loss before the first."""
+        found = None if self.workdir is None else self.workdir.load_current(unit.index)
+        if found is None:
             return None
-        source = {layer.name: self.pull[layer.name] for layer in layers if self.pull}
-        learner = Learner(node, module, layers, activations, source, data, self.plan, self.seed, index, self.graph)
-        saved = None if self.folder is None else self.folder.load_block(index)
-        if saved is not None:
-            tensors, facts = saved
-            learner.load(tensors, self.plan.iterations)
-            learner.finish()
-            self.losses = [tuple(row) for row in facts["losses"]]
-            return facts["report"]
-        start, before = self._begin(learner, index)
-        save = partial(self._save, learner, index, before)
-        try:
-            learner.learn(start, partial(self._log, index), save, self.every)
-        except DivergenceError as error:
-            save(error.good)
-            learner.finish()
-            raise
-        learned = dict(learner.learned)
-        learner.finish()
-        losses = {"loss_before": before, "loss_after": learner.measure()}
-        if self.folder is not None:
-            self.folder.save_block(index, learned, {"losses": self.losses, "report": losses})
-            self.folder.write_losses(self.losses)
-        return losses
-
-    def _own(self, block: str) -> tuple[list[QuantizedLayer], dict[str, ActivationQuantizer]]:
-        """The quantizers of a block that no earlier block has learned."""
-        layers = [
-            layer
-            for name, layer in quantized_layers(self.model).items()
-            if (name == block or name.startswith(f"{block}.")) and id(layer.latent) not in self.finished
-        ]
-        named = self.model.get_submodule(block).named_modules(prefix=block)
-        quantizers = {name: q for name, q in named if isinstance(q, ActivationQuantizer) and id(q) not in self.finished}
-        self.finished |= {id(layer.latent) for layer in layers} | {id(q) for q in quantizers.values()}
-        return layers, quantizers
-
-    def _begin(self, learner: Learner, index: int) -> tuple[int, float]:
-        """The iteration to start with, and the loss before the first: from the checkpoint, if there is one."""
-        before = learner.measure()
-        saved = None if self.folder is None else self.folder.load_current(index)
-        if saved is None:
-            return 0, before
-        tensors, facts = saved
-        learner.load(tensors, facts["iteration"])
+        tensors, facts = found
         self.losses = [tuple(row) for row in facts["losses"]]
-        return facts["iteration"], facts["loss_before"]
+        return tensors, facts["iteration"], facts["loss_before"]
 
-    def _log(self, index: int, iteration: int, loss: float) -> None:
-        self.losses.append((self.nodes[index].name, iteration, loss))
-        if self.tell is not None:
-            blocks, iterations = len(self.nodes), self.plan.iterations
-            self.tell(Step(self.nodes[index].name, index, blocks, iteration, iterations, loss))
+    def finish(self, unit: Unit, fitted: Fitted) -> None:
+        """Keep a finished unit."""
+        if self.workdir is not None:
+            self.workdir.save_block(unit.index, fitted.tensors, {"losses": self.losses, "report": fitted.losses})
+            self.workdir.write_losses(self.losses)
 
-    def _save(self, learner: Learner, index: int, before: float, iteration: int) -> None:
-        if self.folder is not None:
-            facts = {"index": index, "iteration": iteration, "loss_before": before, "losses": self.losses}
-            self.folder.save_current(learner.state(), facts)
+    def finished(self, unit: Unit) -> Fitted | None:
+        """What :meth:`finish` kept of a unit, in an earlier run."""
+        found = None if self.workdir is None else self.workdir.load_block(unit.index)
+        if found is None:
+            return None
+        tensors, facts = found
+        self.losses = [tuple(row) for row in facts["losses"]]
+        return Fitted(tensors, facts["report"])
+
+
+def walk(
+    full: nn.Module,
+    model: nn.Module,
+    names: Sequence[str],
+    batches: list[Call],
+    method: Method,
+    cache: Cache,
+    *,
+    progress: Callable[[Step], None] | None = None,
+    workdir: Workdir | None = None,
+    checkpoint_every: int = 0,
+) -> tuple[list[BlockReport], list[LossRow]]:
+    """Fit every unit of ``model``, in place, in forward order; what is finished already is taken from the work folder.
+
+    Args:
+        full: the model in full precision.
+        model: a copy of it with quantizers.
+        names: the units (:func:`hdrq.prepare.units.find_blocks`).
+
+    Returns:
+        A report of each unit that had something to fit, and the losses that were noted.
+    """
+    nodes = trace(full, list(names), batches[0])
+    in_full, behind_quantized = (Activations(m, nodes, batches, cache) for m in (full, model))
+    journal = Journal([node.name for node in nodes], progress, workdir, checkpoint_every if workdir else 0)
+    fitted_before: set[int] = set()
+    reports = []
+    for index, node in enumerate(nodes):
+        began = time.perf_counter()
+        inputs = in_full.inputs(index)
+        quantized = behind_quantized.inputs(index) if node.needs else inputs
+        target = in_full.run(index, inputs)[node.outputs.main]
+
+        layers, activations = _unfitted(model, node.name, fitted_before)
+        if layers or activations:
+            module, reference = model.get_submodule(node.name), full.get_submodule(node.name)
+            unit = Unit(index, node, module, reference, layers, activations, quantized, inputs, target)
+            losses = _fit(unit, method, journal)
+            reports.append(BlockReport(node.name, **losses, seconds=time.perf_counter() - began))
+
+        behind_quantized.run(index, quantized)
+        for activations_of in (in_full, behind_quantized):
+            activations_of.forget(index)
+    return reports, journal.losses
+
+
+def _fit(unit: Unit, method: Method, journal: Journal) -> dict[str, float]:
+    """Fit a unit, or restore it as an earlier run fitted it; its losses before and after."""
+    finished = journal.finished(unit)
+    if finished is not None:
+        method.restore(unit, finished.tensors)
+        return finished.losses
+    fitted = method.fit(unit, journal)
+    journal.finish(unit, fitted)
+    return fitted.losses
+
+
+def _unfitted(
+    model: nn.Module, name: str, fitted: set[int]
+) -> tuple[list[QuantizedLayer], dict[str, ActivationQuantizer]]:
+    """The quantizers of a unit that no earlier unit has fitted: a shared layer is fitted once. ``fitted`` grows."""
+    layers = [
+        layer
+        for layer_name, layer in quantized_layers(model).items()
+        if (layer_name == name or layer_name.startswith(f"{name}.")) and id(layer.latent) not in fitted
+    ]
+    modules = model.get_submodule(name).named_modules(prefix=name)
+    activations = {n: q for n, q in modules if isinstance(q, ActivationQuantizer) and id(q) not in fitted}
+    fitted |= {id(layer.latent) for layer in layers} | {id(q) for q in activations.values()}
+    return layers, activations

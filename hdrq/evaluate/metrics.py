@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from hdrq import checks
 from hdrq.calibrate.data import Call
-from hdrq.prepare.observe import hooks
+from hdrq.prepare.observe import observe
 
 
 def harmonic_mean(values: Iterable[float]) -> float:
@@ -91,15 +91,11 @@ def accumulated_errors(
 def _outputs(model: nn.Module, call: Call, blocks: Sequence[str]) -> dict[str, torch.Tensor]:
     seen: dict[str, torch.Tensor] = {}
 
-    def keep(name: str):
-        def look(module, args, output) -> None:
-            if name not in seen:
-                seen[name] = _first(output).clone()  # what follows may work in place
+    def keep(name, module, args, kwargs, output) -> None:
+        if name not in seen:
+            seen[name] = _first(output).clone()  # what follows may work in place
 
-        return look
-
-    with hooks(model.get_submodule(name).register_forward_hook(keep(name)) for name in blocks):
-        seen["output"] = _first(call(model))
+    seen["output"] = _first(observe(model, call, after=keep, names=blocks))
     return seen
 
 

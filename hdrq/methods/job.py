@@ -20,7 +20,11 @@ from hdrq.checkpoint.models import load_float, save
 from hdrq.methods.post_training import quantize
 from hdrq.quantizers.provenance import origin, set_origin
 
-ABLATION = {"as given": {}, "no distance": {"distance": 0.0}, "nor noise": {"distance": 0.0, "tail": 1.0}}
+ABLATION = {
+    "as given": {},
+    "no distance": {"distance": 0.0},
+    "nor noise": {"distance": 0.0, "fake_quant_fraction": 1.0},
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Run:
         """
         own = {f.name for f in fields(cls)}
         knobs = {f.name for f in fields(recipes.Recipe)} - {"name"}
-        given = {name.replace("-", "_"): value for name, value in settings.items()}
+        given = recipes.current_names({name.replace("-", "_"): value for name, value in settings.items()})
         for name in given:
             checks.choice("setting", name, tuple(sorted(own | knobs)))
         for name in ("model", "data"):
@@ -84,7 +88,7 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """``"name=value"``, the value as YAML has it: ``"tail=0.2"``."""
+    """``"name=value"``, the value as YAML has it: ``"warmup=0.2"``."""
 
     name, equals, value = text.partition("=")
     if not equals:

@@ -1,4 +1,4 @@
-"""The block-wise loop: quantize a model, one block after the other, so that each block's output is kept."""
+"""Post-training quantization of a whole model: data, prepared model, ranges, and a walk over its units."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from hdrq.calibrate.data import Call, calibration_calls, first_samples, run_all
 from hdrq.calibrate.progress import Step, bars
 from hdrq.calibrate.ranges import attach_quantizers
 from hdrq.calibrate.report import RunReport, peak_memory, set_report
-from hdrq.calibrate.sequential import Loop
+from hdrq.calibrate.sequential import walk
 from hdrq.checkpoint.workdir import Workdir, fingerprint, state_hash
 from hdrq.checks import listed
 from hdrq.errors import DivergenceError
 from hdrq.evaluate.metrics import accumulated_errors
-from hdrq.methods.reconstruct.learner import settle
+from hdrq.methods.nearest import round_to_nearest
+from hdrq.methods.reconstruct.method import Reconstruction
 from hdrq.prepare.attention import expose_operands, quantized_operands
 from hdrq.prepare.float_model import check_module, device_of, prepare_float
 from hdrq.prepare.uncalled import refuse_uncalled
@@ -59,10 +60,10 @@ def quantize(
 ) -> nn.Module:
     """Quantize a model after training, from unlabelled data.
 
-    BatchNorm is folded; weights and inputs of every convolution and linear layer get quantizers
-    (:func:`hdrq.calibrate.ranges.attach_quantizers` says where), and so do an attention's operands (:mod:`hdrq.prepare.attention`); then,
-    block by block in forward order, what the recipe learns is learned so that the block's output stays that of the
-    full-precision model::
+    BatchNorm is folded. Weights and inputs of every convolution and linear layer get quantizers
+    (:func:`hdrq.calibrate.ranges.attach_quantizers` says where), and so do an attention's operands
+    (:mod:`hdrq.prepare.attention`). Then, block by block in forward order, what the recipe learns is learned so that
+    the block's output stays that of the full-precision model::
 
         mean over batch and positions of Σ_channels (B_q(x) − B(x))²
           +  λ·Σ_layers ‖W − W_src‖₂  (HDRQ)   or   0.01·Σ (1 − |2h(α) − 1|^β)  (BRECQ, QDrop)
@@ -90,12 +91,13 @@ def quantize(
         knobs: any other field of the recipe.
 
     Returns:
-        A model of the same class, its weights on the grid; :func:`hdrq.quantizers.layers.quantized_layers` lists its quantizers,
-        :func:`hdrq.report.report_of` says how it went.
+        A model of the same class, its weights on the grid. :func:`hdrq.quantizers.layers.quantized_layers` lists its
+        quantizers, and :func:`hdrq.report.report_of` says how it went.
 
     Raises:
         TypeError, ValueError: "X must be …, got …".
-        DivergenceError: a loss is not finite (a FloatingPointError); it names block, layer and iteration, and holds the model.
+        DivergenceError: a loss is not finite (a FloatingPointError). It names block, layer and iteration, and holds
+            the model.
         OSError: a disk is full; what is finished stays in ``workdir``.
 
     Source: HDRQ (Shin et al., ICML 2025); QDrop (Wei et al., ICLR 2022); BRECQ (Li et al., ICLR 2021).
@@ -133,17 +135,27 @@ def quantize(
 
     report = RunReport(plan.name, nearest=errors(), attention=quantized_operands(quantized))
     if learns:
-        pull = {} if source is None or plan.distance == 0 else source_weights(source, quantized, batches)
+        weights = {} if source is None or plan.distance == 0 else source_weights(source, quantized, batches)
+        method = Reconstruction(plan, weights, seed, graph)
         store = Cache(device_of(full), cache, cache_bytes, None if folder is None else folder.path)
-        with bars() if progress is True else nullcontext(progress or None) as tell:
-            loop = Loop(full, quantized, units, batches, plan, pull, seed, store, graph, folder, checkpoint_every, tell)
+        with bars() if progress is True else nullcontext(progress or None) as show:
             try:
-                loop.run(report)
+                report.blocks, report.losses = walk(
+                    full,
+                    quantized,
+                    units,
+                    batches,
+                    method,
+                    store,
+                    progress=show,
+                    workdir=folder,
+                    checkpoint_every=checkpoint_every,
+                )
             except DivergenceError as error:
-                error.model = _finish(quantized)
+                error.model = round_to_nearest(quantized)
                 raise
         report.cache_peak = store.peak
-    _finish(quantized)
+    round_to_nearest(quantized)
     report.errors = errors() if learns else report.nearest
     report.seconds, report.peak_memory = time.perf_counter() - began, peak_memory(device_of(full))
     policy = bits if isinstance(bits, str) else dict(bits)
@@ -169,20 +181,12 @@ def source_weights(source: nn.Module, model: nn.Module, batches: list[Call]) -> 
     modules = dict(full.named_modules())
     weights, wrong = {}, []
     for name, layer in quantized_layers(model).items():
-        theirs = getattr(modules.get(name), "weight", None)
-        if theirs is None or theirs.shape != layer.latent.shape:
-            got = "missing" if theirs is None else tuple(theirs.shape)
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None or weight.shape != layer.latent.shape:
+            got = "missing" if weight is None else tuple(weight.shape)
             wrong.append(f"{name} ({tuple(layer.latent.shape)}, got {got})")
         else:
-            weights[name] = theirs.detach().to(layer.latent.device, torch.float32)
+            weights[name] = weight.detach().to(layer.latent.device, torch.float32)
     if wrong:
         raise ValueError(f"source must have the layers of model, got others: {listed(wrong)}")
     return weights
-
-
-@torch.no_grad()
-def _finish(model: nn.Module) -> nn.Module:
-    """Put every weight on its grid."""
-    for layer in quantized_layers(model).values():
-        settle(layer)
-    return model.requires_grad_(False)

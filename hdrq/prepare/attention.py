@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hdrq.prepare.folding import check_unchanged
-from hdrq.prepare.observe import hooks
+from hdrq.prepare.observe import observe
 from hdrq.quantizers.layers import input_readers
 
 SEPARATE = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("to_q", "to_k", "to_v"), ("q", "k", "v"))
@@ -174,15 +174,11 @@ def expose_operands(model: nn.Module, run: Callable) -> list[str]:
     """
     softmax: dict[str, bool] = {}  # of what was called, in order: whether it returned one each time
 
-    def look(name: str) -> Callable:
-        def hook(module, args, output):
-            so_far = softmax.pop(name, True)
-            softmax[name] = so_far and isinstance(module, SOFTMAX) and _is_softmax(output)
+    def note(name, module, args, kwargs, output) -> None:
+        so_far = softmax.pop(name, True)
+        softmax[name] = so_far and isinstance(module, SOFTMAX) and _is_softmax(output)
 
-        return hook
-
-    with hooks(m.register_forward_hook(look(n)) for n, m in model.named_modules()):
-        run(model)
+    observe(model, run, after=note)
     for name, module in list(model.named_modules()):
         if not isinstance(module, Attention):
             called = {n.rpartition(".")[2]: s for n, s in softmax.items() if n and n.rpartition(".")[0] == name}

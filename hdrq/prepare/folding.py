@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from hdrq.prepare.observe import hooks
+from hdrq.prepare.observe import observe
 from hdrq.quantizers.layers import TRANSPOSED, replace_module, weighted_layers
 
 BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -62,32 +62,25 @@ def _batchnorm_pairs(model: nn.Module, run) -> tuple[dict[str, str], object]:
     calls: Counter[str] = Counter()
     pairs: dict[str, str] = {}
 
-    def layer_hook(name):
-        def hook(module, args, output):
-            calls[name] += 1
-            if output.ndim == 2 or not isinstance(module, nn.Linear):  # channels on axis 1, where BatchNorm has them
-                made_by[id(output)] = (name, output, output._version)
-
-        return hook
-
-    def norm_hook(name):
-        def hook(module, args, output):
-            calls[name] += 1
-            layer, _, version = made_by.get(id(args[0]), (None, None, None))
-            if layer is not None and args[0]._version == version and module.track_running_stats:
-                pairs[name] = layer
-
-        return hook
-
     foldable = {
         n: m
         for n, m in weighted_layers(model).items()
         if not isinstance(m, nn.Embedding) and not (isinstance(m, TRANSPOSED) and m.groups > 1)
     }
-    handles = [m.register_forward_hook(layer_hook(n)) for n, m in foldable.items()]
-    handles += [m.register_forward_hook(norm_hook(n)) for n, m in model.named_modules() if isinstance(m, BATCHNORM)]
-    with hooks(handles):
-        outputs = run(model)
+    norms = [n for n, m in model.named_modules() if isinstance(m, BATCHNORM)]
+
+    def note(name, module, args, kwargs, output) -> None:
+        calls[name] += 1
+        if name in foldable:
+            if output.ndim == 2 or not isinstance(module, nn.Linear):  # channels on axis 1, where BatchNorm has them
+                made_by[id(output)] = (name, output, output._version)
+            return
+        read = (*args, *kwargs.values())[0]
+        layer, _, version = made_by.get(id(read), (None, None, None))
+        if layer is not None and read._version == version and module.track_running_stats:
+            pairs[name] = layer
+
+    outputs = observe(model, run, after=note, names=[*foldable, *norms])
     return {n: layer for n, layer in pairs.items() if calls[n] == 1 and calls[layer] == 1}, outputs
 
 

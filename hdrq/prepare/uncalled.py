@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hdrq.prepare.observe import hooks
+from hdrq.prepare.observe import observe
 from hdrq.quantizers.bits import matches
 from hdrq.quantizers.layers import weighted_layers
 
@@ -38,17 +38,13 @@ def refuse_uncalled(model: nn.Module, run: Callable, bits: str | Mapping[str, st
         ValueError: one is not; the message names it and counts the others.
     """
     called: dict[str, Any] = {}
-
-    def look(name: str) -> Callable:
-        return lambda module, args: called.update({name: module})
-
     layers: dict[str, Any] = weighted_layers(model)
-    with hooks(m.register_forward_pre_hook(look(n)) for n, m in model.named_modules()), _Reads() as reads:
-        run(model)
-    own = {layers[name].weight.data_ptr() for name in called if name in layers}
+    with _Reads() as reads:
+        observe(model, run, before=lambda name, module, args, kwargs: called.setdefault(name, module))
+    quantized = {layers[name].weight.data_ptr() for name in called if name in layers}
     addresses = {name: layer.weight.data_ptr() for name, layer in layers.items() if name not in called}
     silent = [name for name, module in called.items() if isinstance(module, nn.MultiheadAttention)]
-    silent += [name for name, address in addresses.items() if address in reads.seen - own]
+    silent += [name for name, address in addresses.items() if address in reads.seen - quantized]
     patterns = bits if isinstance(bits, Mapping) else {}
     chosen = {name: next((text for p, text in patterns.items() if matches(name, p)), None) for name in silent}
     if wrong := [name for name, text in chosen.items() if text != "float"]:

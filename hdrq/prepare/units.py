@@ -9,7 +9,7 @@ from torch import nn
 
 from hdrq import checks
 from hdrq.prepare.attention import Attention
-from hdrq.prepare.observe import hooks
+from hdrq.prepare.observe import observe
 from hdrq.quantizers.layers import weighted_layers
 
 TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -22,7 +22,8 @@ def find_blocks(model: nn.Module, run, names: Sequence[str] | None = None) -> li
     layers, of which the model has a sequence: a ``ModuleList`` or ``Sequential`` that holds several of the class; where
     there is no such sequence, any module with several of it as children. Of blocks in blocks the inner ones count:
     residual blocks, not stages; and since an attention stands alone in its transformer block, that is the whole
-    transformer block. An :class:`hdrq.prepare.attention.Attention` and layers outside every block are units by themselves.
+    transformer block. An :class:`hdrq.prepare.attention.Attention` outside every block is a unit by itself, and so is a
+    layer.
 
     Args:
         names: the blocks, by name, instead of those found.
@@ -33,12 +34,7 @@ def find_blocks(model: nn.Module, run, names: Sequence[str] | None = None) -> li
     weighted = weighted_layers(model)
     modules = {n: m for n, m in model.named_modules() if n}
     order: dict[str, None] = {}
-
-    def hook(name):
-        return lambda module, args: order.setdefault(name)
-
-    with hooks(m.register_forward_pre_hook(hook(n)) for n, m in modules.items()):
-        run(model)
+    observe(model, run, before=lambda name, module, args, kwargs: order.setdefault(name), names=modules)
     layers = [n for n in order if n in weighted]
     blocks = _sequences(model, order, layers) if names is None else _named(names, order, layers)
     attentions = [n for n in order if isinstance(modules[n], Attention)]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -30,6 +31,12 @@ class QuantizedLayer:
     @property
     def weight_quantizer(self) -> WeightQuantizer:
         return self.module.parametrizations.weight[0]
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put the weight on its grid: what the integers and the scale say, and nothing else."""
+        quantizer, latent = self.weight_quantizer, self.latent
+        latent.data = quantizer.values(quantizer.codes(latent)).to(quantizer.dtype or latent.dtype)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

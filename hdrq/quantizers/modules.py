@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -79,24 +80,36 @@ class WeightQuantizer(Quantizer):
 
     In mode ``"adaround"`` a weight is rounded up or down as ``alpha``, which is learned, says; ``penalty`` is then the
     rounding loss for the exponent ``beta``. ``dtype`` is the weight's, where what is learned has a finer one.
-    ``ready`` is the quantized weight where a step has made it already, together with those of other layers.
+    Inside :func:`substituted` it returns a weight that was quantized elsewhere, together with those of other layers.
     """
 
     dtype: torch.dtype | None = None
     alpha: torch.Tensor | None = None
     beta: torch.Tensor | None = None
     penalty: torch.Tensor | None = None
-    ready: torch.Tensor | None = None
+    substitute: torch.Tensor | None = None
 
     def forward(self, w: torch.Tensor) -> torch.Tensor:
-        if self.ready is not None:
-            y = self.ready
+        if self.substitute is not None:
+            y = self.substitute
         elif self.mode == "adaround" and self.alpha is not None and self.beta is not None:
             grid = (w, self.scale, self.alpha, self.qmin, self.qmax)
             y, self.penalty = ops.adaround_regularized(*grid, self.beta, axis=self.axis)
         else:
             y = super().forward(w)
         return y if self.dtype is None else y.to(self.dtype)
+
+
+@contextmanager
+def substituted(quantizers: Sequence[WeightQuantizer], weights: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside the block, each quantizer returns the quantized weight that is given for it."""
+    for quantizer, weight in zip(quantizers, weights, strict=True):
+        quantizer.substitute = weight
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.substitute = None
 
 
 class ActivationQuantizer(Quantizer):

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from hdrq.calibrate.cache import Cache, batches
 from hdrq.calibrate.data import Call
-from hdrq.calibrate.propagate import Chain
+from hdrq.calibrate.propagate import Activations
 from hdrq.calibrate.trace import Leaf, trace
 
 torch.set_num_threads(1)
@@ -150,18 +150,18 @@ def test_inputs_and_outputs_are_those_of_the_whole_model(kind, where, tmp_path):
     for module in model.children():
         module.runs = 0
     cache = Cache(CPU, where, folder=tmp_path)
-    chain = Chain(model, nodes, calls, cache)
+    activations = Activations(model, nodes, calls, cache)
     for k, name in enumerate(names):
-        rows = chain.inputs(k)
+        rows = activations.inputs(k)
         inputs, output = truth(model, name, x)
         got = [leaf.tensor(r.read(0, 10)) for leaf, r in zip(nodes[k].inputs.batched, rows, strict=True)]
         want = [t for t in inputs if 10 in t.shape or 30 in t.shape]
         assert len(got) == len(want) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
         runs = model.get_submodule(name).runs
-        target = chain.run(k, rows)[nodes[k].outputs.main]
+        target = activations.run(k, rows)[nodes[k].outputs.main]
         assert model.get_submodule(name).runs == runs + len(calls)
         assert torch.equal(nodes[k].outputs.batched[0].tensor(target.read(0, 10)), output)
-        chain.forget(k)
+        activations.forget(k)
     assert cache.peak[where] > 0 and not list(tmp_path.iterdir())
 
 
@@ -172,10 +172,10 @@ def test_each_block_runs_once_over_the_calibration_set():
         nodes = trace(model, list("abcd"), calls[0])
         for module in model.children():
             module.runs = 0
-        chain = Chain(model, nodes, calls, Cache(CPU))
+        activations = Activations(model, nodes, calls, Cache(CPU))
         for k in range(4):
-            chain.run(k, chain.inputs(k))
-            chain.forget(k)
+            activations.run(k, activations.inputs(k))
+            activations.forget(k)
         assert [module.runs for module in model.children()] == [3, 3, 3, 3]
 
 
@@ -185,12 +185,12 @@ def test_outputs_are_kept_no_longer_than_needed():
     assert [sorted(node.needs) for node in nodes] == [[], [0], [1], [0, 2]]
     assert all(node.reads is None for node in nodes)
     cache = Cache(CPU)
-    chain = Chain(model, nodes, calls, cache)
+    activations = Activations(model, nodes, calls, cache)
     kept = []
     for k in range(4):
-        chain.run(k, chain.inputs(k))
-        chain.forget(k)
-        kept.append(sorted(chain._outputs))
+        activations.run(k, activations.inputs(k))
+        activations.forget(k)
+        kept.append(sorted(activations._outputs))
     assert kept == [[0], [0, 1], [0, 2], []] and cache.used["device"] == 0
 
 
@@ -198,9 +198,9 @@ def test_direct_inputs_are_not_copied():
     model, calls = Straight().eval().requires_grad_(False), [Call((torch.randn(4, 6),), {})]
     nodes = trace(model, list("abcd"), calls[0])
     assert [node.reads for node in nodes] == [None, ((0, 0),), ((1, 0),), ((2, 0),)]
-    chain = Chain(model, nodes, calls, Cache(CPU))
-    output = chain.run(0, chain.inputs(0))
-    assert chain.inputs(1) == output
+    activations = Activations(model, nodes, calls, Cache(CPU))
+    output = activations.run(0, activations.inputs(0))
+    assert activations.inputs(1) == output
 
 
 def test_block_without_tensors_that_grow_is_left_out():
@@ -236,9 +236,9 @@ def test_forward_of_a_models_own_is_put_back():
     model = Skips().eval().requires_grad_(False)
     model.a.forward = lambda x, own=model.a.forward: own(x)
     mine, calls = model.a.forward, [Call((torch.randn(4, 6),), {})]
-    chain = Chain(model, trace(model, list("abcd"), calls[0]), calls, Cache(CPU))
+    activations = Activations(model, trace(model, list("abcd"), calls[0]), calls, Cache(CPU))
     for k in range(2):
-        chain.run(k, chain.inputs(k))
+        activations.run(k, activations.inputs(k))
     assert model.a.forward is mine and "forward" not in model.b.__dict__
 
 

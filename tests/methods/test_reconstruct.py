@@ -13,13 +13,13 @@ from torch import nn
 import hdrq
 from hdrq.calibrate.data import calibration_calls
 from hdrq.calibrate.report import report_of
-from hdrq.methods import post_training
+from hdrq.methods.loss import reconstruction_loss
 from hdrq.methods.post_training import fold, source_weights
-from hdrq.methods.reconstruct import learner
-from hdrq.methods.reconstruct.learner import SMALLEST_SCALE, Learner
-from hdrq.methods.reconstruct.schedule import reconstruction_loss, schedule
+from hdrq.methods.reconstruct.learner import Learner
+from hdrq.methods.reconstruct.parameters import SMALLEST_SCALE
+from hdrq.methods.reconstruct.schedule import schedule
 from hdrq.prepare.folding import fold_batchnorm
-from hdrq.quantizers.layers import input_quantizers, quantized_layers
+from hdrq.quantizers.layers import QuantizedLayer, input_quantizers, quantized_layers
 from hdrq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from hdrq.recipes import Recipe, recipe
 
@@ -152,8 +152,7 @@ def test_grad_mode_of_the_caller_does_not_matter(mode):
 
 
 def test_distance_pulls_towards_the_source(monkeypatch):
-    for module in (learner, post_training):
-        monkeypatch.setattr(module, "settle", lambda layer: None)  # rounding would hide small steps
+    monkeypatch.setattr(QuantizedLayer, "settle", lambda layer: None)  # rounding would hide small steps
     model, source = net(), net()
     with torch.no_grad():
         for parameter in source.parameters():
@@ -207,7 +206,7 @@ def modes_seen(**options):
 
 
 def test_noise_first_then_the_real_quantizer():
-    weights, inputs = modes_seen(iterations=20, tail=0.25)
+    weights, inputs = modes_seen(iterations=20, fake_quant_fraction=0.25)
     assert [mode for mode, *_ in weights] == ["noise"] * 15 + ["round"] * 5
     assert [mode for mode, *_ in inputs] == ["round"] * 20
     assert {noise for _, noise, *_ in weights} == {"uniform"} and {keep for *_, keep, _ in inputs} == {0.5}
@@ -261,7 +260,11 @@ def test_presets_are_the_tables():
     assert (paper.noise, paper.noise_activations, paper.weight_lr) == ("uniform", False, 1e-3)
     assert (official.noise, official.noise_activations, official.weight_lr) == ("empirical", True, 1e-4)
     for plan, tail in ((paper, 3500), (official, 4000)):
-        assert plan.iterations == 20_000 and round(plan.tail * plan.iterations) == tail and plan.distance == 5e-2
+        assert (
+            plan.iterations == 20_000
+            and round(plan.fake_quant_fraction * plan.iterations) == tail
+            and plan.distance == 5e-2
+        )
     assert recipe("rtn").iterations == 0
 
 
@@ -269,11 +272,11 @@ def test_baselines_are_the_table():
     brecq, qdrop = recipe("brecq"), recipe("qdrop")
     assert brecq.learns == qdrop.learns == "rounding" and recipe("brecq", "official") == brecq
     assert (brecq.input_keep, brecq.activation_keep, qdrop.input_keep, qdrop.activation_keep) == (1, 1, 0.5, 0.5)
-    assert {(r.tail, r.distance, r.activation_lr) for r in (brecq, qdrop)} == {(1, 0, 4e-5)}
+    assert {(r.fake_quant_fraction, r.distance, r.activation_lr) for r in (brecq, qdrop)} == {(1, 0, 4e-5)}
 
 
 def test_hdrq_without_noise_and_distance_is_qdrops_loop():
-    hdrq_, qdrop = recipe("hdrq", tail=1, distance=0), recipe("qdrop", learns="weights")
+    hdrq_, qdrop = recipe("hdrq", fake_quant_fraction=1, distance=0), recipe("qdrop", learns="weights")
     same_rates = {"weight_schedule": "cosine", "warmup": hdrq_.warmup}
     assert replace(hdrq_, name="qdrop") == replace(qdrop, **same_rates)
     states = [state(learn(recipe=r, iterations=6)) for r in (hdrq_, replace(qdrop, **same_rates))]
@@ -294,8 +297,8 @@ def test_schedule():
 
 
 def test_recipe_given_is_taken_with_knobs():
-    plan = recipe(Recipe("own", iterations=7), tail=1.0)
-    assert (plan.name, plan.iterations, plan.tail) == ("own", 7, 1.0)
+    plan = recipe(Recipe("own", iterations=7), fake_quant_fraction=1.0)
+    assert (plan.name, plan.iterations, plan.fake_quant_fraction) == ("own", 7, 1.0)
     model = learn(recipe=Recipe("own", distance=0.0))
     assert model.hdrq_origin["recipe"]["name"] == "own" and model.hdrq_origin["recipe"]["iterations"] == 6
 
@@ -363,13 +366,17 @@ def test_model_of_two_tensors():
         ({"preset": "mine"}, ValueError, "preset must be one of 'paper', 'official', got 'mine'"),
         ({"weight_rl": 1e-3}, ValueError, "knob must be one of .*'weight_lr'.*, got 'weight_rl'"),
         ({"recipe": "rtn"}, ValueError, 'iterations must be 0 for recipe "rtn", got 6'),
-        ({"recipe": "qdrop", "tail": 0.5}, ValueError, 'tail must be 1 and distance 0 where learns="rounding"'),
+        (
+            {"recipe": "qdrop", "fake_quant_fraction": 0.5},
+            ValueError,
+            'fake_quant_fraction must be 1 and distance 0 where learns="rounding"',
+        ),
         ({"learns": "bits"}, ValueError, "learns must be one of 'weights', 'rounding', got 'bits'"),
         ({"beta_end": 0.5}, ValueError, "beta_end must be finite and in"),
         ({"checkpoint_every": -1}, ValueError, "checkpoint_every must be in"),
         ({"held_out": CALIBRATION[:0]}, ValueError, "held_out must have at least one sample, got none"),
         ({"calibration": [CALIBRATION, CALIBRATION[:, :, 1:]]}, ValueError, "samples of one shape, got .* in batch 1"),
-        ({"tail": 1.5}, ValueError, r"tail must be finite and in \[0, 1\], got 1.5"),
+        ({"fake_quant_fraction": 1.5}, ValueError, r"fake_quant_fraction must be finite and in \[0, 1\], got 1.5"),
         ({"weight_lr": float("nan")}, ValueError, "weight_lr must be finite"),
         ({"iterations": -1}, ValueError, "iterations must be in"),
         ({"iterations": 2.0}, TypeError, "iterations must be an int, got float"),
@@ -432,7 +439,7 @@ def test_divergence_names_the_layer_and_the_iteration(monkeypatch):
     def broken(self, i):
         if i == 7:
             with torch.no_grad():
-                self.layers[1].latent[0, 0] = torch.nan
+                self.unit.layers[1].latent[0, 0] = torch.nan
         return "round"
 
     monkeypatch.setattr(Learner, "_phase", broken)
@@ -455,7 +462,7 @@ def test_weights_step_by_a_share_of_their_scale(per_channel):
     full = fold(net(), CALIBRATION)
 
     def steps(**knobs):
-        layers = quantized_layers(learn(weight_lr=10.0, tail=1.0, **options, **knobs))
+        layers = quantized_layers(learn(weight_lr=10.0, fake_quant_fraction=1.0, **options, **knobs))
         return max(
             float(((layer.latent - full.get_submodule(name).weight) / per_element(layer)).abs().max())
             for name, layer in layers.items()

@@ -8,18 +8,11 @@ import torch
 
 from hdrq.recipes import Recipe
 
-
-def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """``mean over batch and positions of Σ_channels (output − target)²``; tokens (B, N, C) have their channels last.
-
-    Half types are widened to float32 first.
-    """
-    difference = output.float() - target.float()
-    return difference.square().sum(dim=-1 if output.ndim == 3 else 1).mean()
+WEIGHT_RATE, ACTIVATION_RATE, BETA, ROUNDING_WEIGHT, BIAS_RATE = range(5)  # the columns of a schedule
 
 
 def schedule(plan: Recipe) -> torch.Tensor:
-    """For each iteration: rates of weights and activations' scales, AdaRound's β, its loss's weight, rate of biases."""
+    """A row for each iteration: the rates of weights, activations' scales and biases, AdaRound's β and its weight."""
     share = torch.arange(plan.iterations, dtype=torch.float64) / max(plan.iterations, 1)
     warm = round(plan.warmup * plan.iterations) / max(plan.iterations, 1)
     rising = 1e-3 + (1 - 1e-3) * share / max(warm, 1e-12)

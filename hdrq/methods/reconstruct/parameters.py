@@ -1,0 +1,153 @@
+"""What is learned of a unit: its tensors, the optimizer over them, and the bounds on their rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from hdrq import checks, ops
+from hdrq.backends.eager import per_element
+from hdrq.calibrate.sequential import Unit
+from hdrq.methods.reconstruct.biases import learned_bias, settle_bias
+from hdrq.methods.reconstruct.schedule import ACTIVATION_RATE, BETA, BIAS_RATE, WEIGHT_RATE
+from hdrq.quantizers.layers import QuantizedLayer
+from hdrq.recipes import Recipe
+
+SMALLEST_SCALE, LARGEST_SCALE = 1e-8, 1e30
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's state of a parameter
+
+
+class Parameters:
+    """The learned tensors of a unit, by name.
+
+    Args:
+        row: this iteration's row of the schedule, on the device: the optimizer reads its rates there.
+    """
+
+    def __init__(self, unit: Unit, recipe: Recipe, row: torch.Tensor) -> None:
+        self.unit, self.recipe, self.device = unit, recipe, row.device
+        activation_scales = {f"{name}.scale": quantizer.scale for name, quantizer in unit.activations.items()}
+        weights = {
+            f"{layer.name}.{part}": tensor
+            for layer in unit.layers
+            for part, tensor in self._of_weight(layer, row).items()
+        }
+        biases = self._of_biases()
+        self.by_name: dict[str, torch.Tensor] = {**activation_scales, **weights, **biases}
+        self._bound_rates(list(weights.values()))
+        groups = ((weights, WEIGHT_RATE), (activation_scales, ACTIVATION_RATE), (biases, BIAS_RATE))
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": list({id(p): p for p in tensors.values()}.values()), "lr": row[rate]}
+                for tensors, rate in groups
+                if tensors
+            ],
+            fused=True,
+            capturable=self.device.type == "cuda",
+        )
+        for p in self.by_name.values():
+            p.requires_grad_(True)
+
+    def _of_weight(self, layer: QuantizedLayer, row: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors that are learned of a layer's weight. A latent is float32 while it is learned."""
+        quantizer, latent = layer.weight_quantizer, layer.latent
+        quantizer.dtype, quantizer.noise = latent.dtype, self.recipe.noise
+        latent.data = latent.data.float()
+        if self.recipe.learns == "weights":
+            return {"weight": latent, "weight_scale": quantizer.scale}
+        quantizer.alpha = ops.adaround_init(latent.detach(), quantizer.scale.detach(), axis=quantizer.axis)
+        quantizer.beta = row[BETA : BETA + 1]
+        return {"alpha": quantizer.alpha}
+
+    def _of_biases(self) -> dict[str, torch.Tensor]:
+        if self.recipe.bias_lr <= 0:
+            return {}
+        biased = [layer for layer in self.unit.layers if getattr(layer.module, "bias", None) is not None]
+        return {f"{layer.name}.bias": learned_bias(layer) for layer in biased}
+
+    def _bound_rates(self, weights: list[torch.Tensor]) -> None:
+        """Put all scales into one tensor, and say what share of its rate each bounded tensor learns at.
+
+        A weight's scale has the bound ``scale_step``, a weight ``weight_step``, both in units of the scale.
+        """
+        quantizer_scales = {id(q.scale) for q in self.unit.activations.values()}
+        quantizer_scales |= {id(layer.weight_quantizer.scale) for layer in self.unit.layers}
+        scales = [p for p in self.by_name.values() if id(p) in quantizer_scales]
+        self.scales = _together(scales, self.device)
+        of_weights = {id(p) for p in weights}
+        shares = [self._share(p, self.recipe.scale_step) if id(p) in of_weights else torch.ones_like(p) for p in scales]
+        self._bounded = [self.scales]
+        self._shares = [torch.cat([torch.zeros(0, device=self.device), *(share.flatten() for share in shares)])]
+        if self.recipe.learns == "weights" and self.recipe.weight_step > 0:
+            holders = {id(layer.latent): layer for layer in self.unit.layers}.values()  # layers may share a weight
+            self._bounded += [layer.latent for layer in holders]
+            self._shares += [self._share(_broadcast_scale(layer), self.recipe.weight_step) for layer in holders]
+
+    def _share(self, scale: torch.Tensor, step: float) -> torch.Tensor:
+        """The share of the weights' rate at which the rate is at most ``step`` of a scale."""
+        return (step * scale.detach() / max(self.recipe.weight_lr, 1e-30)).clamp(max=1)
+
+    def step(self) -> None:
+        """A step of the optimizer, its rates bounded. No scale leaves what a scale may be."""
+        before = [p.detach().clone() for p in self._bounded]
+        self.optimizer.step()
+        with torch.no_grad():
+            for p, old, share in zip(self._bounded, before, self._shares, strict=True):
+                p.copy_(torch.lerp(old, p, share))
+            finite = torch.where(self.scales.isfinite(), self.scales, before[0])
+            self.scales.copy_(finite.clamp_(SMALLEST_SCALE, LARGEST_SCALE))
+
+    def all_finite(self) -> torch.Tensor:
+        """For each learned tensor, on the device, whether it is finite."""
+        return torch.stack([p.isfinite().all() for p in self.by_name.values()])
+
+    def state(self, copy: bool = False) -> dict[str, torch.Tensor]:
+        """The learned tensors and the optimizer's moments, by name."""
+        tensors = {}
+        for name, p in self.by_name.items():
+            tensors[name] = p.detach()
+            moments = self.optimizer.state[p]
+            tensors.update({f"{name}/{key}": moments[key] for key in MOMENTS if moments})
+        return {name: value.clone() for name, value in tensors.items()} if copy else tensors
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go back to a state, or to learned tensors alone."""
+        for name, p in self.by_name.items():
+            p.copy_(tensors[name])
+            moments = {key: tensors[f"{name}/{key}"] for key in MOMENTS if f"{name}/{key}" in tensors}
+            self.optimizer.state[p] = {key: value.to(self.device, copy=True) for key, value in moments.items()}
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Round every weight for good, and let go of what only learning needs."""
+        for layer in self.unit.layers:
+            quantizer = layer.weight_quantizer
+            if quantizer.alpha is not None:
+                grid = (quantizer.scale, quantizer.alpha.detach(), quantizer.qmin, quantizer.qmax)
+                layer.latent.copy_(ops.adaround(layer.latent, *grid, axis=quantizer.axis, hard=True))
+            quantizer.alpha = quantizer.beta = quantizer.penalty = None
+            layer.settle()
+            quantizer.dtype = None
+            settle_bias(layer)
+        for each in (*(layer.weight_quantizer for layer in self.unit.layers), *self.unit.activations.values()):
+            each.mode, each.scale.data, each.rng = "round", each.scale.data.clone(), each.rng.clone()
+        for activation in self.unit.activations.values():
+            activation.keep = 1.0
+        for p in self.by_name.values():
+            p.requires_grad_(False).grad = None
+
+
+def _broadcast_scale(layer: QuantizedLayer) -> torch.Tensor:
+    """A weight's scales, in a shape that broadcasts over it."""
+    quantizer, latent = layer.weight_quantizer, layer.latent
+    return per_element(quantizer.scale, latent.ndim, checks.axis_of(latent, quantizer.axis))
+
+
+def _together(parameters: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """One tensor in whose memory all parameters lie from now on."""
+    flat = torch.cat([torch.zeros(0, device=device), *(p.detach().flatten() for p in parameters)])
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.data = part.view_as(p)
+    return flat
