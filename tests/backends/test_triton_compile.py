@@ -38,7 +38,7 @@ def _launches(warp_size: int) -> list[tuple]:
     import torch
     import triton
 
-    from hdrq.kernels import _launch, distance, drop, fakequant, noise, ranges, rounding, weights
+    from hdrq.kernels import _launch, distance, drop, fakequant, merging, noise, ranges, rounding, weights
 
     caught = []
     triton.JITFunction.run = lambda kernel, *args, grid, warmup, **keywords: caught.append((kernel, args, keywords))
@@ -78,10 +78,10 @@ def _launches(warp_size: int) -> list[tuple]:
             packed, half = number == 3, empty(codes.numel() // 2, dtype=torch.uint8)
             how = ("official", "fast" if number else "exact", codes.shape, [packed] * 2, packed)
             pair = [half, half] if packed else [codes, codes]
-            merge.merge(pair, [s, s], [s, s], -8, 7, rng, [0.5, 0.5], 4, mode, axis, *how)
+            merging.merge(pair, [s, s], [s, s], -8, 7, rng, [0.5, 0.5], 4, mode, axis, *how)
             if number == 0:
                 three = [codes] * 3, [s] * 3, [s] * 3, -8, 7, rng, [0.25, 0.25, 0.5]
-                merge.merge(*three, 4, mode, axis, "first", "fast", *how[2:])
+                merging.merge(*three, 4, mode, axis, "first", "fast", *how[2:])
         if number < 3:
             candidates, rows = empty(64, 100), empty(64)
             ranges.range_errors(x, x if number == 2 else None, candidates, candidates, candidates, rows, 2.4)
