@@ -3,7 +3,8 @@
 from hdrq import evaluate, ops, recipes, report
 from hdrq._version import __version__
 from hdrq.backends import available_backends, use_backend
-from hdrq.checkpoint.models import load, save
+from hdrq.checkpoint.loading import load
+from hdrq.checkpoint.saving import save
 from hdrq.errors import BackendError, DivergenceError
 from hdrq.merging.models import merge
 from hdrq.methods.post_training import quantize

@@ -1,7 +1,7 @@
 """The file of a quantized model: safetensors, with a manifest, read and written one tensor at a time. Never a pickle.
 
 What a header claims is checked against the file before anything is read or allocated; a hash of each tensor, in the
-manifest, and one of the manifest tell an altered file. The same content is the same file, byte for byte.
+manifest, and a hash of the manifest reveal an altered file. The same content gives the same file, byte for byte.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from hdrq.checkpoint.files import disk_with_room, replacing
 from hdrq.prepare.attention import OPERANDS
 
 FORMAT = 2
+# The keys of a manifest that say what the file holds; the rest says how the model was made.
+TABLES = ("format", "hdrq", "weights", "inputs", "shared", "attention", "sha256")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -52,8 +54,9 @@ class Reader:
     """A file to read from, in a ``with`` block.
 
     ``manifest`` has tables ``weights`` (by layer: range, axis, shape), ``inputs`` (by module: range), ``shared``
-    (modules whose input quantizer is another's), ``folded``, ``attention`` (:func:`hdrq.prepare.attention.operand_table`),
-    ``sha256``, and how the model was made. ``specs`` has the dtype and shape of every tensor.
+    (modules whose input quantizer is another's), ``folded``, ``attention``
+    (:func:`hdrq.prepare.attention.operand_table`) and ``sha256``, and says how the model was made. ``specs`` has the
+    dtype and shape of every tensor.
 
     Raises:
         FileNotFoundError: no such file.
@@ -61,7 +64,6 @@ class Reader:
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-
         self.path = os.fspath(path)
         if os.path.isdir(path):
             raise ValueError(f"path must be a file that hdrq.save wrote, got the folder {self.path!r}")
@@ -137,7 +139,7 @@ class Writer:
             missing = [name for name, digest in self._hashes.items() if digest == "0" * 64]
             try:
                 if missing:
-                    raise ValueError(f"every tensor must be written, got none for {', '.join(missing[:10])}")
+                    raise ValueError(f"every tensor must be written, got none for {checks.listed(missing)}")
                 self._write(0, self._header())
             except BaseException as problem:
                 self._stack.__exit__(type(problem), problem, problem.__traceback__)
@@ -162,7 +164,7 @@ class Writer:
         return json.dumps(manifest, sort_keys=True, default=_plain)
 
     def _header(self) -> bytes:
-        """Of one length, whatever the hashes."""
+        """The header, whose length does not depend on the hashes."""
         text = self._text()
         entries: dict[str, Any] = {"__metadata__": {"hdrq": text, "sha256": _text_hash(text)}}
         for name, (dtype, shape) in self.specs.items():
@@ -173,7 +175,7 @@ class Writer:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON knows: a knob may be NumPy's."""
+    """A NumPy number as a number of Python, which JSON has: options may be NumPy's."""
     if not hasattr(value, "item"):
         raise ValueError(f"manifest must be of what JSON has, got {type(value).__name__}: {value}")
     return value.item()
@@ -181,8 +183,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _refusing(path: str) -> Iterator[None]:
-    """Whatever is wrong with a file is a ValueError that names it."""
-
+    """Raise any error about a file's content as a ValueError that names the file."""
     try:
         yield
     except (SafetensorError, ValueError, TypeError, RuntimeError, RecursionError, OverflowError) as error:
@@ -205,7 +206,7 @@ def _manifest(text: str | None, digest: str | None) -> dict[str, Any]:
 
 
 def _check(manifest: dict[str, Any], specs: Mapping[str, Spec]) -> None:
-    """The tables of a manifest fit each other and the tensors."""
+    """Check that the tables of a manifest fit each other and the tensors."""
     for key in ("folded", "weights", "inputs", "shared", "sha256"):
         if not isinstance(manifest.get(key), dict):
             raise ValueError(f"manifest must have a table of {key}, got {manifest.get(key)!r}")
@@ -218,7 +219,7 @@ def _check(manifest: dict[str, Any], specs: Mapping[str, Spec]) -> None:
             raise ValueError(f"manifest must name modules in {key}, got {manifest[key]!r}")
     attention = manifest.get("attention", {})
     labels = [attention.values()] if isinstance(attention, dict) else [[attention]]
-    if not all(isinstance(own, list) and own and {*own} <= {*OPERANDS, None} for each in labels for own in each):
+    if not all(isinstance(row, list) and row and {*row} <= {*OPERANDS, None} for rows in labels for row in rows):
         raise ValueError(f"manifest must have lists of operands for attention, got {attention!r}")
     inputs = manifest["inputs"]
     orphans = [name for name, owner in manifest["shared"].items() if owner not in inputs or name in inputs]

@@ -3,7 +3,7 @@
 A work folder holds ``run.json`` (what the run is made of, its fingerprint), ``block-000.safetensors`` and so on (what
 each finished block learned), ``current.safetensors`` (parameters, Adam's moments and the iteration of the block in
 work) and ``losses.csv``. Every file is replaced at once, so a kill leaves a state from which the run goes on. Batches,
- noise and schedules are functions of seed and iteration and need no file; what finished blocks return is
+noise and schedules are functions of seed and iteration and need no file; what finished blocks return is
 computed again, by the same calls, to the same bits.
 """
 
@@ -56,14 +56,14 @@ class Workdir:
             return
         if not resume:
             raise FileExistsError(f"workdir must hold no run, or resume=True go on with it, got one in {self.path}")
-        theirs, ours = json.loads(run.read_text()), json.loads(text)
-        wrong = [
-            f"{key} ({theirs.get(key)}, now {ours.get(key)})"
-            for key in {**theirs, **ours}
-            if theirs.get(key) != ours.get(key)
+        before, now = json.loads(run.read_text()), json.loads(text)
+        changed = [
+            f"{key} ({before.get(key)}, now {now.get(key)})"
+            for key in {**before, **now}
+            if before.get(key) != now.get(key)
         ]
-        if wrong:
-            raise ValueError(f"resume must have what the run in {self.path} began with, got others: {listed(wrong)}")
+        if changed:
+            raise ValueError(f"resume must have what the run in {self.path} began with, got others: {listed(changed)}")
 
     def save_block(self, index: int, tensors: Mapping[str, torch.Tensor], facts: dict) -> None:
         """A finished block: what it learned."""
@@ -90,9 +90,8 @@ class Workdir:
         write_atomically(self.path / "losses.csv", text.getvalue())
 
     def _save(self, name: str, tensors: Mapping[str, torch.Tensor], facts: dict) -> None:
-
-        own = {key: value.detach().cpu().clone() for key, value in tensors.items()}
-        write_atomically(self.path / name, save(own, {"hdrq": json.dumps(facts)}))
+        copies = {key: value.detach().cpu().clone() for key, value in tensors.items()}
+        write_atomically(self.path / name, save(copies, {"hdrq": json.dumps(facts)}))
 
     def _load(self, name: str) -> tuple[dict[str, torch.Tensor], dict] | None:
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from hdrq._version import __version__
 from hdrq.calibrate.progress import Step
-from hdrq.checkpoint.models import save as save_model
+from hdrq.checkpoint.saving import save as save_model
 from hdrq.demo.data import TARGETS, load
 from hdrq.demo.model import load_model
 from hdrq.evaluate.averaging import average

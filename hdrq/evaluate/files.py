@@ -9,7 +9,7 @@ from typing import Any
 
 from hdrq import checks
 from hdrq.calibrate.images import class_names, load_labelled
-from hdrq.checkpoint.models import load_either
+from hdrq.checkpoint.loading import load_either
 from hdrq.evaluate.metrics import Row, accuracy_of
 
 

@@ -14,8 +14,9 @@ from torch import nn
 
 from hdrq import checks, ops
 from hdrq._version import __version__
-from hdrq.checkpoint.format import Reader, Spec, Writer, packs
-from hdrq.checkpoint.models import TABLES, assign, state_of
+from hdrq.checkpoint.format import TABLES, Reader, Spec, Writer, packs
+from hdrq.checkpoint.loading import assign
+from hdrq.checkpoint.saving import state_of
 from hdrq.evaluate.averaging import weighted_mean
 from hdrq.merging import rules
 from hdrq.merging.readiness import LayerReadiness, Readiness, examine

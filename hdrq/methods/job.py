@@ -16,7 +16,8 @@ from hdrq import checks, recipes
 from hdrq.calibrate.images import MEAN, STD, load_data
 from hdrq.calibrate.progress import Step
 from hdrq.calibrate.report import RunReport, report_of
-from hdrq.checkpoint.models import load_float, save
+from hdrq.checkpoint.loading import load_float
+from hdrq.checkpoint.saving import save
 from hdrq.methods.post_training import quantize
 from hdrq.quantizers.provenance import origin, set_origin
 

@@ -1,4 +1,4 @@
-"""Quantized models on disk and back: integers and scales, and a manifest (:mod:`hdrq.checkpoint.format`)."""
+"""Loading models: quantized ones, which :func:`hdrq.save` wrote, and states in full precision."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hdrq import checks
-from hdrq._version import __version__
 from hdrq.checkpoint.architecture import build
-from hdrq.checkpoint.format import FORMAT, Reader, Writer, packs
+from hdrq.checkpoint.format import TABLES, Reader, packs
+from hdrq.checkpoint.states import plain_state, state_differences
 from hdrq.checks import listed
-from hdrq.ops.packing import pack, unpack
-from hdrq.prepare.attention import operand_table, restore_operands
+from hdrq.ops.packing import unpack
+from hdrq.prepare.attention import restore_operands
 from hdrq.prepare.float_model import check_float
 from hdrq.prepare.folding import BATCHNORM
 from hdrq.quantizers.attach import attach_input_quantizer
@@ -32,32 +32,9 @@ from hdrq.quantizers.layers import (
     replace_module,
 )
 from hdrq.quantizers.modules import ActivationQuantizer, WeightQuantizer
-from hdrq.quantizers.provenance import origin, set_origin
+from hdrq.quantizers.provenance import set_origin
 
 FOLDABLE = tuple(kind for kind in WEIGHTED if kind is not nn.Embedding)
-# What the file holds; the rest of its manifest is how the model was made.
-TABLES = ("format", "hdrq", "weights", "inputs", "shared", "attention", "sha256")
-
-
-def save(model: nn.Module, path: str | os.PathLike, *, architecture: str | None = None) -> None:
-    """Write a quantized model: integer codes and scales of the quantized layers, every other tensor as it is.
-
-    Codes of 4 bits and less are packed, two to a byte. The manifest, in the file's metadata, has the ranges of all
-    quantizers, how the model was made, and a SHA-256 of each tensor. The file appears whole or not at all.
-
-    Args:
-        architecture: ``"module:factory"``, whose call makes the float model, for the manifest; None for what is known.
-
-    Raises:
-        ValueError: the model was not made by :func:`hdrq.quantize`, :func:`hdrq.merge` or :func:`load`.
-        OSError: the file cannot be written; what was there stays.
-    """
-    manifest, tensors = state_of(model)
-    if architecture is not None:
-        manifest["architecture"] = {"factory": architecture, "arguments": {}}
-    with Writer(path, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, manifest) as file:
-        for name, value in tensors.items():
-            file.write(name, value)
 
 
 def load(
@@ -87,49 +64,14 @@ def load(
             model = build(known["factory"], **known["arguments"])
         check_float("model", model)
         result = copy.deepcopy(model)
-        _attach(result, file.manifest)
+        attach(result, file.manifest)
         assign(result, file.manifest, file.specs, file.tensor)
     return result
 
 
-def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The manifest of a quantized model, and its tensors, as a file holds them.
-
-    Raises:
-        ValueError: the model is not quantized.
-    """
-    if not isinstance(model, nn.Module) or not quantized_layers(model) or not origin(model):
-        raise ValueError(f"model must be quantized, by hdrq.quantize or hdrq.merge, got a plain {type(model).__name__}")
-    held = _quantizer_state(model)
-    tensors = {n: v.detach() for n, v in model.state_dict().items() if n not in held}
-    weights, inputs, owners = {}, {}, {}
-    for name, layer in quantized_layers(model).items():
-        quantizer = layer.weight_quantizer
-        codes = quantizer.codes(layer.latent)
-        tensors[f"{name}.weight.codes"] = pack(codes) if packs(quantizer.qmin, quantizer.qmax) else codes
-        tensors[f"{name}.weight.scale"] = quantizer.scale.detach().flatten()
-        bounds = [quantizer.qmin, quantizer.qmax]
-        weights[name] = {"range": bounds, "axis": quantizer.axis, "shape": list(codes.shape)}
-    for name, activation in input_quantizers(model).items():
-        tensors[f"{name}.input.scale"] = activation.scale.detach().flatten()
-        inputs[name] = [activation.qmin, activation.qmax]
-        owners[id(activation)] = name
-    shared = {n: owners[id(q)] for n, q in input_readers(model).items() if owners[id(q)] != n}
-    tables = {"format": FORMAT, "hdrq": __version__, "weights": weights, "inputs": inputs, "shared": shared}
-    return {**tables, "attention": operand_table(model), **origin(model)}, tensors
-
-
-def _quantizer_state(model: nn.Module) -> set[str]:
-    """The names, in the state of a model, of what its quantizers hold: the file has codes in its place."""
-    parts = ("original", "0.scale")
-    names = {f"{name}.parametrizations.weight.{part}" for name in quantized_layers(model) for part in parts}
-    names |= {f"{name}.input_quantizer.scale" for name in input_readers(model)}
-    return {name.removeprefix(".") for name in names}  # the model itself may be a layer
-
-
 @torch.no_grad()
-def _attach(model: nn.Module, manifest: Mapping[str, Any]) -> None:
-    """Give a float model the structure that a manifest says; :func:`assign` fills it."""
+def attach(model: nn.Module, manifest: Mapping[str, Any]) -> None:
+    """Give a float model the structure that a manifest describes; :func:`assign` fills it."""
     model.eval().requires_grad_(False)
     restore_operands(model, manifest.get("attention", {}))
     _check_modules(model, manifest)
@@ -160,38 +102,47 @@ def _attach(model: nn.Module, manifest: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def assign(model: nn.Module, manifest: Mapping[str, Any], names, take: Callable[[str], torch.Tensor]) -> None:
-    """Put tensors, ``take(name)`` for each of ``names``, into a model of their structure; say how they were made."""
-    rest = set(names)
+    """Fill a model that has a manifest's structure with tensors, and note in it how the file says it was made.
 
-    def own(name: str) -> torch.Tensor:
-        rest.remove(name)
+    Args:
+        names: of all the tensors.
+        take: gives the tensor of a name.
+
+    Raises:
+        ValueError: a code or scale is out of its range; tensors are missing, unexpected or of another shape or dtype.
+    """
+    unread = set(names)
+
+    def read(name: str) -> torch.Tensor:
+        unread.remove(name)
         return take(name)
 
-    def own_scale(name: str) -> torch.Tensor:
-        scale = own(name)
+    def read_scale(name: str) -> torch.Tensor:
+        scale = read(name)
         checks.scale_values(name, scale)
         return scale
 
     for name, layer in quantized_layers(model).items():
         quantizer, (qmin, qmax) = layer.weight_quantizer, manifest["weights"][name]["range"]
-        codes = own(f"{name}.weight.codes")
+        codes = read(f"{name}.weight.codes")
         if packs(qmin, qmax):
             codes = unpack(codes, layer.latent.shape, signed=qmin < 0)
         checks.code_values(f"codes of {name}", codes, qmin, qmax)
-        quantizer.scale.copy_(own_scale(f"{name}.weight.scale").view(quantizer.scale.shape))
+        quantizer.scale.copy_(read_scale(f"{name}.weight.scale").view(quantizer.scale.shape))
         layer.latent.copy_(quantizer.values(codes.to(layer.latent.device)))
     for name, activation in input_quantizers(model).items():
-        activation.scale.copy_(own_scale(f"{name}.input.scale").view(activation.scale.shape))
+        activation.scale.copy_(read_scale(f"{name}.input.scale").view(activation.scale.shape))
         activation.qmin, activation.qmax = manifest["inputs"][name]
-    held = _quantizer_state(model)
-    tensors = {name: take(name) for name in rest}
-    _check_state({n: v for n, v in model.state_dict().items() if n not in held}, tensors)
+    tensors = {name: take(name) for name in unread}
+    differences = state_differences(tensors, plain_state(model), dtypes=True)
+    if differences:
+        raise ValueError(f"checkpoint must fit the model, got {listed(differences)}")
     model.load_state_dict(tensors, strict=False)
     set_origin(model, {key: value for key, value in manifest.items() if key not in TABLES})
 
 
 def _check_modules(model: nn.Module, manifest: Mapping[str, Any]) -> None:
-    """Every module that the manifest names is in the model, and of its kind."""
+    """Check that the model has every module that the manifest names, and that each is of the right kind."""
     modules = dict(model.named_modules())
     wanted: list[tuple[str, tuple[type, ...] | type]] = [(name, BATCHNORM) for name in manifest["folded"]]
     wanted += [(name, FOLDABLE) for name in manifest["folded"].values()]
@@ -202,21 +153,8 @@ def _check_modules(model: nn.Module, manifest: Mapping[str, Any]) -> None:
         raise ValueError(f"checkpoint must fit the model, got modules that it does not have: {listed(wrong)}")
 
 
-def _check_state(own: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    """The tensors that are not quantized have the names, shapes and dtypes of the model's."""
-    problems = [f"{name} missing" for name in own if name not in theirs]
-    problems += [f"{name} unexpected" for name in theirs if name not in own]
-    for name in own.keys() & theirs.keys():
-        got, want = ((tuple(t.shape), t.dtype) for t in (theirs[name], own[name]))
-        if got != want:
-            problems.append(f"{name} {got}, not {want}")
-    if problems:
-        raise ValueError(f"checkpoint must fit the model, got {listed(sorted(problems))}")
-
-
 def load_either(file: str | os.PathLike, architecture: str, arguments: Mapping) -> nn.Module:
-    """A model from a file of either kind."""
-
+    """A model from a file of either kind: a quantized model, or a state of the architecture in full precision."""
     try:
         with safe_open(file, framework="pt") as opened:
             quantized = "hdrq" in (opened.metadata() or {})
@@ -226,23 +164,15 @@ def load_either(file: str | os.PathLike, architecture: str, arguments: Mapping) 
 
 
 def load_float(architecture: str, arguments: Mapping, weights: str | None) -> nn.Module:
-    """The architecture, with a state in full precision."""
-
+    """The architecture in full precision, with the state in the file ``weights``; with its own where that is None."""
     model = build(architecture, **arguments)
     if weights is not None:
         try:
             state = load_file(weights)
         except SafetensorError as error:
             raise ValueError(f"weights must be a safetensors file, got {weights}: {error}") from error
-        own = model.state_dict()
-        wrong = [f"{name} missing" for name in own if name not in state]
-        wrong += [f"{name} unexpected" for name in state if name not in own]
-        wrong += [
-            f"{name} {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
-            for name in own.keys() & state.keys()
-            if state[name].shape != own[name].shape
-        ]
-        if wrong:
-            raise ValueError(f"{weights} must have the tensors of {architecture}, got {listed(sorted(wrong))}")
+        differences = state_differences(state, model.state_dict(), dtypes=False)
+        if differences:
+            raise ValueError(f"{weights} must have the tensors of {architecture}, got {listed(differences)}")
         model.load_state_dict(state)
     return model.eval()

@@ -1,51 +1,19 @@
-"""Quantized models on disk: the same bits back, integers in the file, whole files or none, and damage refused."""
+"""Loading quantized models: the same bits back; damaged files and other architectures are refused."""
 
 import json
-import os
 
 import pytest
 import torch
+from checkpoint.example import X, net, quantized
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hdrq
 from hdrq.checkpoint.format import _hash, _text_hash
-from hdrq.quantizers.layers import quantized_layers
-
-pytest.importorskip("safetensors")
-
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from hdrq.checkpoint.loading import load_float
 
 torch.set_num_threads(1)
-
-X = torch.randn((32, 3, 6, 6), generator=torch.Generator().manual_seed(0))
-
-
-def net(seed=0, width=5):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = nn.Sequential(
-            nn.BatchNorm2d(3),
-            nn.Conv2d(3, width, 3, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3),
-            nn.Flatten(),
-            nn.Linear(4 * width, 4),
-        )
-        model(X)
-    return model.eval()
-
-
-def quantized(seed=0, **options):
-    return hdrq.quantize(net(seed), X, "rtn", **options)
-
-
-@pytest.fixture
-def path(tmp_path):
-    """A checkpoint."""
-    hdrq.save(quantized(), tmp_path / "model.safetensors")
-    return tmp_path / "model.safetensors"
 
 
 def rewrite(path, tensors=None, **manifest):
@@ -131,23 +99,6 @@ def test_tied_parameters_and_other_parametrizations_are_kept(tmp_path):
     assert torch.equal(hdrq.load(tmp_path / "tied.safetensors", tied(1))(x), model(x))
 
 
-def test_manifest_says_how_the_model_was_made(tmp_path):
-    numpy = pytest.importorskip("numpy")
-    hdrq.save(quantized(seed=1, candidates=numpy.int64(50)), tmp_path / "model.safetensors")
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        manifest = json.loads(file.metadata()["hdrq"])
-    assert manifest["format"] == 2 and manifest["bits"] == "W4A4" and manifest["recipe"]["name"] == "rtn"
-    assert manifest["folded"] == {"2": "1"} and manifest["recipe"]["candidates"] == 50
-    assert manifest["weights"] == {
-        "1": {"range": [-128, 127], "axis": None, "shape": [5, 3, 3, 3]},
-        "4": {"range": [-8, 7], "axis": None, "shape": [5, 5, 3, 3]},
-        "6": {"range": [-128, 127], "axis": None, "shape": [4, 20]},
-    }
-
-
-# --- what is in the file
-
-
 def test_a_folded_transposed_convolution_without_bias(tmp_path):
     def build():
         torch.manual_seed(0)
@@ -159,18 +110,6 @@ def test_a_folded_transposed_convolution_without_bias(tmp_path):
     assert torch.equal(hdrq.load(tmp_path / "model", build())(x), model(x))
 
 
-def test_what_a_file_cannot_hold_is_said_before_anything_is_written(tmp_path):
-    model = quantized()
-    model.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
-    with pytest.raises(ValueError, match=r"phase must be of F64, .*, got torch.complex64"):
-        hdrq.save(model, tmp_path / "model")
-    other = quantized()
-    other.hdrq_origin = {**other.hdrq_origin, "day": object()}
-    with pytest.raises(ValueError, match="manifest must be of what JSON has, got object"):
-        hdrq.save(other, tmp_path / "model")
-    assert not any(tmp_path.iterdir())
-
-
 def test_a_quantizer_goes_where_its_module_goes(path):
     """A random state that is not drawn from may lie elsewhere (meta stands for a GPU here)."""
     loaded = hdrq.load(path, net()).to("meta")
@@ -179,9 +118,7 @@ def test_a_quantizer_goes_where_its_module_goes(path):
 
 def test_architecture_by_name(path, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "somewhere.py").write_text(
-        "from checkpoint import test_models\n\ndef build():\n    return test_models.net()\n"
-    )
+    (tmp_path / "somewhere.py").write_text("from checkpoint import example\n\ndef build():\n    return example.net()\n")
     model = quantized()
     assert torch.equal(hdrq.load(path, "somewhere:build")(X), model(X))
     with pytest.raises(ValueError, match=r"the checkpoint was made from, got None$"):
@@ -196,41 +133,6 @@ def test_architecture_by_name(path, tmp_path, monkeypatch):
     hdrq.save(model, path, architecture="somewhere:nothing")
     with pytest.raises(ValueError, match="model must name a function of somewhere, got 'nothing'"):
         hdrq.load(path, trust_architecture=True)
-
-
-def test_file_holds_integers_and_no_pickle(path):
-    tensors, data = load_file(path), path.read_bytes()
-    assert [tensors[f"{n}.weight.codes"].dtype for n in (1, 4, 6)] == [torch.int8, torch.uint8, torch.int8]
-    assert not any("parametrizations" in name for name in tensors)  # no float copy of a weight
-    assert b"pickle" not in data and not data.startswith((b"\x80", b"PK"))
-    layer = quantized_layers(quantized())["4"]
-    codes = layer.weight_quantizer.codes(layer.latent)
-    assert torch.equal(hdrq.ops.unpack(tensors["4.weight.codes"], codes.shape), codes)
-
-
-def test_failed_save_leaves_the_old_file_and_nothing_else(path, monkeypatch):
-    def fail(*_):
-        raise OSError("disk full")
-
-    before = path.read_bytes()
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        hdrq.save(quantized(seed=1), path)
-    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
-
-
-def test_save_replaces_a_file_and_needs_a_folder(path):
-    hdrq.save(quantized(seed=1), str(path))
-    assert torch.equal(hdrq.load(str(path), net())(X), quantized(seed=1)(X)) and list(path.parent.iterdir()) == [path]
-    with pytest.raises(FileNotFoundError):
-        hdrq.save(quantized(), path.parent / "missing" / "model.safetensors")
-
-
-@pytest.mark.parametrize("make", [net, lambda: nn.Sequential(quantized()), lambda: "model"])
-def test_other_models_are_not_saved(tmp_path, make):
-    with pytest.raises(ValueError, match=r"model must be quantized, by hdrq\.quantize or hdrq\.merge, got a plain"):
-        hdrq.save(make(), tmp_path / "model.safetensors")
-    assert not any(tmp_path.iterdir())
 
 
 # --- refusals
@@ -349,3 +251,23 @@ def test_damaged_tensors_are_refused(path, name, tensor, message):
 def test_other_architectures_are_refused(path, make, error, message):
     with pytest.raises(error, match=message):
         hdrq.load(path, make())
+
+
+# --- full precision
+
+
+def test_a_state_in_full_precision_must_have_the_tensors_of_the_architecture(tmp_path):
+    file = str(tmp_path / "state")
+    save_file(net(seed=1).state_dict(), file)
+    assert torch.equal(load_float("checkpoint.example:net", {}, file)(X), net(seed=1)(X))
+    wrong = f"{file} must have the tensors of checkpoint.example:net, got "
+    with pytest.raises(
+        ValueError, match=r"4.bias \(5,\), not \(6,\); 4.weight \(5, 5, 3, 3\), not \(6, 6, 3, 3\)"
+    ) as refusal:
+        load_float("checkpoint.example:net", {"width": 6}, file)
+    assert str(refusal.value).startswith(wrong)
+    halves = {name: value.half() for name, value in net(seed=1).state_dict().items() if name != "6.bias"}
+    save_file({**halves, "7.bias": torch.zeros(2)}, file)  # dtypes may differ, names may not
+    with pytest.raises(ValueError) as refusal:
+        load_float("checkpoint.example:net", {}, file)
+    assert str(refusal.value) == wrong + "6.bias missing; 7.bias unexpected"

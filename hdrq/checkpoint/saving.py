@@ -1,0 +1,64 @@
+"""Saving quantized models: integer codes, scales and a manifest (:mod:`hdrq.checkpoint.format`)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from hdrq._version import __version__
+from hdrq.checkpoint.format import FORMAT, Writer, packs
+from hdrq.checkpoint.states import plain_state
+from hdrq.ops.packing import pack
+from hdrq.prepare.attention import operand_table
+from hdrq.quantizers.layers import input_quantizers, input_readers, quantized_layers
+from hdrq.quantizers.provenance import origin
+
+
+def save(model: nn.Module, path: str | os.PathLike, *, architecture: str | None = None) -> None:
+    """Write a quantized model: integer codes and scales of the quantized layers, every other tensor as it is.
+
+    Codes of 4 bits and less are packed, two to a byte. The manifest, in the file's metadata, has the ranges of all
+    quantizers, how the model was made, and a SHA-256 of each tensor. The file appears whole or not at all.
+
+    Args:
+        architecture: ``"module:factory"``, whose call makes the float model, for the manifest; None for what is known.
+
+    Raises:
+        ValueError: the model was not made by :func:`hdrq.quantize`, :func:`hdrq.merge` or :func:`load`.
+        OSError: the file cannot be written; what was there stays.
+    """
+    manifest, tensors = state_of(model)
+    if architecture is not None:
+        manifest["architecture"] = {"factory": architecture, "arguments": {}}
+    with Writer(path, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, manifest) as file:
+        for name, value in tensors.items():
+            file.write(name, value)
+
+
+def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The manifest of a quantized model, and its tensors, as a file holds them.
+
+    Raises:
+        ValueError: the model is not quantized.
+    """
+    if not isinstance(model, nn.Module) or not quantized_layers(model) or not origin(model):
+        raise ValueError(f"model must be quantized, by hdrq.quantize or hdrq.merge, got a plain {type(model).__name__}")
+    tensors = {name: value.detach() for name, value in plain_state(model).items()}
+    weights, inputs, owners = {}, {}, {}
+    for name, layer in quantized_layers(model).items():
+        quantizer = layer.weight_quantizer
+        codes = quantizer.codes(layer.latent)
+        tensors[f"{name}.weight.codes"] = pack(codes) if packs(quantizer.qmin, quantizer.qmax) else codes
+        tensors[f"{name}.weight.scale"] = quantizer.scale.detach().flatten()
+        bounds = [quantizer.qmin, quantizer.qmax]
+        weights[name] = {"range": bounds, "axis": quantizer.axis, "shape": list(codes.shape)}
+    for name, activation in input_quantizers(model).items():
+        tensors[f"{name}.input.scale"] = activation.scale.detach().flatten()
+        inputs[name] = [activation.qmin, activation.qmax]
+        owners[id(activation)] = name
+    shared = {n: owners[id(q)] for n, q in input_readers(model).items() if owners[id(q)] != n}
+    tables = {"format": FORMAT, "hdrq": __version__, "weights": weights, "inputs": inputs, "shared": shared}
+    return {**tables, "attention": operand_table(model), **origin(model)}, tensors

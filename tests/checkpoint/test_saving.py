@@ -1,0 +1,77 @@
+"""Saving quantized models: integers and how they were made in the file, whole files or none."""
+
+import json
+import os
+
+import pytest
+import torch
+from checkpoint.example import X, net, quantized
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import hdrq
+from hdrq.quantizers.layers import quantized_layers
+
+torch.set_num_threads(1)
+
+
+def test_manifest_says_how_the_model_was_made(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    hdrq.save(quantized(seed=1, candidates=numpy.int64(50)), tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        manifest = json.loads(file.metadata()["hdrq"])
+    assert manifest["format"] == 2 and manifest["bits"] == "W4A4" and manifest["recipe"]["name"] == "rtn"
+    assert manifest["folded"] == {"2": "1"} and manifest["recipe"]["candidates"] == 50
+    assert manifest["weights"] == {
+        "1": {"range": [-128, 127], "axis": None, "shape": [5, 3, 3, 3]},
+        "4": {"range": [-8, 7], "axis": None, "shape": [5, 5, 3, 3]},
+        "6": {"range": [-128, 127], "axis": None, "shape": [4, 20]},
+    }
+
+
+def test_what_a_file_cannot_hold_is_said_before_anything_is_written(tmp_path):
+    model = quantized()
+    model.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"phase must be of F64, .*, got torch.complex64"):
+        hdrq.save(model, tmp_path / "model")
+    other = quantized()
+    other.hdrq_origin = {**other.hdrq_origin, "day": object()}
+    with pytest.raises(ValueError, match="manifest must be of what JSON has, got object"):
+        hdrq.save(other, tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+
+
+def test_file_holds_integers_and_no_pickle(path):
+    tensors, data = load_file(path), path.read_bytes()
+    assert [tensors[f"{n}.weight.codes"].dtype for n in (1, 4, 6)] == [torch.int8, torch.uint8, torch.int8]
+    assert not any("parametrizations" in name for name in tensors)  # no float copy of a weight
+    assert b"pickle" not in data and not data.startswith((b"\x80", b"PK"))
+    layer = quantized_layers(quantized())["4"]
+    codes = layer.weight_quantizer.codes(layer.latent)
+    assert torch.equal(hdrq.ops.unpack(tensors["4.weight.codes"], codes.shape), codes)
+
+
+def test_failed_save_leaves_the_old_file_and_nothing_else(path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        hdrq.save(quantized(seed=1), path)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_save_replaces_a_file_and_needs_a_folder(path):
+    hdrq.save(quantized(seed=1), str(path))
+    assert torch.equal(hdrq.load(str(path), net())(X), quantized(seed=1)(X)) and list(path.parent.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError):
+        hdrq.save(quantized(), path.parent / "missing" / "model.safetensors")
+
+
+@pytest.mark.parametrize("make", [net, lambda: nn.Sequential(quantized()), lambda: "model"])
+def test_other_models_are_not_saved(tmp_path, make):
+    with pytest.raises(ValueError, match=r"model must be quantized, by hdrq\.quantize or hdrq\.merge, got a plain"):
+        hdrq.save(make(), tmp_path / "model.safetensors")
+    assert not any(tmp_path.iterdir())
