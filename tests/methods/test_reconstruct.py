@@ -36,11 +36,11 @@ def error(model, reference):
 # --- what is learned
 
 
-@pytest.mark.parametrize("preset", ["paper", "official"])
-def test_learned_is_well_below_round_to_nearest(preset):
+@pytest.mark.parametrize(("preset", "iterations"), [("paper", 60), ("official", 150)])
+def test_learned_is_well_below_round_to_nearest(preset, iterations):
     model = net()
     nearest = error(learn(model, recipe="rtn", iterations=0, bits="W2A4"), model)
-    learned = error(learn(model, preset=preset, iterations=150, bits="W2A4"), model)
+    learned = error(learn(model, preset=preset, iterations=iterations, bits="W2A4"), model)
     assert learned < 0.5 * nearest
 
 
@@ -129,8 +129,8 @@ def test_global_random_state_does_not_matter():
 def test_half_precision_is_learned_in_float32(dtype, recipe):
     model = net().to(dtype)
     nearest = learn(model, CALIBRATION.to(dtype), recipe="rtn", iterations=0, bits="W2A4")
-    rates = {"weight_lr": 1e-2} if recipe == "qdrop" else {"bias_lr": 1e-4}
-    result = learn(model, CALIBRATION.to(dtype), recipe=recipe, iterations=150, bits="W2A4", **rates)
+    knobs = {"weight_lr": 1e-2, "iterations": 150} if recipe == "qdrop" else {"bias_lr": 1e-4, "iterations": 60}
+    result = learn(model, CALIBRATION.to(dtype), recipe=recipe, bits="W2A4", **knobs)
     full = fold(model, CALIBRATION.to(dtype))
     for layer in quantized_layers(result).values():
         quantizer = layer.weight_quantizer
@@ -480,7 +480,7 @@ def test_biases_are_learned_where_asked_for(recipe):
     """The mean that coarse weights shift comes back: the loss falls further; without a rate no bias moves."""
     model = net()
     full = fold(model, CALIBRATION)
-    stays, learns = (learn(model, recipe=recipe, iterations=100, bits="W2A8", bias_lr=rate) for rate in (0.0, 1e-2))
+    stays, learns = (learn(model, recipe=recipe, iterations=40, bits="W2A8", bias_lr=rate) for rate in (0.0, 1e-2))
     for result, moved in ((stays, False), (learns, True)):
         for name, layer in quantized_layers(result).items():
             assert torch.equal(layer.module.bias, full.get_submodule(name).bias) != moved
