@@ -1,4 +1,7 @@
-"""Elementary functions as fixed sequences of float32 operations. Definition: :mod:`hdrq.backends.reference.elementary`."""
+"""Elementary functions as fixed sequences of float32 operations.
+
+Definition: :mod:`hdrq.backends.reference.elementary`.
+"""
 
 import triton
 import triton.language as tl

@@ -43,7 +43,8 @@ import torch, hdrq, importlib.util
 from hdrq.benchmarks.harness import families
 from hdrq.demo.model import load_model
 print("noise" in families())
-print(hdrq.__file__, hdrq.available_backends()["cpp"] is None, importlib.util.find_spec("hdrq.kernels.noise") is not None)
+built = hdrq.available_backends()["cpp"] is None
+print(hdrq.__file__, built, importlib.util.find_spec("hdrq.kernels.noise") is not None)
 x = torch.linspace(-1, 1, 1000)
 print(hdrq.ops.noise_quantize(x, torch.ones(1), -8, 7, hdrq.rng_state(1)).double().sum().item())
 print(load_model("source")(torch.zeros(1, 3, 32, 32)).shape[1])

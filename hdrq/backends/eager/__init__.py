@@ -1,7 +1,7 @@
 """Every op in plain PyTorch, on any device: what runs where neither C++ nor Triton does.
 
-The same signatures and the same bits as :mod:`hdrq.backends.reference`. Nothing here reads a device value on the host: a scale
-that is not positive and finite becomes NaN, and with it every element that depends on it.
+The same signatures and the same bits as :mod:`hdrq.backends.reference`. Nothing here reads a device value on the
+host: a scale that is not positive and finite becomes NaN, and with it every element that depends on it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Elementary functions in plain PyTorch, operation by operation. Definition: :mod:`hdrq.backends.reference.elementary`."""
+"""Elementary functions in plain PyTorch, operation by operation.
+
+Definition: :mod:`hdrq.backends.reference.elementary`.
+"""
 
 from __future__ import annotations
 

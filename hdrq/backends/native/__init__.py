@@ -1,6 +1,7 @@
 """The C++ path, for CPU tensors: thin wrappers that allocate results and hand addresses to ``hdrq._C``.
 
-The same signatures and the same bits as :mod:`hdrq.backends.reference`. Work is split over ``torch.get_num_threads()`` threads.
+The same signatures and the same bits as :mod:`hdrq.backends.reference`. Work is split over
+``torch.get_num_threads()`` threads.
 """
 
 from __future__ import annotations
