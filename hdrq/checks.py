@@ -180,7 +180,10 @@ def packed_range(name: str, qmin: int, qmax: int) -> None:
 
 
 def mixing_weights(weights: Any, count: int, extrapolate: bool = False) -> tuple[float, ...]:
-    """``weights`` as ``count`` float32 numbers that sum to 1, in [0, 1] but to extrapolate; None for 1/count each."""
+    """``weights`` as ``count`` float32 numbers that sum to 1; None gives 1/count each.
+
+    They must be in [0, 1], unless ``extrapolate`` is true.
+    """
     if weights is None:
         return (float(np.float32(1 / count)),) * count
     if len(weights) != count:

@@ -32,7 +32,7 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print how ready the models are as JSON.")] = False,
 ) -> None:
     """Merge quantized models on their integers: no originals, no data, no training."""
-    from hdrq.merging.models import merge_files, readiness
+    from hdrq.merging.files import merge_files, readiness
     from hdrq.report.figures import plot_readiness
     from hdrq.report.tables import readiness_table
 

@@ -20,7 +20,8 @@ def average(
     """The plain weighted average of models, parameters and buffers: what a merge aims at, in full precision.
 
     Raises:
-        TypeError, ValueError: "X must be …, got …"; weights that are negative, but to ``extrapolate``.
+        TypeError, ValueError: "X must be …, got …"; negative weights without ``extrapolate``; models of different
+            architectures.
     """
     models = list(models)
     checks.integer("the number of models", len(models), 1, 64)

@@ -11,8 +11,8 @@ from torch.nn.functional import pdist
 from hdrq import checks, ops
 from hdrq.ops import MergedTensor
 
-CHUNK = 2**14  # elements at a time, of every model: what is made of them in float64 stays in the cache
-TIE = 2.0**-16  # a mean so near to half an integer is a tie, but for the rounding of λ to float32
+CHUNK = 2**14  # elements of every model that are read at a time: their float64 values stay in the cache
+TIE = 2.0**-16  # a mean this near to half an integer counts as a tie, since λ is rounded to float32
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,16 @@ def examine(
     ranges: Sequence[tuple[int, int]] | None = None,
     shape: Sequence[int] | None = None,
 ) -> LayerReadiness:
-    """How well a layer merged, given what :func:`hdrq.ops.merge` made of it and with which arguments.
+    """Measure how well :func:`hdrq.ops.merge` merged a layer.
+
+    Args:
+        name: of the layer.
+        merged: what the merge returned; every other argument is one that the merge was called with.
 
     A weight is *ambiguous* where ``abs(v − floor(v) − ½) < ¼``. Where all scales are equal, those are the weights on
-    which ``noise="odd"`` keeps noise; where they differ, that tests the mean integer ``Σ λ_k·J_k`` in place of ``v``.
-    Ties need equal scales. Where those differ ever so little, rounding to nearest takes, of two models a step apart,
-    the one of the greater ``λ_k·Δ_k`` everywhere, which is as much of a bias.
+    which ``noise="odd"`` keeps noise; where scales differ, ``noise="odd"`` tests the mean integer ``Σ λ_k·J_k`` in
+    place of ``v``. Ties need equal scales. Where scales differ ever so little and two models are a step apart, rounding
+    to nearest takes the model of the greater ``λ_k·Δ_k`` everywhere, which is as much of a bias.
 
     ``v`` is a mean of the models' ``J_k``, so the clamp moves weights only where ranges differ, zero points round,
     or λ extrapolates. Sums are float64, over ``CHUNK`` weights at a time; an empty layer has shares and norms of 0.
@@ -77,8 +81,8 @@ def examine(
         for c, (low, _) in zip((*codes, merged.codes), (*bounds, (qmin, qmax)), strict=True)
     ]
     steps, zeros = (
-        torch.stack([t.flatten() for t in own]).double()[..., None]
-        for own in (scales, [torch.zeros_like(s) for s in scales] if zero_points is None else zero_points)
+        torch.stack([t.flatten() for t in values]).double()[..., None]
+        for values in (scales, [torch.zeros_like(s) for s in scales] if zero_points is None else zero_points)
     )
     grid = [t.double()[:, None] for t in (merged.scale, merged.zero_point)]
 
@@ -92,7 +96,7 @@ def examine(
         nearest = position.round() + zero
         to_tie = (position - position.floor() - 0.5).abs()
         at_bounds = sum(((c == low) | (c == high)).sum() for c, (low, high) in zip(tile, bounds, strict=False))
-        found = (
+        sums = (
             (to_tie < 0.25).sum(),
             (to_tie <= TIE).sum(),
             ((nearest < qmin) | (nearest > qmax)).sum(),
@@ -103,7 +107,7 @@ def examine(
             *pdist(values.flatten(1)).square(),
             *pdist((values / step).flatten(1)).square(),
         )
-        totals += torch.stack([f.double() for f in found])
+        totals += torch.stack([s.double() for s in sums])
 
     elements = max(shape.numel(), 1)
     ambiguous, ties, clipped, at_bounds, error, length = totals[:6].tolist()
@@ -134,7 +138,7 @@ def _rows(x: torch.Tensor, axis: int | None) -> torch.Tensor:
 
 
 def _tiles(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
-    """The parts of a matrix, of ``CHUNK`` elements at most."""
+    """Slices that part a matrix into tiles of at most ``CHUNK`` elements."""
     high, wide = shape
     width = min(max(wide, 1), CHUNK)
     height = CHUNK // width
@@ -162,7 +166,7 @@ TOO_CLIPPED = 0.10
 # bits, into 8), and where it does not, weights are clipped. Cosines are high where models are far apart, low where they
 # are alike. The rounding error was 0.34 at 2 bits where merging worked (HDRQ), and 0.33 where it did not (nearest,
 # whose models do not work by themselves either).
-LIMITS = (  # a field of LayerReadiness, beyond what it needs care, beyond what merging fails, and what it says
+LIMITS = (  # a field of LayerReadiness, the limit of merging with ease, the limit of merging at all, a message
     ("distance", FAR, TOO_FAR, "models are {:.2f} of their norm apart"),
     ("clipped", CLIPPED, TOO_CLIPPED, "{:.0%} of the weights are clipped"),
 )

@@ -1,4 +1,4 @@
-"""Merges to compare noise-sampled rounding with: naive rules on the integers, and rounding a float mean anew."""
+"""Baselines for noise-sampled rounding: fixed rules on the integers, and rounding the float mean anew."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RULES = ("half-even", "half-up", "half-away", "requantize")
 
 
 class RuleMerge(NamedTuple):
-    """What a baseline made, as :class:`hdrq.ops.MergedTensor` has it; one draw, so there is none to choose."""
+    """A tensor that :func:`merge_rule` merged; fields as in :class:`hdrq.ops.MergedTensor`, without draws."""
 
     codes: torch.Tensor  # int8 or int16
     scale: torch.Tensor  # float32
@@ -40,8 +40,8 @@ def merge_rule(
     Equation, in float32, with ``m = Σ λ_k·(I_k − z_k)·Δ_k``: ``I* = clamp(rounded(m / Δ*) + z*, qmin, qmax)``.
     ``"half-even"`` is ``noise="none"`` there; ``"half-up"`` rounds ties towards +∞, ``"half-away"`` away from 0.
     ``"requantize"`` takes m as a float tensor: its scale is searched anew (its zero point too, if zero points are
-    given) and it is rounded to nearest. The first three differ at ties only, of which there are hardly any where scales
-    were learned: then of two models a step apart each of them takes the one of the greater ``λ_k·Δ_k``.
+    given) and it is rounded to nearest. The first three differ at ties only. Where scales were learned there are hardly
+    any ties: of two models a step apart, all three rules take the one of the greater ``λ_k·Δ_k``.
 
     Args:
         codes: int8 or int16, of one shape.
@@ -71,7 +71,7 @@ def _half_even(codes, scales, qmin, qmax, **options) -> RuleMerge:
 
 
 def _half_up(x: torch.Tensor) -> torch.Tensor:
-    """Not ``floor(x + ½)``, which rounds the sum: 0.49999997 would become 1."""
+    """Round to nearest, ties upwards. ``floor(x + ½)`` rounds the sum, so that 0.49999997 would become 1."""
     low = x.floor()
     return torch.where(x - low >= 0.5, low + 1, low)
 

@@ -9,8 +9,8 @@ from networks import SAMPLES, mergeable, quantized
 
 import hdrq
 from hdrq.checkpoint import format
-from hdrq.merging import models as merging
 from hdrq.merging import rules as baselines
+from hdrq.merging.files import merge_files, readiness
 from hdrq.quantizers.layers import quantized_layers
 
 for package in ("typer", "rich", "safetensors", "matplotlib"):
@@ -79,13 +79,13 @@ def test_layers_are_read_as_they_are_written(files, tmp_path, monkeypatch):
     read, write = format.Reader.tensor, format.Writer.write
     monkeypatch.setattr(format.Reader, "tensor", lambda self, n: (events.append(("read", n)), read(self, n))[1])
     monkeypatch.setattr(format.Writer, "write", lambda self, n, v: (events.append(("write", n)), write(self, n, v))[1])
-    merging.merge_files(files, tmp_path / "merged", draws=1)
+    merge_files(files, tmp_path / "merged", draws=1)
     codes = [event for event in events if event[1].endswith("codes")]
     assert codes == [(e, f"{n}.weight.codes") for n in ("a", "b", "head") for e in ("read", "read", "read", "write")]
 
 
 def test_readiness_of_files_and_of_models(models, files, tmp_path):
-    want = merging.readiness(models, draws=4, seed=2)
+    want = readiness(models, draws=4, seed=2)
     result = call("merge", *files, "--dry-run", "--draws", 4, "--seed", 2, "--json", "--report", tmp_path / "report")
     assert json.loads(result.stdout) == json.loads((tmp_path / "report" / "readiness.json").read_text())
     assert json.loads(result.stdout) == json.loads(json.dumps(want.as_dict()))

@@ -93,7 +93,7 @@ def _resumed() -> nn.Module:
 
 
 def _merged_files() -> str:
-    from hdrq.merging.models import merge_files
+    from hdrq.merging.files import merge_files
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -177,24 +177,24 @@ def test_arguments_are_those_of_merge():
 # --- the whole
 
 
-def made(name="a", elements=100, **numbers):
+def layer_of(name="a", elements=100, **numbers):
     return LayerReadiness(name, elements, **{**dict.fromkeys(readiness.NUMBERS, 0.0), **numbers})
 
 
 @pytest.mark.parametrize(
     ("layers", "verdict"),
     [
-        ([made(distance=0.7, clipped=0.05)], "ready"),
+        ([layer_of(distance=0.7, clipped=0.05)], "ready"),
         (
-            [made(distance=0.8), made("b", distance=0.9), made("c")],
+            [layer_of(distance=0.8), layer_of("b", distance=0.9), layer_of("c")],
             "ready, with care: models are 0.90 of their norm apart in b (over 0.77 in 2 of 3 layers)",
         ),
         (
-            [made(distance=0.8, clipped=0.2)],
+            [layer_of(distance=0.8, clipped=0.2)],
             "not ready: 20% of the weights are clipped in a (over 0.1 in 1 of 1 layers)",
         ),
         (
-            [made(distance=1.4), made("b", clipped=0.3)],
+            [layer_of(distance=1.4), layer_of("b", clipped=0.3)],
             "not ready: models are 1.40 of their norm apart in a (over 1 in 1 of 2 layers); "
             "30% of the weights are clipped in b (over 0.1 in 1 of 2 layers)",
         ),
@@ -205,19 +205,19 @@ def test_verdicts(layers, verdict):
 
 
 def test_total_weighs_layers_by_their_elements():
-    whole = Readiness((made(elements=100, distance=0.2, ambiguous=0.5), made("b", elements=300, distance=0.6)))
-    assert whole.total == made("total", 400, distance=pytest.approx(0.5), ambiguous=pytest.approx(0.125))
+    whole = Readiness((layer_of(elements=100, distance=0.2, ambiguous=0.5), layer_of("b", elements=300, distance=0.6)))
+    assert whole.total == layer_of("total", 400, distance=pytest.approx(0.5), ambiguous=pytest.approx(0.125))
 
 
 def test_as_dict_is_json():
-    whole = Readiness((made(distance=0.5), made("b")))
+    whole = Readiness((layer_of(distance=0.5), layer_of("b")))
     found = json.loads(json.dumps(whole.as_dict()))
     assert found["verdict"] == "ready" and found["total"]["elements"] == 200
     assert [LayerReadiness(**layer) for layer in found["layers"]] == list(whole.layers)
 
 
 def test_table_and_figure(tmp_path):
-    whole = Readiness((three(), made("block.conv", distance=1.2)))
+    whole = Readiness((three(), layer_of("block.conv", distance=1.2)))
     console = Console(width=150, file=io.StringIO())
     console.print(readiness_table(whole))
     text = console.file.getvalue()
@@ -236,10 +236,10 @@ def of(*models):
 
     def each():
         for i, name in enumerate(layers[0]):
-            own = [(layer[name].weight_quantizer, layer[name].latent) for layer in layers]
-            first = own[0][0]
+            weights = [(layer[name].weight_quantizer, layer[name].latent) for layer in layers]
+            first = weights[0][0]
             rng = hdrq.rng_state(0, stream=64 * i)
-            codes, scales = [q.codes(w) for q, w in own], [q.scale.detach() for q, _ in own]
+            codes, scales = [q.codes(w) for q, w in weights], [q.scale.detach() for q, _ in weights]
             yield layer_readiness(name, codes, scales, first.qmin, first.qmax, rng, axis=first.axis, draws=2)
 
     return Readiness(tuple(each()))

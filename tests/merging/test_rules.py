@@ -1,4 +1,4 @@
-"""Merges to compare with: naive rules, ties known by hand, and means rounded anew."""
+"""Baselines of merging: fixed rules at ties known by hand, and float means rounded anew."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,57 @@
+"""What must agree between models that are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hdrq.checks import listed
+from hdrq.merging.sources import Source
+
+
+def check_alike(sources: Sequence[Source]) -> None:
+    """Refuse models that cannot be merged with the first of them.
+
+    Raises:
+        ValueError: what differs, and in which model; see :func:`description` and :func:`must_agree`.
+    """
+    first, specs = description(sources[0]), sources[0].specs
+    integers = [name for name, (dtype, _) in specs.items() if must_agree(sources[0], name, dtype)]
+    for k, source in enumerate(sources[1:], start=1):
+        label = getattr(source, "path", f"number {k}")
+        other = description(source)
+        differences = [
+            f"{name} ({first.get(name, 'missing')} in the first, {other.get(name, 'missing')} in {label})"
+            for name in dict.fromkeys((*first, *other))
+            if first.get(name) != other.get(name)
+        ]
+        differences += [
+            f"{name} (other integers in {label})"
+            for name in integers
+            if name in source.specs and not torch.equal(source.tensor(name), sources[0].tensor(name))
+        ]
+        if differences:
+            raise ValueError(f"models must be alike to be merged, got {listed(differences)}")
+
+
+def must_agree(source: Source, name: str, dtype: torch.dtype) -> bool:
+    """Whether a tensor must have the same values in all models, since integers that are no codes have no average.
+
+    BatchNorm's count of batches may differ: a merged model does not read it.
+    """
+    codes = name.removesuffix(".weight.codes") in source.manifest["weights"] and name.endswith(".weight.codes")
+    return not (codes or dtype.is_floating_point or name.endswith("num_batches_tracked"))
+
+
+def description(source: Source) -> dict[str, Any]:
+    """The facts that must agree between models: tensors' shapes and dtypes, ranges, and where quantizers are."""
+    facts: dict[str, Any] = {name: f"{shape} {dtype}" for name, (dtype, shape) in source.specs.items()}
+    for name, weight in source.manifest["weights"].items():
+        facts[f"{name}: weight range"] = (*weight["range"], weight["axis"])
+    for name, (qmin, qmax) in source.manifest["inputs"].items():
+        facts[f"{name}: input levels"] = qmax - qmin + 1
+    for key in ("folded", "shared"):
+        facts |= {f"{name}: {key}": other for name, other in source.manifest[key].items()}
+    return facts

@@ -1,0 +1,89 @@
+"""Merging quantized models from file to file, one tensor at a time, and asking first whether it will work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from hdrq.checkpoint.format import Reader, Writer
+from hdrq.merging.inputs import Inputs
+from hdrq.merging.layers import layer_readiness, merge_by_noise
+from hdrq.merging.manifest import merged_manifest, merged_ranges
+from hdrq.merging.models import states_of
+from hdrq.merging.readiness import LayerReadiness, Readiness
+from hdrq.merging.settings import MergeSettings
+from hdrq.merging.sources import Source
+from hdrq.merging.tensors import Progress, merged_tensors, no_progress
+
+
+def merge_files(
+    paths: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    report: bool = False,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+    **options: Any,
+) -> Readiness | None:
+    """:func:`hdrq.merge` of models in files, into another file; it needs no architecture, and memory for few tensors.
+
+    The file has the bytes that saving the merge of the loaded models would give, except where layers share a weight:
+    here each name has noise of its own, and in a loaded model all have the codes of the last.
+
+    Args:
+        paths: two or more files that :func:`hdrq.save` wrote.
+        out: the merged file, which appears whole or not at all.
+        report: also say how well each layer merged, by noise-sampled rounding.
+        device: where layers are merged.
+        progress: is called before every layer.
+        options: as for :func:`hdrq.merge`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        OSError: ``out`` cannot be written.
+        TypeError, ValueError: as :func:`hdrq.merge`; a damaged file.
+    """
+    settings = MergeSettings(**options)
+    if report and settings.rule != "noise":
+        raise ValueError(f'rule must be "noise" for a report, got {settings.rule!r}')
+    layers: list[LayerReadiness] = []
+    with ExitStack() as stack:
+        inputs = Inputs([stack.enter_context(Reader(path)) for path in paths], settings, device)
+        with Writer(out, inputs.specs, merged_manifest(inputs, settings)) as file:
+            for name, value in merged_tensors(inputs, settings, progress, layers if report else None):
+                file.write(name, value)
+    return Readiness(tuple(layers)) if report else None
+
+
+def readiness(
+    models: Sequence[Any],
+    *,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+    **options: Any,
+) -> Readiness:
+    """Whether merging will work: what noise-sampled rounding does to each layer of models or of files, and a verdict.
+
+    Arguments and errors as :func:`merge_files`.
+    """
+    with ExitStack() as stack:
+        if all(isinstance(model, str | os.PathLike) for model in models):
+            sources: list[Source] = [stack.enter_context(Reader(path)) for path in models]
+        else:
+            sources = states_of(models)
+        settings = MergeSettings(**options)
+        inputs = Inputs(sources, settings, device)
+        merged_ranges(inputs)  # refuses scales that cannot be merged, as the merge would
+        layers = []
+        for number, name in enumerate(inputs.layers):
+            progress(number, len(inputs.layers), name)
+            layers.append(_readiness_of_layer(inputs, settings, name))
+        return Readiness(tuple(layers))
+
+
+def _readiness_of_layer(inputs: Inputs, settings: MergeSettings, name: str) -> LayerReadiness:
+    """How well a layer merges; when this returns, its tensors are not held any more."""
+    layer = inputs.layer(name)
+    return layer_readiness(layer, inputs.weights, merge_by_noise(layer, inputs.weights, settings))

@@ -1,0 +1,46 @@
+"""The manifest of a merged model: the tables of its file, and how it was made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from hdrq import checks
+from hdrq._version import __version__
+from hdrq.checkpoint.format import TABLES
+from hdrq.merging.inputs import Inputs
+from hdrq.merging.settings import MergeSettings
+from hdrq.quantizers.modules import mean_range
+
+
+def merged_manifest(inputs: Inputs, settings: MergeSettings) -> dict[str, Any]:
+    """The manifest of the merged model, without the hashes of its tensors.
+
+    Raises:
+        ValueError: scales of activations that have no mean; see :func:`merged_ranges`.
+    """
+    first = inputs.sources[0].manifest
+    origins = [{key: fact for key, fact in source.manifest.items() if key not in TABLES} for source in inputs.sources]
+    merge = {**asdict(settings), "weights": list(inputs.weights)}
+    origin: dict[str, Any] = {"folded": first["folded"], "merge": merge, "models": origins}
+    if all("architecture" in facts and facts["architecture"] == origins[0]["architecture"] for facts in origins):
+        origin["architecture"] = origins[0]["architecture"]
+    tables = {key: first[key] for key in TABLES if key in first and key != "sha256"} | {"hdrq": __version__}
+    return {**tables, "inputs": merged_ranges(inputs), **origin}
+
+
+def merged_ranges(inputs: Inputs) -> dict[str, list[int]]:
+    """The range of every quantizer of activations in the merged model.
+
+    Raises:
+        ValueError: a scale, or the mean of the scales, is not positive and finite.
+    """
+    return {name: _merged_range(inputs, name) for name in inputs.sources[0].manifest["inputs"]}
+
+
+def _merged_range(inputs: Inputs, name: str) -> list[int]:
+    scales = inputs.tensor(f"{name}.input.scale")
+    for scale in scales:
+        checks.scale_values(f"{name}.input.scale", scale)
+    ranges = [source.manifest["inputs"][name] for source in inputs.sources]
+    return list(mean_range(inputs.weights, [float(scale) for scale in scales], ranges))
