@@ -14,7 +14,7 @@ def factory(text: str) -> Callable[..., nn.Module]:
     """``"module:factory"`` as the function it names; modules are looked for in the working folder too.
 
     Raises:
-        ValueError: not written so, no such module, or nothing of that name in it.
+        ValueError: the text is not of that form, there is no such module, or it has no function of that name.
     """
     module, colon, name = text.partition(":")
     if not (module and colon and name):
@@ -31,7 +31,7 @@ def factory(text: str) -> Callable[..., nn.Module]:
 
 
 def build(text: str, **arguments) -> nn.Module:
-    """What a factory makes.
+    """The module that a factory makes.
 
     Raises:
         TypeError: it makes something else.

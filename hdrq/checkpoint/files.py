@@ -11,10 +11,10 @@ from typing import BinaryIO
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
-    """Put ``data`` where ``path`` says, in place of what is there, at once.
+    """Write ``data`` to ``path`` at once, in place of what is there.
 
     Raises:
-        OSError: it cannot be written, the disk is full; what was there stays.
+        OSError: it cannot be written, or the disk is full; what was there stays.
     """
     with replacing(path) as file, disk_with_room(path):
         file.write(data.encode() if isinstance(data, str) else data)
@@ -43,7 +43,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 @contextmanager
 def disk_with_room(path: str | os.PathLike) -> Iterator[None]:
-    """Say of an error while writing what it means for ``path``."""
+    """Name ``path`` in the message of any error while it is written."""
     try:
         yield
     except OSError as error:

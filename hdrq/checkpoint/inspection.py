@@ -78,7 +78,7 @@ def _bits(bounds: list[int]) -> int:
 
 
 def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The lines under the table."""
+    """How the model was made: the lines under the table."""
     facts = {"format": manifest["format"], "hdrq": manifest.get("hdrq")}
     if "architecture" in manifest:
         facts["architecture"] = manifest["architecture"]["factory"]

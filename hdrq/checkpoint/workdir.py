@@ -37,9 +37,9 @@ class Workdir:
     """The folder of one run.
 
     Args:
-        path: made where it is missing.
+        path: of the folder, which is made if it is missing.
         fingerprint: what the run is made of.
-        resume: whether to go on with the run that is there; if none is, one starts.
+        resume: whether to go on with the run that is there; if there is none, one starts.
 
     Raises:
         FileExistsError: there is a run, and ``resume`` is false.
