@@ -1,4 +1,4 @@
-// Family `distance`: the norm of w − w_src, and its gradient. Definition: hdrq/reference/distance.py.
+// Family `distance`: the norm of w − w_src, and its gradient. Definition: hdrq/backends/reference/distance.py.
 #pragma once
 
 #include "simd.h"

@@ -1,4 +1,4 @@
-// Family `drop`: QDrop's mixing of two tensors. Definition: hdrq/reference/drop.py.
+// Family `drop`: QDrop's mixing of two tensors. Definition: hdrq/backends/reference/drop.py.
 #pragma once
 
 #include "philox.h"

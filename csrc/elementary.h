@@ -1,4 +1,4 @@
-// Elementary functions as fixed sequences of float32 operations. Definition: hdrq/reference/elementary.py.
+// Elementary functions as fixed sequences of float32 operations. Definition: hdrq/backends/reference/elementary.py.
 #pragma once
 
 #include "simd.h"

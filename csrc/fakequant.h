@@ -1,4 +1,4 @@
-// Family `fakequant`: fake-quantize, integer codes and back. Definition: hdrq/reference/fakequant.py.
+// Family `fakequant`: fake-quantize, integer codes and back. Definition: hdrq/backends/reference/fakequant.py.
 #pragma once
 
 #include "grid.h"

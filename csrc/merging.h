@@ -1,4 +1,4 @@
-// Family `merge`: one tensor of codes from K, by noise-sampled rounding. Definition: hdrq/reference/merge.py.
+// Family `merging`: one tensor of codes from K, by noise-sampled rounding. Definition: hdrq/backends/reference/merging.py.
 #pragma once
 
 #include "grid.h"

@@ -1,4 +1,4 @@
-// Family `noise`: noise in place of rounding. Definition: hdrq/reference/noise.py.
+// Family `noise`: noise in place of rounding. Definition: hdrq/backends/reference/noise.py.
 #pragma once
 
 #include "grid.h"

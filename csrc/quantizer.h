@@ -1,6 +1,6 @@
 // The passes of a reconstruction's step: quantize tensors, forward and backward, with everything that is fused into it:
 // noise or rounding, elements left as they are (QDrop), the distance to a source. One pass serves a list of tensors.
-// Definition: hdrq/reference/noise.py, fakequant.py and weights.py.
+// Definition: hdrq/backends/reference/noise.py, fakequant.py and weights.py.
 #pragma once
 
 #include "drop.h"

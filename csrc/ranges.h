@@ -1,4 +1,4 @@
-// Family `ranges`: errors of candidate scales, and tables of values. Definition: hdrq/reference/ranges.py.
+// Family `ranges`: errors of candidate scales, and tables of values. Definition: hdrq/backends/reference/ranges.py.
 #pragma once
 
 #include "simd.h"

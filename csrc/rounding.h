@@ -1,4 +1,4 @@
-// Family `rounding`: AdaRound. Definition: hdrq/reference/rounding.py.
+// Family `rounding`: AdaRound. Definition: hdrq/backends/reference/rounding.py.
 #pragma once
 
 #include "elementary.h"
