@@ -8,6 +8,7 @@ from hdrq.checkpoint.saving import save
 from hdrq.errors import BackendError, DivergenceError
 from hdrq.merging.models import merge
 from hdrq.methods.post_training import quantize
+from hdrq.methods.reconstruct.memory import keep_freed_memory
 from hdrq.rng import rng_state
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "evaluate",
+    "keep_freed_memory",
     "load",
     "merge",
     "ops",

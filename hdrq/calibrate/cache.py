@@ -138,9 +138,8 @@ def batches(sources: Sequence[Rows], indices: torch.Tensor) -> Iterator[list[tor
 
 def _half_of_free(device: torch.device) -> dict[str, int]:
     if hasattr(os, "sysconf"):
-        pages = (
-            "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-        )  # macOS says the sum only
+        free, total = "SC_AVPHYS_PAGES", "SC_PHYS_PAGES"
+        pages = free if free in os.sysconf_names else total  # macOS does not say what is free
         host = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") // 2
     else:
         host = UNKNOWN_FREE // 2

@@ -51,24 +51,26 @@ def quantize(
     try:
         from hdrq.calibrate.report import report_of
         from hdrq.methods import job
+        from hdrq.methods.reconstruct.memory import keep_freed_memory
         from hdrq.report.figures import write_losses
         from hdrq.report.tables import errors_table
 
         settings = {} if config is None else job.read_settings(config)
         plan = job.Run.of({**settings, **options, **dict(job.parse_setting(text) for text in set_ or [])})
         title = f"Accumulated error: {plan.recipe}, {plan.bits}, seed {plan.seed}"
-        if ablate:
-            console.print(errors_table(job.ablate(plan), title))
-            return
-        report = report_of(job.execute(plan))
+        with keep_freed_memory():
+            reports = job.ablate(plan) if ablate else {plan.recipe: report_of(job.execute(plan))}
     except ImportError as error:
         sys.exit(f'hdrq: quantize needs {error.name}; pip install "hdrq[cli]"')
     except (ValueError, TypeError, OSError) as error:
         refuse(error)
     except FloatingPointError as error:
         sys.exit(f"hdrq: {error}")
-    console.print(errors_table({plan.recipe: report}, title))
+    console.print(errors_table(reports, title))
+    if ablate:
+        return
+    (report,) = reports.values()
     memory = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in report.peak_memory.items())
-    console.print(f"{report.seconds:.0f} s; peak memory: {memory}", highlight=False)
+    console.print(f"{report.seconds:.0f} s; peak memory: {memory or 'unknown'}", highlight=False)
     if plan.workdir is not None and report.losses:
         write_losses(report.losses, Path(plan.workdir) / "losses.png")

@@ -20,6 +20,7 @@ from hdrq.evaluate.averaging import average
 from hdrq.evaluate.metrics import Row, accuracy
 from hdrq.merging.models import merge
 from hdrq.methods.post_training import fold, quantize
+from hdrq.methods.reconstruct.memory import keep_freed_memory
 from hdrq.report.figures import write_bars
 from hdrq.report.tables import write_rows
 
@@ -47,6 +48,7 @@ def one_thread() -> Iterator[None]:
 
 
 @one_thread()
+@keep_freed_memory()
 def run(bits: str, seed: int, progress: Callable[[str, Step], None]) -> Result:
     """Quantize and merge the shipped models; ``progress`` is told the domain and the step."""
     images = {domain: load(domain, "train")[0][:CALIBRATION] for domain in TARGETS}

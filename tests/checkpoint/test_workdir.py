@@ -112,7 +112,10 @@ def test_run_is_not_overwritten(tmp_path):
         ({"model": net(1)}, r"model \(\w+, now \w+\)$"),
         ({"calibration": CALIBRATION[:-1]}, r"calibration \(\w+, now \w+\)$"),
         ({"source": net(1)}, r"source \(None, now \w+\)$"),
-        ({"weight_lr": 1e-2, "fake_quant_fraction": 0.5}, r"recipe.fake_quant_fraction .*; recipe.weight_lr \(0.001, now 0.01\)"),
+        (
+            {"weight_lr": 1e-2, "fake_quant_fraction": 0.5},
+            r"recipe.fake_quant_fraction .*; recipe.weight_lr \(0.001, now 0.01\)",
+        ),
     ],
 )
 def test_another_run_is_not_resumed(tmp_path, options, message):
