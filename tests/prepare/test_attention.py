@@ -7,7 +7,7 @@ from torch import nn
 
 import hdrq
 from hdrq.calibrate.report import report_of
-from hdrq.merging.models import merge_files
+from hdrq.merging.files import merge_files
 from hdrq.prepare.attention import Attention, operand_table, quantized_operands, replace_attention
 from hdrq.prepare.units import find_blocks
 from hdrq.quantizers.layers import input_quantizers, quantized_layers
