@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hdrq.checkpoint.workdir import state_hash
+
 SPLIT = 256  # samples of a batch where one tensor is given
 
 
@@ -74,6 +76,14 @@ def calibration_calls(data, name: str = "calibration") -> list[Call]:
     if sum(call.size for call in calls) == 1:
         warnings.warn(f"{name} has one sample: what is learned from it holds for little else", stacklevel=4)
     return calls
+
+
+def data_hash(batches: list[Call]) -> str:
+    """A fingerprint of calibration data: its tensors, its other arguments, and how it is cut into batches."""
+    sizes = [call.size for call in batches]
+    tensors = [t for call in batches for t in call.tensors]
+    plain = [repr(v) for c in batches for v in (*c.args, *c.kwargs.items()) if not isinstance(v, torch.Tensor)]
+    return state_hash({str(i): t for i, t in enumerate(tensors)}, repr(sizes) + "".join(plain))
 
 
 def first_samples(batches: list[Call], count: int) -> list[Call]:

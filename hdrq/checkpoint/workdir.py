@@ -25,7 +25,6 @@ from safetensors.torch import save
 from torch import nn
 
 from hdrq._version import __version__
-from hdrq.calibrate.data import Call
 from hdrq.checkpoint.files import write_atomically
 from hdrq.checks import listed
 from hdrq.recipes import Recipe
@@ -109,13 +108,10 @@ def _block(index: int) -> str:
 
 
 def fingerprint(
-    model: nn.Module, source: nn.Module | None, batches: list[Call], plan: Recipe, bits: Any, seed: int
+    model: nn.Module, source: nn.Module | None, calibration: str, plan: Recipe, bits: Any, seed: int
 ) -> dict[str, Any]:
-    """Everything that decides the bits of a run, as text that can be compared."""
+    """Everything that decides the bits of a run, as text that can be compared; ``calibration`` is the data's hash."""
     device = next(iter(model.state_dict().values())).device
-    sizes = [call.size for call in batches]
-    data = [t for call in batches for t in call.tensors]
-    plain = [repr(v) for c in batches for v in (*c.args, *c.kwargs.items()) if not isinstance(v, torch.Tensor)]
     return {
         "hdrq": __version__,
         "torch": torch.__version__,
@@ -124,7 +120,7 @@ def fingerprint(
         "bits": bits if isinstance(bits, str) else dict(bits),
         "model": state_hash(model.state_dict()),
         "source": None if source is None else state_hash(source.state_dict()),
-        "calibration": state_hash({str(i): t for i, t in enumerate(data)}, repr(sizes) + "".join(plain)),
+        "calibration": calibration,
         **{f"recipe.{key}": value for key, value in asdict(plan).items()},
     }
 

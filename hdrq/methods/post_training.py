@@ -14,7 +14,7 @@ from torch import nn
 
 from hdrq import checks
 from hdrq.calibrate.cache import Cache
-from hdrq.calibrate.data import Call, calibration_calls, first_samples, run_all
+from hdrq.calibrate.data import Call, calibration_calls, data_hash, first_samples, run_all
 from hdrq.calibrate.progress import Step, bars
 from hdrq.calibrate.ranges import attach_quantizers
 from hdrq.calibrate.report import RunReport, peak_memory, set_report
@@ -118,7 +118,7 @@ def quantize(
         raise ValueError("source must be the model before its adaptation where distance > 0, got None; or distance=0")
     folder = None
     if workdir is not None:
-        folder = Workdir(workdir, fingerprint(model, source, batches, plan, bits, seed), resume)
+        folder = Workdir(workdir, fingerprint(model, source, data_hash(batches), plan, bits, seed), resume)
 
     began = time.perf_counter()
     full, folded = prepare_float(model, run_all(batches[:1]))

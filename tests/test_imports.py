@@ -1,0 +1,40 @@
+"""What importing hdrq may do: no module asks the package root for anything, and the root loads no tool of a user's."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hdrq
+
+PACKAGE = Path(hdrq.__file__).parent
+SUBMODULES = {path.stem for path in PACKAGE.iterdir() if path.suffix in (".py", ".so") or path.is_dir()} | {"_C"}
+
+
+def root_imports(source: str) -> list[str]:
+    """What a module imports from the package root that is no submodule of it."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name == "hdrq"]
+        if isinstance(node, ast.ImportFrom) and node.module == "hdrq":
+            found += [alias.name for alias in node.names if alias.name not in SUBMODULES]
+    return found
+
+
+def test_no_module_imports_the_package_root():
+    assert root_imports("import hdrq\nfrom hdrq import __version__, checks") == ["hdrq", "__version__"]
+    found = {str(path): root_imports(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+TOOLS = ("hdrq.parity", "hdrq.cli", "matplotlib", "typer", "rich", "yaml", "PIL")
+
+
+@pytest.mark.parametrize("before", ["", "import os, sys; sys.modules['resource'] = None; del os.sysconf"])
+def test_import_loads_no_tool_and_needs_no_unix(before):
+    script = f"{before}\nimport sys, hdrq\nprint([name for name in {TOOLS} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
