@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,10 +24,9 @@ from hdrq.errors import DivergenceError
 from hdrq.evaluate.metrics import accumulated_errors
 from hdrq.methods.nearest import round_to_nearest
 from hdrq.methods.reconstruct.method import Reconstruction
-from hdrq.prepare.attention import expose_operands, quantized_operands
+from hdrq.prepare.attention import quantized_operands
 from hdrq.prepare.float_model import check_module, device_of, prepare_float
-from hdrq.prepare.uncalled import refuse_uncalled
-from hdrq.prepare.units import find_blocks
+from hdrq.prepare.prepared import prepare
 from hdrq.quantizers.layers import quantized_layers
 from hdrq.quantizers.provenance import set_origin
 from hdrq.recipes import Recipe
@@ -121,14 +119,11 @@ def quantize(
         folder = Workdir(workdir, fingerprint(model, source, data_hash(batches), plan, bits, seed), resume)
 
     began = time.perf_counter()
-    full, folded = prepare_float(model, run_all(batches[:1]))
-    quantized = copy.deepcopy(full)
     example = run_all(first_samples(batches, 1))
-    units = find_blocks(full, example, blocks)
-    refuse_uncalled(quantized, example, bits)
-    operands = expose_operands(quantized, example) if plan.attention else []
+    ready = prepare(model, run_all(batches[:1]), example, bits, blocks=blocks, attention=plan.attention)
+    full, quantized, units = ready.full, ready.quantized, ready.units
     ranged = run_all(first_samples(batches, plan.range_samples))
-    attach_quantizers(quantized, ranged, example, bits, plan, units, operands)
+    attach_quantizers(quantized, ranged, example, bits, plan, units, ready.operands)
 
     def errors() -> dict[str, float]:
         return {} if checked is None else accumulated_errors(quantized, full, checked, units)
@@ -163,7 +158,8 @@ def quantize(
     if source is not None:
         states["source"] = state_hash(source.state_dict())
     set_origin(
-        quantized, {"folded": folded, "recipe": asdict(plan), "bits": policy, "seed": seed, "fingerprints": states}
+        quantized,
+        {"folded": ready.folded, "recipe": asdict(plan), "bits": policy, "seed": seed, "fingerprints": states},
     )
     set_report(quantized, report)
     return quantized
