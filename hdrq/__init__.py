@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 
+__path__.append(f"{__path__[0]}/_first_house")  # hdrq.model and its like: they warn with what to write instead
+
+
 def __getattr__(name: str):
     """Names of the first house: they work for one release, and warn with what to write instead."""
     if name == "Diverged":

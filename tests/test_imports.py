@@ -38,3 +38,27 @@ def test_import_loads_no_tool_and_needs_no_unix(before):
     script = f"{before}\nimport sys, hdrq\nprint([name for name in {TOOLS} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("from hdrq.model import quantized_layers", "hdrq.model is hdrq.quantizers now"),
+        ("from hdrq.data import load_data, load_labelled, class_names", "hdrq.data is hdrq.calibrate.images now"),
+        ("import hdrq.reconstruct; hdrq.reconstruct.fold", "hdrq.reconstruct is hdrq.methods.post_training now"),
+        ("import hdrq; hdrq.backends()['torch']", r"hdrq.backends\(\) is hdrq.available_backends\(\) now"),
+        ("import hdrq; hdrq.Diverged", "hdrq.Diverged is hdrq.DivergenceError now"),
+    ],
+)
+def test_names_of_the_first_house_work_and_warn(statement, message):
+    for name in ("hdrq.model", "hdrq.data", "hdrq.reconstruct"):
+        sys.modules.pop(name, None)
+    with pytest.warns(DeprecationWarning, match=message):
+        exec(statement, {})
+
+
+def test_names_that_never_moved():
+    from hdrq.merging import merge_files, readiness
+    from hdrq.report import report_of
+
+    assert callable(merge_files) and callable(readiness) and callable(report_of) and callable(hdrq.report.report_of)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from hdrq.cli.terminal import console, errors, refuse
 
 if TYPE_CHECKING:
-    from hdrq.merging.readiness import Readiness
+    from hdrq.merging.assessment import Readiness
 
 
 def merge(

@@ -8,11 +8,11 @@ from contextlib import ExitStack
 from typing import Any
 
 from hdrq.checkpoint.format import Reader, Writer
+from hdrq.merging.assessment import LayerReadiness, Readiness
 from hdrq.merging.inputs import Inputs
 from hdrq.merging.layers import layer_readiness, merge_by_noise
 from hdrq.merging.manifest import merged_manifest, merged_ranges
 from hdrq.merging.models import states_of
-from hdrq.merging.readiness import LayerReadiness, Readiness
 from hdrq.merging.settings import MergeSettings
 from hdrq.merging.sources import Source
 from hdrq.merging.tensors import Progress, merged_tensors, no_progress

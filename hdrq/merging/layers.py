@@ -9,7 +9,7 @@ import torch
 
 from hdrq import ops
 from hdrq.checkpoint.format import packs
-from hdrq.merging.readiness import LayerReadiness, examine
+from hdrq.merging.assessment import LayerReadiness, examine
 from hdrq.merging.rules import merge_rule
 from hdrq.merging.settings import MergeSettings
 from hdrq.ops import MergedTensor

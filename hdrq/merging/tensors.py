@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from hdrq.merging.assessment import LayerReadiness
 from hdrq.merging.inputs import Inputs
 from hdrq.merging.layers import layer_readiness, merge_by_noise, merge_layer
-from hdrq.merging.readiness import LayerReadiness
 from hdrq.merging.settings import MergeSettings
 
 Progress = Callable[[int, int, str], None]  # layers done, of how many, and the name of the next

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib import pyplot
 
-from hdrq.merging.readiness import FAR, TOO_FAR, Readiness
+from hdrq.merging.assessment import FAR, TOO_FAR, Readiness
 from hdrq.report.tables import Row
 
 

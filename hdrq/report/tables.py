@@ -14,7 +14,7 @@ from rich.table import Table
 from hdrq.calibrate.report import RunReport
 from hdrq.checkpoint.inspection import Contents
 from hdrq.evaluate.metrics import Row
-from hdrq.merging.readiness import Readiness
+from hdrq.merging.assessment import Readiness
 
 
 def table(rows: Sequence[Row], title: str):

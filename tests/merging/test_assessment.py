@@ -13,8 +13,7 @@ from rich.console import Console
 import hdrq
 from hdrq.demo.data import load
 from hdrq.demo.model import load_model
-from hdrq.merging import readiness
-from hdrq.merging.readiness import LayerReadiness, Readiness, examine
+from hdrq.merging.assessment import LayerReadiness, Readiness, examine
 from hdrq.quantizers.layers import quantized_layers
 from hdrq.report.figures import plot_readiness
 from hdrq.report.tables import readiness_table
@@ -122,10 +121,10 @@ def test_parts_of_a_layer_add_up(monkeypatch, shape, axis):
     length = 1 if axis is None else shape[axis]
     scales = [torch.rand(length, generator=generator) + 0.5 for _ in codes]
     whole = layer_readiness("a", codes, scales, -8, 7, RNG, axis=axis, draws=3)
-    monkeypatch.setattr(readiness, "CHUNK", 16)
+    monkeypatch.setattr(assessment, "CHUNK", 16)
     parts = layer_readiness("a", codes, scales, -8, 7, RNG, axis=axis, draws=3)
-    assert [getattr(parts, f) for f in readiness.NUMBERS] == pytest.approx(
-        [getattr(whole, f) for f in readiness.NUMBERS]
+    assert [getattr(parts, f) for f in assessment.NUMBERS] == pytest.approx(
+        [getattr(whole, f) for f in assessment.NUMBERS]
     )
     assert whole.lowest_cosine < whole.highest_cosine == whole.kept_cosine
 
@@ -178,7 +177,7 @@ def test_arguments_are_those_of_merge():
 
 
 def layer_of(name="a", elements=100, **numbers):
-    return LayerReadiness(name, elements, **{**dict.fromkeys(readiness.NUMBERS, 0.0), **numbers})
+    return LayerReadiness(name, elements, **{**dict.fromkeys(assessment.NUMBERS, 0.0), **numbers})
 
 
 @pytest.mark.parametrize(
