@@ -40,5 +40,5 @@ assert _C.__file__ == sys.argv[1]
 torch.set_num_threads(4)
 report = parity.check(5, backends=["cpp"])
 print(*(f"{t.op} on {t.backend}: {t.cases} cases" for t in report.tallies), *report.mismatches, sep="\n")
-sys.exit(1 if report.mismatches else pytest.main(["-p", "no:cacheprovider", "tests/test_library.py::TestNative"]))
+sys.exit(1 if report.mismatches else pytest.main(["-p", "no:cacheprovider", "tests/ops/test_library.py::TestNative"]))
 RUN

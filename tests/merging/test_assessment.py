@@ -13,6 +13,7 @@ from rich.console import Console
 import hdrq
 from hdrq.demo.data import load
 from hdrq.demo.model import load_model
+from hdrq.merging import assessment
 from hdrq.merging.assessment import LayerReadiness, Readiness, examine
 from hdrq.quantizers.layers import quantized_layers
 from hdrq.report.figures import plot_readiness
