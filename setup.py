@@ -3,7 +3,7 @@
 import glob
 import sys
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 
@@ -16,6 +16,8 @@ class optional_build_ext(build_ext):
         except Exception as error:
             print(f"hdrq: the C++ path is missing, CPU tensors will run in plain PyTorch: {error}", file=sys.stderr)
 
+
+ParallelCompile(default=0).install()  # one file to a core
 
 setup(
     packages=[*find_packages(include=["hdrq", "hdrq.*"]), "hdrq.benchmarks", "hdrq.kernels"],
