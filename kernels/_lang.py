@@ -132,7 +132,7 @@ def nearest_backward(x, s, z, qmin, qmax):
 
 @triton.jit
 def difference(w, w_src, start, i, live):
-    """``w − w_src`` of a tile, 0 where nothing lives."""
+    """``w − w_src`` of a tile, 0 where ``live`` is false."""
     value = tl.load(w + start + i, mask=live, other=0.0).to(tl.float32)
     return value - tl.load(w_src + start + i, mask=live, other=0.0).to(tl.float32)
 

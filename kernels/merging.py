@@ -140,7 +140,7 @@ def _up(word, threshold):
 
 @triton.jit
 def _residue(q, zero, step_size, midpoint, qmin, qmax, live):
-    """``r = (I* − z*)Δ* − Σ λw``, 0 where nothing lives."""
+    """``r = (I* − z*)Δ* − Σ λw``, 0 where ``live`` is false."""
     return tl.where(live, (lang.clamp(q + zero, qmin, qmax) - zero) * step_size - midpoint, 0.0)
 
 

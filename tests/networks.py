@@ -1,6 +1,7 @@
 """Small networks and runs that several tests share."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import hdrq
@@ -64,3 +65,42 @@ def mergeable(seed, **options):
 
 def quantized(seed, bits="W4A4", **options):
     return hdrq.quantize(mergeable(seed, **options), SAMPLES, "rtn", bits=bits)
+
+
+def data(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lively(model):
+    """A model in evaluation mode whose BatchNorms are far from the identity."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.track_running_stats:
+            module.running_mean.copy_(torch.randn(module.num_features, generator=generator))
+            module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.3)
+    return model.eval()
+
+
+class SamePad(nn.Conv2d):
+    """A convolution that pads its input itself."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 0, 1, 0)))
+
+
+class Block(nn.Module):
+    """Two layers and a shortcut, both branches reading the block's input."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.shortcut = nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
+
+
+def blocks_net():
+    return lively(nn.Sequential(SamePad(3, 4, 2), nn.ReLU(), Block(), Block(), nn.Flatten(), nn.Linear(256, 3)))

@@ -30,7 +30,7 @@ def average(
     for k, other in enumerate(shapes):
         if other != shapes[0]:
             wrong = sorted(name for name, _ in other.items() ^ shapes[0].items())
-            raise ValueError(f"models must have one architecture, got number {k} different in {', '.join(wrong[:10])}")
+            raise ValueError(f"models must have one architecture, got number {k} different in {checks.listed(wrong)}")
     merged = copy.deepcopy(models[0])
     states = [model.state_dict() for model in models]
     for name, value in merged.state_dict().items():

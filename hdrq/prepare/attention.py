@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hdrq import checks
 from hdrq.prepare.folding import check_unchanged
 from hdrq.prepare.observe import observe
 from hdrq.quantizers.layers import input_readers
@@ -245,7 +246,7 @@ def restore_operands(model: nn.Module, table: Mapping[str, Sequence[str | None]]
     """
     modules = dict(model.named_modules())
     if wrong := [name for name in table if name not in modules]:
-        raise ValueError(f"checkpoint must fit the model, got modules that it does not have: {'; '.join(wrong[:10])}")
+        raise ValueError(f"checkpoint must fit the model, got modules that it does not have: {checks.listed(wrong)}")
     for name, labels in table.items():
         if type(modules[name]) is nn.MultiheadAttention:
             _replace(model, modules[name])

@@ -14,8 +14,6 @@ from hdrq.calibrate.data import Call
 from hdrq.calibrate.propagate import Activations
 from hdrq.calibrate.trace import Leaf, trace
 
-torch.set_num_threads(1)
-
 CPU = torch.device("cpu")
 
 

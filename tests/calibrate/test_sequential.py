@@ -20,8 +20,6 @@ from hdrq.prepare.units import find_blocks
 from hdrq.quantizers.layers import quantized_layers
 from hdrq.recipes import recipe
 
-torch.set_num_threads(1)
-
 
 class Recorder:
     """A method that rounds, and keeps the units that it was given."""

@@ -15,8 +15,6 @@ from safetensors import safe_open
 
 from hdrq.checkpoint.format import Reader, Writer, _text_hash
 
-torch.set_num_threads(1)
-
 X = torch.randn((16, 5), generator=torch.Generator().manual_seed(0))
 EMPTY = {"folded": {}, "weights": {}, "inputs": {}, "shared": {}}
 SPECS = {

@@ -13,8 +13,6 @@ import hdrq
 from hdrq.checkpoint.format import _hash, _text_hash
 from hdrq.checkpoint.loading import load_float
 
-torch.set_num_threads(1)
-
 
 def rewrite(path, tensors=None, **manifest):
     """Change tensors and entries of the manifest of a checkpoint, and its hashes with them, as a hostile writer can."""

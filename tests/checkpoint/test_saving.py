@@ -13,8 +13,6 @@ from torch import nn
 import hdrq
 from hdrq.quantizers.layers import quantized_layers
 
-torch.set_num_threads(1)
-
 
 def test_manifest_says_how_the_model_was_made(tmp_path):
     numpy = pytest.importorskip("numpy")

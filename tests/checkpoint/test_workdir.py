@@ -9,7 +9,6 @@ import sys
 import textwrap
 
 import pytest
-import torch
 from helpers import same, state
 from networks import CALIBRATION, learn, net
 
@@ -17,8 +16,6 @@ import hdrq
 from hdrq.calibrate.report import report_of
 
 pytest.importorskip("safetensors")
-
-torch.set_num_threads(1)
 
 OPTIONS = {"recipe": "hdrq", "iterations": 8, "checkpoint_every": 3, "bias_lr": 1e-3}
 

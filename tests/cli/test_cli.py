@@ -17,8 +17,6 @@ testing = pytest.importorskip("typer.testing")
 app = pytest.importorskip("hdrq.cli").app
 data, run, nets = (pytest.importorskip(f"hdrq.demo.{name}") for name in ("data", "run", "model"))
 
-torch.set_num_threads(1)
-
 ROWS = [
     "full precision",
     "round to nearest, naive merge",

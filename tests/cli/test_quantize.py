@@ -23,8 +23,6 @@ from typer.testing import CliRunner  # noqa: E402
 
 from hdrq.cli import app  # noqa: E402
 
-torch.set_num_threads(1)
-
 MODULE = """
 import torch
 from torch import nn

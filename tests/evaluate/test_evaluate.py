@@ -10,8 +10,6 @@ import hdrq
 from hdrq.evaluate.landscape import error_barrier, loss_surface
 from hdrq.evaluate.metrics import accuracy, harmonic_mean
 
-torch.set_num_threads(1)
-
 
 @pytest.mark.parametrize(
     "values, want", [([40, 60], 48), ([1, 2, 4], 12 / 7), ([5], 5), ([0, 90], 0), ([0.0], 0), (iter([3, 6]), 4)]

@@ -106,7 +106,7 @@ def _merged_files() -> str:
 
 
 def _architecture(name: str) -> nn.Module:
-    from test_architectures import built
+    from architectures import built
 
     model, data = built(name)
     return hdrq.quantize(model, data, "hdrq", bits="W4A4", iterations=6, distance=0.0, batch_size=4)

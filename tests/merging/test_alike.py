@@ -1,12 +1,9 @@
 """What must agree between models: unlike ones are refused with what differs."""
 
 import pytest
-import torch
 from networks import quantized
 
 import hdrq
-
-torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,6 @@ import hdrq
 from hdrq.evaluate.averaging import average
 from hdrq.quantizers.layers import input_quantizers, quantized_layers
 
-torch.set_num_threads(1)
-
 
 @pytest.mark.parametrize("count, weights, noise", [(2, None, "all"), (2, None, "odd"), (3, (0.5, 0.3, 0.2), "all")])
 def test_layers_are_merged_by_the_op(models, count, weights, noise):

@@ -1,11 +1,8 @@
 """The settings of a merge: those that make no sense are refused."""
 
 import pytest
-import torch
 
 import hdrq
-
-torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(

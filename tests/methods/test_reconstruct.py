@@ -23,8 +23,6 @@ from hdrq.quantizers.layers import QuantizedLayer, input_quantizers, quantized_l
 from hdrq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from hdrq.recipes import Recipe, recipe
 
-torch.set_num_threads(1)
-
 
 def error(model, reference):
     """Mean squared error of the outputs, relative to their variance, on data held out."""

@@ -12,8 +12,6 @@ from hdrq.prepare.attention import Attention, operand_table, quantized_operands,
 from hdrq.prepare.units import find_blocks
 from hdrq.quantizers.layers import input_quantizers, quantized_layers
 
-torch.set_num_threads(1)
-
 ALL = ["q", "k", "v", "softmax"]
 X = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
 

@@ -21,7 +21,7 @@ class _As(nn.Module):
 
 
 def learned_bias(layer: QuantizedLayer) -> torch.Tensor:
-    """What of a bias is learned: float32 behind a bias of a half type, as a weight's latent is."""
+    """The learned form of a bias: float32 where the layer's bias is of a half type, as a latent weight is."""
     bias = layer.module.bias
     if bias.dtype.itemsize < 4 and not parametrize.is_parametrized(layer.module, "bias"):
         parametrize.register_parametrization(layer.module, "bias", _As(bias.dtype), unsafe=True)
