@@ -104,7 +104,7 @@ def test_loss_surface_holds_the_models_at_their_places():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: error_barrier(p, nn.Linear(2, 1), bowl), "one architecture, got number 1 different in at, bias"),
+        (lambda p: error_barrier(p, nn.Linear(2, 1), bowl), "one architecture, got number 1 different in at; bias"),
         (lambda p: error_barrier(p, p, bowl, points=1), r"points must be in \[2, \d+\], got 1"),
         (lambda p: loss_surface([p, p], bowl), "models must be three, got 2"),
         (
