@@ -40,9 +40,9 @@ class Recipe:
     weight_lr: float = 1e-3  # Adam, of weights and their scales, or of α
     weight_schedule: str = "cosine"  # of that rate after its warm-up: "cosine", to 0, or "constant"
     warmup: float = 0.2  # share of the iterations over which the weights' rate rises from 1e-3 of itself
-    scale_step: float = 0.01  # bound on the rate of a weight's scale, as a share of the scale it starts from
-    weight_step: float = 0.0  # bound on the rate of a weight, as a share of its scale; 0: none
-    activation_lr: float = 4e-5  # Adam, cosine, of the activations' scales
+    scale_step: float = 0.01  # bound on the rate of a scale, as a share of the scale it starts from
+    weight_step: float = 0.1  # bound on the rate of a weight, as a share of its scale; 0: none
+    activation_lr: float = 4e-5  # Adam, cosine, of the activations' scales; scale_step bounds it too
     bias_lr: float = 0.0  # Adam, cosine, of the biases of quantized layers; 0: they stay as they are
     distance: float = 5e-2  # λ of Σ ‖W − W_src‖₂, not squared
     rounding_weight: float = 0.01  # of AdaRound's loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -78,26 +79,24 @@ class Quantizer(nn.Module):
 class WeightQuantizer(Quantizer):
     """The parametrization of a layer's weight (:mod:`torch.nn.utils.parametrize`).
 
-    In mode ``"adaround"`` a weight is rounded up or down as ``alpha``, which is learned, says; ``penalty`` is then the
-    rounding loss for the exponent ``beta``. ``dtype`` is the weight's, where what is learned has a finer one.
+    ``alpha`` and ``beta`` are there while AdaRound is learned. ``dtype`` is the weight's, where what is learned has a
+    finer one.
     Inside :func:`substituted` it returns a weight that was quantized elsewhere, together with those of other layers.
     """
 
     dtype: torch.dtype | None = None
     alpha: torch.Tensor | None = None
     beta: torch.Tensor | None = None
-    penalty: torch.Tensor | None = None
     substitute: torch.Tensor | None = None
 
     def forward(self, w: torch.Tensor) -> torch.Tensor:
-        if self.substitute is not None:
-            y = self.substitute
-        elif self.mode == "adaround" and self.alpha is not None and self.beta is not None:
-            grid = (w, self.scale, self.alpha, self.qmin, self.qmax)
-            y, self.penalty = ops.adaround_regularized(*grid, self.beta, axis=self.axis)
-        else:
-            y = super().forward(w)
+        y = self.substitute if self.substitute is not None else super().forward(w)
         return y if self.dtype is None else y.to(self.dtype)
+
+    def adaround(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight rounded up or down as ``alpha`` says, softly, and the rounding loss for the exponent ``beta``."""
+        grid = (w, self.scale, cast(torch.Tensor, self.alpha), self.qmin, self.qmax)
+        return ops.adaround_regularized(*grid, cast(torch.Tensor, self.beta), axis=self.axis)
 
 
 @contextmanager

@@ -169,7 +169,7 @@ def test_full_disk_while_caching_loses_nothing(tmp_path):
 
 def test_divergence_keeps_the_last_good_state(tmp_path):
     with pytest.raises(hdrq.DivergenceError) as error:
-        learn(iterations=60, weight_lr=1e30, scale_step=1e30, workdir=tmp_path)
+        learn(iterations=60, bias_lr=1e30, workdir=tmp_path)
     found = error.value
     assert (found.block, found.layer, found.good) == ("0", "0", 0) and 1 <= found.iteration <= 50
     nearest = learn(recipe="rtn", iterations=0)

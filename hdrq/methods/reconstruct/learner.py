@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from hdrq import ops
+from hdrq import checks, ops
 from hdrq.calibrate.cache import batches
 from hdrq.calibrate.progress import LOG_EVERY
 from hdrq.calibrate.sequential import Unit
@@ -47,6 +46,8 @@ class Learner:
         self.schedule = schedule(recipe).to(self.device)
         self.row = torch.zeros(self.schedule.shape[1], device=self.device)  # of the schedule, for this iteration
         self.parameters = Parameters(unit, recipe, self.row)
+        self.quantizers = [layer.weight_quantizer for layer in unit.layers]
+        self.untouched: list[str] = []  # layers that the last reconstruction loss did not reach
 
     def _give_streams(self, seed: int) -> None:
         """Give every quantizer of the unit a random stream of its own, and one to the mix of the inputs."""
@@ -78,6 +79,8 @@ class Learner:
             self.row.copy_(self.schedule[i])
             error, loss = run(batch)
             done = i + 1
+            if i == start:
+                self._refuse_unreached(error)
             due = every > 0 and done % every == 0 and done < iterations
             if due or done % LOG_EVERY == 0 or done == iterations:
                 if not self._finite(loss):
@@ -89,43 +92,61 @@ class Learner:
                 save(done)
 
     def step(self, batch: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward, backward, optimizer, the next noise; nothing is read on the host."""
+        """Forward, backward, optimizer, the next noise; nothing is read on the host.
+
+        The reconstruction loss is differentiated as far as the quantized weights, and what they are made of after
+        that: a block that computes parts anew during its backward pass finds the weights of its forward pass.
+        """
         self.parameters.optimizer.zero_grad()
-        error, loss = self.losses(batch)
-        loss.backward()
+        weights, regularizer = self._quantize_weights()
+        leaves = [weight.detach().requires_grad_() for weight in weights]
+        with substituted(self.quantizers, leaves), parametrize.cached():
+            error = self._reconstruction_loss(batch)
+            if error.requires_grad:
+                error.backward()
+        reached = [(weight, leaf.grad) for weight, leaf in zip(weights, leaves, strict=True) if leaf.grad is not None]
+        self.untouched = [layer.name for layer, leaf in zip(self.unit.layers, leaves, strict=True) if leaf.grad is None]
+        loss = error.detach()
+        roots, grads = [weight for weight, _ in reached], [grad for _, grad in reached]
+        if isinstance(regularizer, torch.Tensor):
+            loss = loss + regularizer.detach()
+            roots, grads = [*roots, regularizer], [*grads, torch.ones_like(regularizer)]
+        if roots:
+            torch.autograd.backward(roots, grads)
         self.parameters.step()
         with torch.no_grad():
             self.rngs[:, 2] += 1
-        return error.detach(), loss.detach()
+        return error.detach(), loss
 
-    def losses(self, batch: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The reconstruction loss, and the sum of all losses."""
+    @torch.no_grad()
+    def distance_term(self) -> float:
+        """``λ Σ ‖w − w_src‖₂`` of the weights as they are."""
+        norms = [
+            torch.linalg.vector_norm(layer.latent - self.source[layer.name])
+            for layer in self.unit.layers
+            if self.source
+        ]
+        return self.recipe.distance * float(sum(norms))
+
+    def _reconstruction_loss(self, batch: list[torch.Tensor]) -> torch.Tensor:
         *inputs, target = batch
         count = len(self.unit.quantized)
         mixed = [self._mixed(*pair) for pair in zip(inputs, inputs[count:] or inputs, strict=False)]
-        with ExitStack() as weights:
-            distance = self._quantize_weights(weights)
-            weights.enter_context(parametrize.cached())
-            error = unit_loss(self.unit, mixed, target)
-        loss = error
-        if self.source:
-            loss = loss + self.recipe.distance * distance
-        if self.recipe.learns == "rounding":
-            penalties = [layer.weight_quantizer.penalty for layer in self.unit.layers]
-            loss = loss + self.row[ROUNDING_WEIGHT] * sum(p for p in penalties if p is not None)
-        return error, loss
+        return unit_loss(self.unit, mixed, target)
 
-    def _quantize_weights(self, until: ExitStack) -> torch.Tensor | float:
-        """Quantize the weights of this step, layers of a kind in one pass, for their quantizers to return.
+    def _quantize_weights(self) -> tuple[list[torch.Tensor], torch.Tensor | float]:
+        """The quantized weights of this step, layer by layer, and what is added to the reconstruction loss.
 
-        Returns the sum of the distances to the source.
+        That is ``λ Σ ‖w − w_src‖₂``, or the weighted penalties of AdaRound.
         """
+        if self.recipe.learns == "rounding":
+            pairs = [layer.weight_quantizer.adaround(layer.latent) for layer in self.unit.layers]
+            return [y for y, _ in pairs], self.row[ROUNDING_WEIGHT] * sum(penalty for _, penalty in pairs)
+        quantized: dict[str, torch.Tensor] = {}
         total: torch.Tensor | float = 0.0
-        for axis in dict.fromkeys(layer.weight_quantizer.axis for layer in self.unit.layers):
+        for axis in dict.fromkeys(quantizer.axis for quantizer in self.quantizers):
             layers = [layer for layer in self.unit.layers if layer.weight_quantizer.axis == axis]
             quantizers = [layer.weight_quantizer for layer in layers]
-            if quantizers[0].mode == "adaround":
-                continue
             weights, distances = ops.quantize_weights(
                 [layer.latent for layer in layers],
                 [q.scale for q in quantizers],
@@ -135,9 +156,9 @@ class Learner:
                 noise=self.recipe.noise,
                 axis=axis,
             )
-            until.enter_context(substituted(quantizers, weights))
+            quantized.update(zip((layer.name for layer in layers), weights, strict=True))
             total = total if distances is None else total + distances.sum()
-        return total
+        return [quantized[layer.name] for layer in self.unit.layers], self.recipe.distance * total
 
     def _mixed(self, quantized: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
         """Of the quantized prefix with probability ``input_keep``, element by element, else of full precision."""
@@ -174,6 +195,15 @@ class Learner:
     def _step_of(self, batch: list[torch.Tensor], module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`step`, as a run of the unit's module that can be observed."""
         return self.step(batch)
+
+    def _refuse_unreached(self, error: torch.Tensor) -> None:
+        """A unit of which no weight has a gradient cannot be learned; what the distance alone moves is not meant."""
+        if self.unit.layers and len(self.untouched) == len(self.unit.layers):
+            raise ValueError(
+                f"block {self.unit.name or 'model'} must pass a gradient from its output to its weights, got none for "
+                f"{checks.listed(self.untouched)}: its forward runs under torch.no_grad or inference_mode, or "
+                'checkpoints with use_reentrant=True; take that out, or keep its layers in full precision with "float"'
+            )
 
     # --- divergence
 

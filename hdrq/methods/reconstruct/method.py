@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -34,11 +35,18 @@ class Reconstruction:
     def fit(self, unit: Unit, journal: Journal) -> Fitted:
         """Learn a unit, from where an earlier run stopped if there was one.
 
+        A unit whose objective, ``reconstruction loss + λ Σ ‖W − W_src‖₂``, is higher after learning than before is
+        rounded to nearest instead, with a warning.
+
         Raises:
             DivergenceError: a loss is not finite; the unit is left as it last was good.
+            ValueError: no weight of the unit has a gradient of the reconstruction loss.
         """
+        weights = {layer.name: layer.latent.detach().clone() for layer in unit.layers}
         learner = self._learner(unit)
-        start, before = 0, self._measure(unit)
+        begun = {name: tensor.detach().clone() for name, tensor in learner.parameters.by_name.items()}
+        start, before, objective = 0, self._measure(unit), learner.distance_term()
+        objective += before
         if (kept := journal.kept(unit)) is not None:
             tensors, start, before = kept
             learner.load(tensors, start)
@@ -53,9 +61,20 @@ class Reconstruction:
             save(error.good)
             learner.parameters.finish()
             raise
-        learned = dict(learner.parameters.by_name)
+        learned, distance = dict(learner.parameters.by_name), learner.distance_term()
         learner.parameters.finish()
-        return Fitted(learned, {"loss_before": before, "loss_after": self._measure(unit)})
+        after = self._measure(unit)
+        if not after + distance <= objective:
+            warnings.warn(
+                f"block {unit.name or 'model'} is rounded to nearest, since learning raised its loss from {before:.4g} "
+                f"to {after:.4g}; lower rates or more calibration samples may help",
+                stacklevel=2,
+            )
+            for layer in unit.layers:
+                layer.latent.data = weights[layer.name]
+            self.restore(unit, begun)
+            learned, after = begun, before
+        return Fitted(learned, {"loss_before": before, "loss_after": after})
 
     def restore(self, unit: Unit, tensors: Mapping[str, torch.Tensor]) -> None:
         """Leave a unit as learning left it, its random streams too."""

@@ -14,7 +14,7 @@ from hdrq.methods.reconstruct.schedule import ACTIVATION_RATE, BETA, BIAS_RATE, 
 from hdrq.quantizers.layers import QuantizedLayer
 from hdrq.recipes import Recipe
 
-SMALLEST_SCALE, LARGEST_SCALE = 1e-8, 1e30
+LEAVE = 1e3  # a scale stays within this factor of where it starts
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's state of a parameter
 
 
@@ -69,24 +69,31 @@ class Parameters:
     def _bound_rates(self, weights: list[torch.Tensor]) -> None:
         """Put all scales into one tensor, and say what share of its rate each bounded tensor learns at.
 
-        A weight's scale has the bound ``scale_step``, a weight ``weight_step``, both in units of the scale.
+        A scale has the bound ``scale_step``, a weight ``weight_step``, both in units of the scale it starts from. No
+        scale leaves ``[start/1000, 1000·start]``.
         """
         quantizer_scales = {id(q.scale) for q in self.unit.activations.values()}
         quantizer_scales |= {id(layer.weight_quantizer.scale) for layer in self.unit.layers}
         scales = [p for p in self.by_name.values() if id(p) in quantizer_scales]
         self.scales = _together(scales, self.device)
+        self._limits = self.scales / LEAVE, self.scales * LEAVE
         of_weights = {id(p) for p in weights}
-        shares = [self._share(p, self.recipe.scale_step) if id(p) in of_weights else torch.ones_like(p) for p in scales]
+        rates = (self.recipe.activation_lr, self.recipe.weight_lr)
+        shares = [self._share(p, self.recipe.scale_step, rates[id(p) in of_weights]) for p in scales]
         self._bounded = [self.scales]
         self._shares = [torch.cat([torch.zeros(0, device=self.device), *(share.flatten() for share in shares)])]
         if self.recipe.learns == "weights" and self.recipe.weight_step > 0:
             holders = {id(layer.latent): layer for layer in self.unit.layers}.values()  # layers may share a weight
             self._bounded += [layer.latent for layer in holders]
-            self._shares += [self._share(_broadcast_scale(layer), self.recipe.weight_step) for layer in holders]
+            self._shares += [
+                self._share(_broadcast_scale(layer), self.recipe.weight_step, self.recipe.weight_lr)
+                for layer in holders
+            ]
 
-    def _share(self, scale: torch.Tensor, step: float) -> torch.Tensor:
-        """The share of the weights' rate at which the rate is at most ``step`` of a scale."""
-        return (step * scale.detach() / max(self.recipe.weight_lr, 1e-30)).clamp(max=1)
+    @staticmethod
+    def _share(scale: torch.Tensor, step: float, rate: float) -> torch.Tensor:
+        """The share of a rate at which it is at most ``step`` of a scale."""
+        return (step * scale.detach() / max(rate, 1e-30)).clamp(max=1)
 
     def step(self) -> None:
         """A step of the optimizer, its rates bounded. No scale leaves what a scale may be."""
@@ -96,7 +103,7 @@ class Parameters:
             for p, old, share in zip(self._bounded, before, self._shares, strict=True):
                 p.copy_(torch.lerp(old, p, share))
             finite = torch.where(self.scales.isfinite(), self.scales, before[0])
-            self.scales.copy_(finite.clamp_(SMALLEST_SCALE, LARGEST_SCALE))
+            self.scales.copy_(torch.clamp(finite, *self._limits))
 
     def all_finite(self) -> torch.Tensor:
         """For each learned tensor, on the device, whether it is finite."""
@@ -127,7 +134,7 @@ class Parameters:
             if quantizer.alpha is not None:
                 grid = (quantizer.scale, quantizer.alpha.detach(), quantizer.qmin, quantizer.qmax)
                 layer.latent.copy_(ops.adaround(layer.latent, *grid, axis=quantizer.axis, hard=True))
-            quantizer.alpha = quantizer.beta = quantizer.penalty = None
+            quantizer.alpha = quantizer.beta = None
             layer.settle()
             quantizer.dtype = None
             settle_bias(layer)
