@@ -30,6 +30,7 @@ class Activations:
     def __init__(self, model: nn.Module, nodes: list[Node], batches: list[Call], cache: Cache) -> None:
         self.model, self.nodes, self.batches, self.cache = model, nodes, batches, cache
         self._outputs: dict[int, list[Rows]] = {}
+        self._layouts: dict[int, Layout] = {}  # of blocks whose constants this model computes
 
     @torch.no_grad()
     def inputs(self, k: int) -> list[Rows]:
@@ -40,7 +41,9 @@ class Activations:
         store = self._room(node.inputs)
 
         def enter(module, args, kwargs):
-            _write(store, start, node.inputs.split((args, dict(kwargs))))
+            if start == 0:
+                self._layouts[k] = node.inputs.holding((args, dict(kwargs)))
+            _write(node.name, store, (start, stop), node.inputs.split((args, dict(kwargs))))
             raise _Stop
 
         handle = self.model.get_submodule(node.name).register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
@@ -50,14 +53,18 @@ class Activations:
                     call(self.model)
         return store
 
+    def layout(self, k: int) -> Layout:
+        """How a block's arguments are made of rows, with the constants that this model gives it."""
+        return self._layouts.get(k, self.nodes[k].inputs)
+
     @torch.no_grad()
     def run(self, k: int, inputs: list[Rows]) -> list[Rows]:
         """The rows of a block's outputs, from those of its inputs; kept for the blocks that need them."""
         node, store = self.nodes[k], self._room(self.nodes[k].outputs)
         block = self.model.get_submodule(node.name)
         for start, stop in spans(self.batches):
-            args, kwargs = node.inputs.build([rows.read(start, stop) for rows in inputs])
-            _write(store, start, node.outputs.split(block(*args, **kwargs)))
+            args, kwargs = self.layout(k).build([rows.read(start, stop) for rows in inputs])
+            _write(node.name, store, (start, stop), node.outputs.split(block(*args, **kwargs)))
         self._outputs[k] = store
         return store
 
@@ -101,6 +108,12 @@ class Activations:
         return returned
 
 
-def _write(store: list[Rows], start: int, parts: list[torch.Tensor]) -> None:
+def _write(name: str, store: list[Rows], span: tuple[int, int], parts: list[torch.Tensor]) -> None:
+    start, stop = span
     for rows, part in zip(store, parts, strict=True):
+        if len(part) != stop - start:
+            raise ValueError(
+                f"block {name} must have a row for each sample, got {len(part)} for {stop - start}: what reaches it is "
+                "routed by the data; name a module around it with blocks="
+            )
         rows.write(start, part)

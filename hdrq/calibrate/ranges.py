@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -74,7 +75,7 @@ def _attach_to_weights(layers: Mapping[str, Any], policy: Mapping[str, BitWidths
 
 
 def _input_owners(
-    reads: Mapping[str, list[torch.Tensor]], policy: Mapping[str, BitWidths | None]
+    reads: Mapping[str, list[_Read]], policy: Mapping[str, BitWidths | None]
 ) -> dict[str, tuple[str, int]]:
     """For each module whose input is quantized: the module whose quantizer that is, and its bits.
 
@@ -83,13 +84,13 @@ def _input_owners(
     """
     first_of: dict[tuple, str] = {}
     owners: dict[str, tuple[str, int]] = {}
-    for name, tensors in reads.items():
+    for name, read in reads.items():
         widths = bits_around(name, policy)
-        if widths is None or not tensors[0].is_floating_point():
+        if widths is None or not read[0].floating:
             continue
-        if any(name.startswith(f"{o}.") and reads[o][0] is tensors[0] for o in first_of.values()):
+        if any(name.startswith(f"{o}.") and reads[o][0] == read[0] for o in first_of.values()):
             continue
-        owners[name] = first_of.setdefault((widths.activation, *map(id, tensors)), name), widths.activation
+        owners[name] = first_of.setdefault((widths.activation, *read), name), widths.activation
     return owners
 
 
@@ -132,16 +133,31 @@ def _reading(model: nn.Module, run, names: list[str], see) -> None:
     """Call ``see(name, tensor)`` with the first tensor that each module is called with, while ``run(model)``."""
 
     def note(name, module, args, kwargs) -> None:
-        where = first_tensor(args, kwargs)
-        see(name, args[where] if isinstance(where, int) else kwargs[where])
+        see(name, first_tensor(args, kwargs, name))
 
     observe(model, run, before=note, names=names)
 
 
-def _first_reads(model: nn.Module, example, names: list[str]) -> dict[str, list[torch.Tensor]]:
-    """What modules read at each of their calls, the very tensors, in execution order."""
-    seen: dict[str, list[torch.Tensor]] = {}
-    _reading(model, example, names, lambda name, x: seen.setdefault(name, []).append(x))
+class _Read(NamedTuple):
+    """A tensor that was read, by a number of its own: equal if it was the very same tensor."""
+
+    number: int
+    floating: bool
+
+
+def _first_reads(model: nn.Module, example, names: list[str]) -> dict[str, list[_Read]]:
+    """What modules read at each of their calls, in execution order."""
+    alive: dict[int, tuple[weakref.ref, int]] = {}  # an address may be used again: by whom, the reference says
+    seen: dict[str, list[_Read]] = {}
+
+    def see(name: str, x: torch.Tensor) -> None:
+        reference, number = alive.get(id(x), (None, -1))
+        if reference is None or reference() is not x:
+            number = sum(map(len, seen.values()))
+            alive[id(x)] = weakref.ref(x), number
+        seen.setdefault(name, []).append(_Read(number, x.is_floating_point()))
+
+    _reading(model, example, names, see)
     return seen
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -19,6 +19,7 @@ from hdrq.calibrate.cache import Cache, Rows
 from hdrq.calibrate.data import Call
 from hdrq.calibrate.progress import Step
 from hdrq.calibrate.propagate import Activations
+from hdrq.calibrate.replay import check_replay, representative
 from hdrq.calibrate.report import BlockReport
 from hdrq.calibrate.trace import Node, trace
 from hdrq.checkpoint.workdir import Workdir
@@ -146,7 +147,8 @@ def walk(
     Returns:
         A report of each unit that had something to fit, and the losses that were noted.
     """
-    nodes = trace(full, list(names), batches[0])
+    nodes = trace(full, list(names), representative(full, names, batches[0]))
+    check_replay(full, nodes, batches)
     in_full, behind_quantized = (Activations(m, nodes, batches, cache) for m in (full, model))
     journal = Journal([node.name for node in nodes], progress, workdir, checkpoint_every if workdir else 0)
     fitted_before: set[int] = set()
@@ -160,7 +162,8 @@ def walk(
         layers, activations = _unfitted(model, node.name, fitted_before)
         if layers or activations:
             module, reference = model.get_submodule(node.name), full.get_submodule(node.name)
-            unit = Unit(index, node, module, reference, layers, activations, quantized, inputs, target)
+            own = replace(node, inputs=behind_quantized.layout(index))
+            unit = Unit(index, own, module, reference, layers, activations, quantized, inputs, target)
             losses = _fit(unit, method, journal)
             reports.append(BlockReport(node.name, **losses, seconds=time.perf_counter() - began))
 

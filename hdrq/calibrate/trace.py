@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from hdrq import tree
 from hdrq.calibrate.data import Call
 from hdrq.prepare.observe import hooks
 
@@ -38,14 +38,25 @@ class Leaf:
 class Layout:
     """A tree of arguments or results: a :class:`Leaf` where a value depends on the sample, else the value itself."""
 
-    spec: TreeSpec
+    spec: tree.Spec
     leaves: tuple
 
     @classmethod
     def of(cls, name: str, one: Any, two: Any) -> Layout:
         """From the same tree for one sample, and for that sample twice."""
-        values, spec = tree_flatten(two)
-        return cls(spec, tuple(_leaf(name, a, b) for a, b in zip(tree_leaves(one), values, strict=True)))
+        (first, other), (values, spec) = tree.flatten(one), tree.flatten(two)
+        if other != spec:
+            raise ValueError(
+                f"block {name} must be called alike whatever the batch, got other arguments for two samples"
+            )
+        return cls(spec, tuple(_leaf(name, a, b) for a, b in zip(first, values, strict=True)))
+
+    def holding(self, value: Any) -> Layout:
+        """This layout with the constants of another call."""
+        values = tree.leaves(value)
+        return Layout(
+            self.spec, tuple(a if isinstance(a, Leaf) else x for a, x in zip(self.leaves, values, strict=True))
+        )
 
     @property
     def batched(self) -> list[Leaf]:
@@ -54,22 +65,34 @@ class Layout:
     def build(self, parts: list[torch.Tensor]) -> Any:
         """The tree whose batched leaves have these rows."""
         rows = iter(parts)
-        return tree_unflatten([x.tensor(next(rows)) if isinstance(x, Leaf) else x for x in self.leaves], self.spec)
+        return tree.unflatten([x.tensor(next(rows)) if isinstance(x, Leaf) else x for x in self.leaves], self.spec)
 
     @property
     def main(self) -> int:
         """Which of the batched leaves a block is reconstructed by: the first of floating point."""
         return next(i for i, leaf in enumerate(self.batched) if leaf.dtype.is_floating_point)
 
-    def split(self, tree: Any) -> list[torch.Tensor]:
+    def split(self, value: Any) -> list[torch.Tensor]:
         """The rows of the batched leaves of a tree."""
-        values = tree_leaves(tree)
+        values = tree.leaves(value)
         return [leaf.rows(x) for leaf, x in zip(self.leaves, values, strict=True) if isinstance(leaf, Leaf)]
 
 
 def _leaf(name: str, one: Any, two: Any) -> Any:
     if not isinstance(two, torch.Tensor):
+        if type(one) is not type(two) or (isinstance(two, bool | int | float | str) and one != two):
+            raise ValueError(
+                f"block {name} must be called alike whatever the batch, got {one!r:.40} for one sample and {two!r:.40} "
+                'for two; name a module around it with blocks=, or keep its layers in full precision with "float"'
+            )
+        if tree.hides_tensors(two):
+            raise ValueError(
+                f"block {name} must read and return tensors in lists, tuples, dicts or dataclasses, got a "
+                f"{type(two).__name__} that holds some; name a module around it with blocks="
+            )
         return two
+    if not isinstance(one, torch.Tensor) or one.ndim != two.ndim:
+        raise ValueError(f"block {name} must be called alike whatever the batch, got tensors of other forms for two")
     grown = [axis for axis in range(two.ndim) if two.shape[axis] != one.shape[axis]]
     if not grown:
         return two
@@ -106,7 +129,7 @@ class _Taint(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         origins = self.read((args, kwargs))
-        tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        tensors = [x for x in tree.leaves(result) if isinstance(x, torch.Tensor)]
         for x in tensors:
             self.mark(x, self.of.get(_storage(x), frozenset()) | origins)
         if not tensors:
@@ -117,8 +140,8 @@ class _Taint(TorchDispatchMode):
         self.alive.append(x)
         self.of[_storage(x)] = origins
 
-    def read(self, tree: Any) -> frozenset[int]:
-        tensors = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+    def read(self, value: Any) -> frozenset[int]:
+        tensors = [x for x in tree.leaves(value) if isinstance(x, torch.Tensor)]
         return self.control.union(*(self.of.get(_storage(x), frozenset()) for x in tensors))
 
 
@@ -184,7 +207,7 @@ def _traced(model: nn.Module, blocks: list[str], call: Call) -> list[_Visit]:
             if k in visits:  # a reused block: its first call is what is cached
                 return
             visits[k] = _Visit(inputs=(args, dict(kwargs)))
-            leaves = tree_leaves((args, dict(kwargs)))
+            leaves = tree.leaves((args, dict(kwargs)))
             taint.alive.extend(leaves)
             visits[k].read = [_identity(x) for x in leaves]
             visits[k].origins = [taint.read(x) for x in leaves]
@@ -196,10 +219,10 @@ def _traced(model: nn.Module, blocks: list[str], call: Call) -> list[_Visit]:
             if visits[k].outputs is not None:
                 return
             visits[k].outputs = output
-            for x in tree_leaves(output):
+            for x in tree.leaves(output):
                 if isinstance(x, torch.Tensor):
                     taint.mark(x, frozenset([k]))
-            visits[k].returned = [_identity(x) for x in tree_leaves(output)]
+            visits[k].returned = [_identity(x) for x in tree.leaves(output)]
 
         return hook
 
@@ -210,6 +233,12 @@ def _traced(model: nn.Module, blocks: list[str], call: Call) -> list[_Visit]:
         handles += [block.register_forward_hook(leave(k))]
     with hooks(handles), taint:
         call(model)
+    if missed := [name for k, name in enumerate(blocks) if k not in visits or visits[k].outputs is None]:
+        raise ValueError(
+            f"block {missed[0]} must be called for every sample, got one that does not reach it: what reaches it is "
+            "routed by the data; name a module around it with blocks=, or keep its layers in full precision with "
+            '"float"'
+        )
     return [visits[k] for k in range(len(blocks))]
 
 

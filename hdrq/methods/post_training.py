@@ -16,6 +16,7 @@ from hdrq.calibrate.cache import Cache
 from hdrq.calibrate.data import Call, calibration_calls, data_hash, first_samples, run_all
 from hdrq.calibrate.progress import Step, bars
 from hdrq.calibrate.ranges import attach_quantizers
+from hdrq.calibrate.replay import without_caches
 from hdrq.calibrate.report import RunReport, peak_memory, set_report
 from hdrq.calibrate.sequential import walk
 from hdrq.checkpoint.workdir import Workdir, fingerprint, state_hash
@@ -119,7 +120,7 @@ def quantize(
         folder = Workdir(workdir, fingerprint(model, source, data_hash(batches), plan, bits, seed), resume)
 
     began = time.perf_counter()
-    example = run_all(first_samples(batches, 1))
+    example = run_all(first_samples(batches, plan.range_samples))
     ready = prepare(model, run_all(batches[:1]), example, bits, blocks=blocks, attention=plan.attention)
     full, quantized, units = ready.full, ready.quantized, ready.units
     ranged = run_all(first_samples(batches, plan.range_samples))
@@ -133,7 +134,7 @@ def quantize(
         weights = {} if source is None or plan.distance == 0 else source_weights(source, quantized, batches)
         method = Reconstruction(plan, weights, seed, graph)
         store = Cache(device_of(full), cache, cache_bytes, None if folder is None else folder.path)
-        with bars() if progress is True else nullcontext(progress or None) as show:
+        with without_caches(full, quantized), bars() if progress is True else nullcontext(progress or None) as show:
             try:
                 report.blocks, report.losses = walk(
                     full,

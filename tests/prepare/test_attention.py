@@ -146,7 +146,7 @@ def output(model, x):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_all_recipes_save_load_merge(name, tmp_path):
+def test_all_recipes_save_load_merge(name, tmp_path, every_step_kept):
     build, x, attentions = MODELS[name]
     model, source = seeded(build), seeded(build, 1)
     want = output(model, x)

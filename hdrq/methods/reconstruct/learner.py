@@ -108,7 +108,7 @@ class Learner:
         self.untouched = [layer.name for layer, leaf in zip(self.unit.layers, leaves, strict=True) if leaf.grad is None]
         loss = error.detach()
         roots, grads = [weight for weight, _ in reached], [grad for _, grad in reached]
-        if isinstance(regularizer, torch.Tensor):
+        if isinstance(regularizer, torch.Tensor) and regularizer.requires_grad:
             loss = loss + regularizer.detach()
             roots, grads = [*roots, regularizer], [*grads, torch.ones_like(regularizer)]
         if roots:

@@ -1,0 +1,173 @@
+"""Units are learned from what the model computes: whatever is not the same in every call is captured or refused."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers import same, state
+from torch import nn
+
+import hdrq
+from hdrq.calibrate.report import report_of
+
+DATA = torch.randn(32, 4, 6, generator=torch.Generator().manual_seed(0))
+OPTIONS = {"bits": "W4A4", "distance": 0, "iterations": 1, "progress": False}
+STILL = {"weight_lr": 0.0, "activation_lr": 0.0}  # nothing moves: losses are those of rounding
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def inner(self, x):
+        return x + self.second(self.first(x).relu())
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Masked(Residual):
+    def forward(self, x, mask=None):
+        return self.inner(x) if mask is None else self.inner(x) * mask[..., None]
+
+
+class Sized(Residual):
+    def forward(self, x, batch):
+        return self.inner(x.reshape(batch, -1, 6)).reshape(x.shape)
+
+
+class Remembering(Residual):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def begin(self):
+        self.calls = 0
+        return self
+
+    def forward(self, x):
+        self.calls += 1
+        return self.inner(x) * self.calls
+
+
+class Shifted(Residual):
+    def forward(self, x, shift):
+        return self.inner(x) + shift
+
+
+@dataclass
+class State:
+    hidden: torch.Tensor
+    other: torch.Tensor | None = None
+
+
+class Stateful(Residual):
+    def forward(self, state):
+        return State(self.inner(state.hidden), state.other)
+
+
+class Hidden:
+    def __init__(self, x):
+        self.x = x
+
+
+class Opaque(Residual):
+    def forward(self, hidden):
+        return Hidden(self.inner(hidden.x))
+
+
+class Routed(Residual):
+    """A layer that reads the samples whose first number is positive."""
+
+    def forward(self, x):
+        chosen = x[:, 0, 0] > 0
+        y = x.clone()
+        if chosen.any():
+            y[chosen] = self.first(x[chosen])[..., :6]
+        return self.second(torch.cat([y, x], -1))
+
+
+class Net(nn.Module):
+    """Two blocks of a kind, called as ``call(block, x, mask)`` says, and a head."""
+
+    def __init__(self, block, call):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(block() for _ in range(2))
+            self.head = nn.Linear(6, 3)
+        self.call = call
+
+    def forward(self, x, mask=None):
+        for block in self.blocks:
+            x = self.call(block, x, mask)
+        return self.head(x if isinstance(x, torch.Tensor) else next(iter(vars(x).values())))
+
+
+def drop_full_mask(block, x, mask):
+    """As transformers does: a mask of ones is none."""
+    return block(x, None if mask is None or mask.all() else mask)
+
+
+def output(model, batches, name):
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    with torch.no_grad():
+        for batch in batches:
+            model(*batch)
+    handle.remove()
+    return torch.cat(seen)
+
+
+def test_a_mask_that_the_first_sample_lacks_is_kept_for_the_others():
+    model, mask = Net(Masked, drop_full_mask).eval(), torch.ones(32, 4)
+    mask[8:, :2] = 0
+    batches = [(DATA, mask)]
+    learned = hdrq.quantize(model, batches, "hdrq", **OPTIONS, **STILL)
+    nearest = hdrq.quantize(model, batches, "rtn", bits="W4A4")
+    for block in report_of(learned).blocks:
+        real = (output(nearest, batches, block.name) - output(model, batches, block.name)).square().sum(-1).mean()
+        assert block.loss_before == pytest.approx(float(real), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("block", "call", "batches", "message"),
+    [
+        (Masked, drop_full_mask, [(DATA, torch.tensor([[1.0, 0, 1, 1]] * 32)), (DATA, torch.ones(32, 4))], "blocks.0"),
+        (Sized, lambda b, x, mask: b(x, len(x)), [(DATA,)], "blocks.0 must be called alike .* got 1 .* and 2"),
+        (
+            Remembering,
+            lambda b, x, mask: b.begin()(x),
+            [(DATA,)],
+            "blocks.0 must return the same for the same arguments",
+        ),
+        (Shifted, lambda b, x, mask: b(x, float(x.sum())), [(DATA,)], "blocks.0 must be called alike"),
+        (Shifted, lambda b, x, mask: b(x, x.amax((0, 1))), [(DATA,)], "blocks.0 must read the same for every batch"),
+    ],
+)
+def test_what_is_no_constant_is_refused_by_name(block, call, batches, message):
+    with pytest.raises(ValueError, match=f"block {message}"):
+        hdrq.quantize(Net(block, call).eval(), batches, "hdrq", **OPTIONS)
+
+
+def test_an_object_that_hides_tensors_is_refused_by_class():
+    model = Net(Opaque, lambda b, x, mask: b(Hidden(x) if isinstance(x, torch.Tensor) else x)).eval()
+    with pytest.raises(ValueError, match=r"blocks\.0 .*Hidden"):
+        hdrq.quantize(model, DATA, "hdrq", **OPTIONS)
+
+
+def test_a_dataclass_between_blocks_is_opened():
+    plain = Net(Residual, lambda b, x, mask: b(x)).eval()
+    wrapped = Net(Stateful, lambda b, x, mask: b(State(x) if isinstance(x, torch.Tensor) else x)).eval()
+    learned = [hdrq.quantize(m, DATA, "hdrq", **OPTIONS | {"iterations": 5}) for m in (plain, wrapped)]
+    assert same(*map(state, learned))
+    assert [b.name for b in report_of(learned[1]).blocks] == ["blocks.0", "blocks.1", "head"]
+
+
+def test_a_layer_that_reads_some_samples_is_no_unit():
+    model = Net(Routed, lambda b, x, mask: b(x)).eval()
+    names = ["blocks.0.first", "blocks.0.second", "blocks.1", "head"]
+    with pytest.raises(ValueError, match=r"block blocks\.0\.first must .*routed by the data"):
+        hdrq.quantize(model, DATA, "hdrq", blocks=names, **OPTIONS)
+    assert len(report_of(hdrq.quantize(model, DATA, "hdrq", **OPTIONS)).blocks) == 3  # as blocks, they are units
