@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -128,10 +130,23 @@ def check_unchanged(what: str, before: object, after: object, bound: float) -> N
     Raises:
         ValueError: one did; ``what`` says by what.
     """
-    error = max((_relative(a, b) for a, b in zip(_tensors(after), _tensors(before), strict=True)), default=0.0)
-    halves = [4 * torch.finfo(t.dtype).eps for t in _tensors(before) if t.dtype in (torch.float16, torch.bfloat16)]
-    if not error <= max([bound, *halves]):
+    error = relative_change(before, after)
+    if not error <= allowed_change(before, bound):
         raise ValueError(f"{what} must leave the outputs as they are, got a relative change of {error:.2g}")
+
+
+def relative_change(before: object, after: object) -> float:
+    """The largest change of a tensor among a model's outputs, in units of its norm; infinite where a shape changed."""
+    pairs = list(zip_longest(_tensors(after), _tensors(before)))
+    if any(a is None or b is None or a.shape != b.shape for a, b in pairs):
+        return math.inf
+    return max((_relative(a, b) for a, b in pairs), default=0.0)
+
+
+def allowed_change(outputs: object, bound: float) -> float:
+    """``bound``, or 4 roundings of the half types among a model's outputs where that is more."""
+    halves = [4 * torch.finfo(t.dtype).eps for t in _tensors(outputs) if t.dtype in (torch.float16, torch.bfloat16)]
+    return max([bound, *halves])
 
 
 def _batchnorm_pairs(model: nn.Module, run) -> tuple[dict[str, Pair], dict[str, str], object]:
@@ -257,6 +272,7 @@ def _tensors(outputs) -> list[torch.Tensor]:
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    a, b = a.double(), b.double()
+    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    a, b = a.to(wide), b.to(wide)
     same = (a == b) | (a.isnan() & b.isnan())  # infinities and NaN too
     return float((a - b).masked_fill(same, 0).norm() / b.nan_to_num(0, 0, 0).norm().clamp(min=1e-12))
