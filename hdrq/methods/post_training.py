@@ -109,7 +109,9 @@ def quantize(
     checks.choice("graph", graph, ("auto", True, False))
     if resume and workdir is None:
         raise ValueError("workdir must be the folder of the run to resume, got None")
-    check_module("model", model)
+    check_module("model", model, bits)
+    if source is not None:
+        check_module("source", source, bits)
     batches = calibration_calls(calibration)
     checked = None if held_out is None else calibration_calls(held_out, "held_out")
     learns = plan.iterations > 0
@@ -173,8 +175,7 @@ def fold(model: nn.Module, example) -> nn.Module:
 
 def source_weights(source: nn.Module, model: nn.Module, batches: list[Call]) -> dict[str, torch.Tensor]:
     """The source's weight, its own BatchNorm folded, for each quantized layer of a model: in float32."""
-    check_module("source", source)
-    full, _ = prepare_float(source, run_all(batches[:1]))
+    full, _ = prepare_float(source, run_all(batches[:1]), "source")
     modules = dict(full.named_modules())
     weights, wrong = {}, []
     for name, layer in quantized_layers(model).items():

@@ -19,6 +19,7 @@ from torch import nn
 from hdrq import checks
 from hdrq.prepare.folding import check_unchanged
 from hdrq.prepare.observe import observe
+from hdrq.prepare.precision import full_precision
 from hdrq.quantizers.layers import input_readers
 
 SEPARATE = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("to_q", "to_k", "to_v"), ("q", "k", "v"))
@@ -123,6 +124,7 @@ def _masked(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return scores + mask
 
 
+@full_precision()
 @torch.no_grad()
 def replace_attention(model: nn.Module, run: Callable) -> None:
     """Put an :class:`Attention` in the place of each ``nn.MultiheadAttention``, in place; ``run(model)`` executes it.
