@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import numpy as np
@@ -26,7 +27,8 @@ PACKAGES = {
     "triton": "hdrq.kernels",
 }
 FAMILIES = ("noise", "fakequant", "rounding", "drop", "distance", "weights", "ranges", "merging")
-_forced: str | None = os.environ.get("HDRQ_BACKEND") or None
+_of_process: str | None = os.environ.get("HDRQ_BACKEND") or None
+_forced: ContextVar[str | None] = ContextVar("hdrq_backend", default=None)
 
 
 def available_backends() -> dict[str, str | None]:
@@ -36,28 +38,41 @@ def available_backends() -> dict[str, str | None]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op with one backend, for the whole process, until the block ends.
+    """Run every op with one backend, in this thread (or asynchronous task), until the block ends.
 
-    The environment variable ``HDRQ_BACKEND`` does the same from the start.
+    Gradients of what is computed in the block run with it too, wherever they are taken. The environment variable
+    ``HDRQ_BACKEND`` does the same for the whole process, from the start.
 
     Raises:
         BackendError: ``name`` is not available here; the message lists those that are.
     """
-    global _forced
     _require(name)
-    previous, _forced = _forced, name
+    with forcing(name):
+        yield
+
+
+def forced() -> str | None:
+    """The backend of the innermost :func:`use_backend` around this; None outside of all."""
+    return _forced.get()
+
+
+@contextmanager
+def forcing(name: str | None) -> Iterator[None]:
+    """:func:`use_backend` of what :func:`forced` returned, which may be None."""
+    previous = _forced.get()
+    _forced.set(name)
     try:
         yield
     finally:
-        _forced = previous
+        _forced.set(previous)
 
 
 def implementation(family: str, op: str, x: torch.Tensor) -> Callable:
     """The function that runs ``op`` on ``x``: that of the forced backend, else the best one for its device."""
-    if _forced is None:
+    name = forced() or _of_process
+    if name is None:
         name = chosen(family, x.device.type)
     else:
-        name = _forced
         _require(name)
         if not accepts(name, x.device.type):
             raise BackendError(f"backend must be one that runs on {x.device.type} tensors, got {name!r}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hdrq import checks
 from hdrq._version import __version__
 from hdrq.checkpoint.format import FORMAT, Writer, packs
 from hdrq.checkpoint.states import plain_state
@@ -42,7 +43,7 @@ def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     """The manifest of a quantized model, and its tensors, as a file holds them.
 
     Raises:
-        ValueError: the model is not quantized.
+        ValueError: the model is not quantized, or a weight or its scale is broken; the message names it.
     """
     if not isinstance(model, nn.Module) or not quantized_layers(model) or not origin(model):
         raise ValueError(f"model must be quantized, by hdrq.quantize or hdrq.merge, got a plain {type(model).__name__}")
@@ -50,6 +51,9 @@ def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     weights, inputs, owners = {}, {}, {}
     for name, layer in quantized_layers(model).items():
         quantizer = layer.weight_quantizer
+        if layer.latent.isnan().any():
+            raise ValueError(f"{name}.weight must hold no NaN to be saved or merged, got one; quantize that model anew")
+        checks.scale_values(f"{name}.weight.scale", quantizer.scale)
         codes = quantizer.codes(layer.latent)
         tensors[f"{name}.weight.codes"] = pack(codes) if packs(quantizer.qmin, quantizer.qmax) else codes
         tensors[f"{name}.weight.scale"] = quantizer.scale.detach().flatten()

@@ -4,7 +4,8 @@ A work folder holds ``run.json`` (what the run is made of, its fingerprint), ``b
 each finished block learned), ``current.safetensors`` (parameters, Adam's moments and the iteration of the block in
 work) and ``losses.csv``. Every file is replaced at once, so a kill leaves a state from which the run goes on. Batches,
 noise and schedules are functions of seed and iteration and need no file; what finished blocks return is
-computed again, by the same calls, to the same bits.
+computed again, by the same calls, to the same bits. Each file of tensors carries a hash of its content, so that a
+flipped bit is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class Workdir:
             return
         if not resume:
             raise FileExistsError(f"workdir must hold no run, or resume=True go on with it, got one in {self.path}")
-        before, now = json.loads(run.read_text()), json.loads(text)
+        before, now = _read_run(run), json.loads(text)
         changed = [
             f"{key} ({before.get(key)}, now {now.get(key)})"
             for key in {**before, **now}
@@ -90,17 +91,40 @@ class Workdir:
 
     def _save(self, name: str, tensors: Mapping[str, torch.Tensor], facts: dict) -> None:
         copies = {key: value.detach().cpu().clone() for key, value in tensors.items()}
-        write_atomically(self.path / name, save(copies, {"hdrq": json.dumps(facts)}))
+        text = json.dumps(facts)
+        write_atomically(self.path / name, save(copies, {"hdrq": text, "sha256": _file_hash(copies, text)}))
 
     def _load(self, name: str) -> tuple[dict[str, torch.Tensor], dict] | None:
-
-        if not (self.path / name).exists():
+        path = self.path / name
+        if not path.exists():
             return None
         try:
-            with safe_open(self.path / name, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["hdrq"])  # noqa: SIM118
-        except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"workdir must hold checkpoints of hdrq, got {self.path / name}: {error}") from error
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+                metadata = file.metadata()
+                text = metadata["hdrq"]
+                if _file_hash(tensors, text) != metadata.get("sha256"):
+                    raise ValueError("its content has another hash than it was written with")
+                return tensors, json.loads(text)
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            way_out = "delete that file, and what it held is learned again"
+            raise ValueError(f"workdir must hold checkpoints of hdrq, got {path}: {error}; {way_out}") from error
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """What a run began with."""
+    try:
+        run = json.loads(path.read_text())
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise ValueError(f"workdir must hold a run of hdrq, got {path} that is not JSON: {error}") from error
+    if not isinstance(run, dict):
+        raise ValueError(f"workdir must hold a run of hdrq, got {path} with a {type(run).__name__} in it")
+    return run
+
+
+def _file_hash(tensors: Mapping[str, torch.Tensor], facts: str) -> str:
+    """The fingerprint that a checkpoint carries of itself: of its tensors, in the order of names, and its facts."""
+    return state_hash({name: tensors[name] for name in sorted(tensors)}, facts)
 
 
 def _block(index: int) -> str:
@@ -108,7 +132,13 @@ def _block(index: int) -> str:
 
 
 def fingerprint(
-    model: nn.Module, source: nn.Module | None, calibration: str, plan: Recipe, bits: Any, seed: int
+    model: nn.Module,
+    source: nn.Module | None,
+    calibration: str,
+    plan: Recipe,
+    bits: Any,
+    seed: int,
+    blocks: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Everything that decides the bits of a run, as text that can be compared; ``calibration`` is the data's hash."""
     device = next(iter(model.state_dict().values())).device
@@ -117,6 +147,7 @@ def fingerprint(
         "torch": torch.__version__,
         "device": device.type,
         "seed": seed,
+        "blocks": blocks if blocks is None else list(blocks),
         "bits": bits if isinstance(bits, str) else dict(bits),
         "model": state_hash(model.state_dict()),
         "source": None if source is None else state_hash(source.state_dict()),

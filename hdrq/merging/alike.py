@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hdrq.checks import listed
-from hdrq.merging.sources import Source
+from hdrq.merging.sources import Source, label_of
 
 
 def check_alike(sources: Sequence[Source]) -> None:
@@ -20,7 +20,7 @@ def check_alike(sources: Sequence[Source]) -> None:
     first, specs = description(sources[0]), sources[0].specs
     integers = [name for name, (dtype, _) in specs.items() if must_agree(sources[0], name, dtype)]
     for k, source in enumerate(sources[1:], start=1):
-        label = getattr(source, "path", f"number {k}")
+        label = label_of(source, k)
         other = description(source)
         differences = [
             f"{name} ({first.get(name, 'missing')} in the first, {other.get(name, 'missing')} in {label})"

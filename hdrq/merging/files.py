@@ -76,6 +76,7 @@ def readiness(
         settings = MergeSettings(**options)
         inputs = Inputs(sources, settings, device)
         merged_ranges(inputs)  # refuses scales that cannot be merged, as the merge would
+        inputs.check_rest()
         layers = []
         for number, name in enumerate(inputs.layers):
             progress(number, len(inputs.layers), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from hdrq.evaluate.averaging import weighted_mean
 from hdrq.merging.alike import check_alike
 from hdrq.merging.layers import LayerInputs
 from hdrq.merging.settings import MergeSettings
-from hdrq.merging.sources import Source
+from hdrq.merging.sources import Source, label_of
 
 
 class Inputs:
@@ -33,12 +34,18 @@ class Inputs:
         self.sources, self.device = sources, device
         self.weights = settings.weights_of(len(sources))
         check_alike(sources)
+        self.labels = [label_of(source, k) for k, source in enumerate(sources)]
         self.specs = dict(sources[0].specs)
         self.layers = sorted(sources[0].manifest["weights"])  # names; a file has no other order
 
     def tensor(self, name: str) -> list[torch.Tensor]:
-        """One tensor of every model."""
-        values = (source.tensor(name) for source in self.sources)
+        """One tensor of every model.
+
+        Raises:
+            ValueError: it holds a number that is not finite; see :func:`check_finite`.
+        """
+        values = [source.tensor(name) for source in self.sources]
+        check_finite(name, values, self.labels, self.weights)
         return [value if self.device is None else value.to(self.device) for value in values]
 
     def layer(self, name: str) -> LayerInputs:
@@ -49,8 +56,65 @@ class Inputs:
         return LayerInputs(name, self.layers.index(name), codes, scales, qmin, qmax, facts["axis"], facts["shape"])
 
     def mean(self, name: str) -> torch.Tensor:
-        """The weighted mean of a floating-point tensor, in its dtype; the first model's where it holds integers."""
+        """The weighted mean of a floating-point tensor, in its dtype; the first model's where it holds integers.
+
+        Where all models hold −∞, as a mask of attention does, the mean is −∞.
+
+        Raises:
+            ValueError: it holds a number that is not finite, or its mean is too large for its dtype.
+        """
         dtype, _ = self.specs[name]
         if not dtype.is_floating_point:
             return self.sources[0].tensor(name)
-        return weighted_mean(self.weights, self.tensor(name)).to(dtype)
+        values = self.tensor(name)
+        mean = weighted_mean(self.weights, values)
+        read = [value for value, weight in zip(values, self.weights, strict=True) if weight]
+        masked = _masked(read)
+        mean = mean.masked_fill(masked, -math.inf).to(dtype)
+        if not (mean.to(torch.float64).isfinite() | masked).all():
+            raise ValueError(
+                f"mean of {name} must fit {dtype}, got a number that is not finite; weights in [0, 1] keep it within"
+            )
+        return mean
+
+    def check_rest(self) -> None:
+        """Refuse models whose tensors outside of quantized weights cannot be merged, as the merge would.
+
+        Raises:
+            ValueError: see :meth:`mean`.
+        """
+        weights = {f"{layer}.weight.{part}" for layer in self.layers for part in ("codes", "scale")}
+        for name in self.specs.keys() - weights:
+            self.mean(name)
+
+
+def check_finite(
+    name: str, values: Sequence[torch.Tensor], labels: Sequence[str], weights: Sequence[float] | None = None
+) -> None:
+    """Refuse a tensor that is not finite in one of the models: a merge would spread what is broken there.
+
+    −∞ where every model has it is a mask, and stays. A model of weight 0 may hold anything, since it is not read.
+
+    Raises:
+        ValueError: the tensor, the model, how many numbers are not finite, and one of them.
+    """
+    weights = [1.0] * len(values) if weights is None else weights
+    if not values[0].is_floating_point():
+        return
+    wide = [value if value.dtype.itemsize > 1 else value.float() for value in values]
+    read = [(value, label) for value, label, weight in zip(wide, labels, weights, strict=True) if weight]
+    if all(bool(value.isfinite().all()) for value, _ in read):
+        return
+    mask = _masked([value for value, _ in read])
+    for value, label in read:
+        broken = ~(value.isfinite() | mask)
+        if broken.any():
+            raise ValueError(
+                f"{name} must be finite to be merged, got {int(broken.sum())} of {value.numel()} elements not, such "
+                f"as {float(value[broken][0])}, in {label}; quantize or save that model anew"
+            )
+
+
+def _masked(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Where every tensor holds −∞."""
+    return torch.stack([value.double() == -math.inf for value in values]).all(0)

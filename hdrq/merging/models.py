@@ -55,7 +55,7 @@ def states_of(models: Sequence[Any]) -> list[Source]:
 
     Raises:
         TypeError: something is no module.
-        ValueError: a model is not quantized.
+        ValueError: a model is not quantized, or a weight of it is broken.
     """
     for k, model in enumerate(models):
         if not isinstance(model, nn.Module):
@@ -64,4 +64,10 @@ def states_of(models: Sequence[Any]) -> list[Source]:
             raise ValueError(
                 f"models must be results of hdrq.quantize, got a plain {type(model).__name__} as number {k}"
             )
-    return [State(*state_of(model)) for model in models]
+    states: list[Source] = []
+    for k, model in enumerate(models):
+        try:
+            states.append(State(*state_of(model)))
+        except ValueError as error:
+            raise ValueError(f"{error}, in number {k}") from error
+    return states

@@ -28,3 +28,8 @@ class State:
 
 
 Source = Reader | State
+
+
+def label_of(source: Source, index: int) -> str:
+    """What messages call the model at a place among those to be merged: its file, or its number."""
+    return source.path if isinstance(source, Reader) else f"number {index}"

@@ -119,7 +119,7 @@ def quantize(
         raise ValueError("source must be the model before its adaptation where distance > 0, got None; or distance=0")
     folder = None
     if workdir is not None:
-        folder = Workdir(workdir, fingerprint(model, source, data_hash(batches), plan, bits, seed), resume)
+        folder = Workdir(workdir, fingerprint(model, source, data_hash(batches), plan, bits, seed, blocks), resume)
 
     began = time.perf_counter()
     example = run_all(first_samples(batches, plan.range_samples))

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hdrq.backends.dispatch import forced, forcing
+
 _LIBRARY = torch.library.Library("hdrq", "DEF")
 
 
@@ -26,8 +28,20 @@ def register(schema: str, implementation: Callable, fake: Callable, *, no_vmap: 
 
 
 def differentiable(op: Any, setup_context: Callable, backward: Callable) -> None:
-    """Give an op its gradient."""
-    torch.library.register_autograd(op.default, backward, setup_context=setup_context, lib=_LIBRARY)
+    """Give an op its gradient. It runs with the backend of the op, since torch may take it in another thread."""
+
+    def remember(ctx, inputs, output) -> None:
+        ctx.hdrq_forced = forced()
+        setup_context(ctx, inputs, output)
+
+    def run(ctx, *grads):
+        own = forced()
+        if ctx.hdrq_forced is None or own is not None:  # a block around the gradient itself decides
+            return backward(ctx, *grads)
+        with forcing(ctx.hdrq_forced):
+            return backward(ctx, *grads)
+
+    torch.library.register_autograd(op.default, run, setup_context=remember, lib=_LIBRARY)
 
 
 def not_differentiable(op: Any, why: str) -> None:

@@ -72,6 +72,33 @@ class Quantizer(nn.Module):
         """What integers stand for."""
         return ops.dequantize(codes, self.scale, axis=self.axis)
 
+    def get_extra_state(self) -> torch.Tensor:
+        """What a state dict holds beside the scale: ``qmin``, ``qmax``, and the axis if there is one.
+
+        It is a tensor, so that any format of state dicts takes it. Files of :func:`hdrq.save` have it in the manifest.
+        """
+        facts = [self.qmin, self.qmax, *([] if self.axis is None else [self.axis])]
+        return torch.tensor(facts, dtype=torch.int64, device="cpu")
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Take the range and the axis of a state dict: a scale means nothing without them.
+
+        Raises:
+            TypeError, ValueError: it is not what :meth:`get_extra_state` returns.
+        """
+        if not isinstance(state, torch.Tensor) or state.numel() not in (2, 3) or state.is_floating_point():
+            raise ValueError(f"extra state must be the tensor [qmin, qmax] or [qmin, qmax, axis], got {state}")
+        qmin, qmax, *axis = (int(number) for number in state.flatten().tolist())
+        checks.quant_range(qmin, qmax)
+        self.qmin, self.qmax, self.axis = qmin, qmax, axis[0] if axis else None
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """As torch loads a module's own part, an error of which says whose part it is."""
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"state of {prefix.rstrip('.') or 'the quantizer'}: {error}") from error
+
     def extra_repr(self) -> str:
         return f"range=[{self.qmin}, {self.qmax}], axis={self.axis}, mode={self.mode}"
 

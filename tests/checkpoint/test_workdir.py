@@ -106,6 +106,7 @@ def test_run_is_not_overwritten(tmp_path):
     [
         ({"seed": 1}, r"seed \(0, now 1\)"),
         ({"iterations": 7}, r"recipe.iterations \(6, now 7\)"),
+        ({"blocks": ["0", "2"]}, r"blocks \(None, now \['0', '2'\]\)"),
         ({"bits": "W4A4"}, r"bits \(W3A3, now W4A4\)"),
         ({"model": net(1)}, r"model \(\w+, now \w+\)$"),
         ({"calibration": CALIBRATION[:-1]}, r"calibration \(\w+, now \w+\)$"),
@@ -133,6 +134,27 @@ def test_damaged_checkpoint_is_refused(tmp_path):
     learn(workdir=tmp_path)
     (tmp_path / "block-001.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"workdir must hold checkpoints of hdrq, got .*block-001"):
+        learn(workdir=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("place", [-1, -40])
+def test_flipped_bit_is_refused_with_the_file(tmp_path, place):
+    learn(workdir=tmp_path)
+    path = tmp_path / "block-001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"workdir must hold checkpoints of hdrq, got .*block-001.* another hash"):
+        learn(workdir=tmp_path, resume=True)
+    path.unlink()  # the way out that the message names
+    assert same(state(learn(workdir=tmp_path, resume=True)), state(learn()))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe"])
+def test_spoilt_run_is_refused_with_the_file(tmp_path, content):
+    learn(workdir=tmp_path)
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"workdir must hold a run of hdrq, got .*run\.json"):
         learn(workdir=tmp_path, resume=True)
 
 

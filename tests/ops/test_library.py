@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import assert_same_bits, sample, scales
 
 import hdrq
 from hdrq.backends import dispatch
+from hdrq.ops import fakequant
 
 OPS = torch.ops.hdrq
 
@@ -162,6 +164,47 @@ class TestBackends:
     def test_an_unknown_one_lists_those_there_are(self):
         with pytest.raises(hdrq.BackendError, match="must be one of reference, torch, cpp, triton, got 'cuda'"):
             hdrq.use_backend("cuda").__enter__()
+
+    def test_it_is_of_its_thread(self):
+        """Blocks of two threads that overlap: neither sees the other's, and nothing stays."""
+        first, second, seen = threading.Event(), threading.Event(), {}
+
+        def earlier():
+            with hdrq.use_backend("reference"):
+                first.set()
+                second.wait(30)
+                seen["earlier"] = dispatch.forced()
+
+        def later():
+            first.wait(30)
+            seen["before"] = dispatch.forced()
+            with hdrq.use_backend("torch"):
+                second.set()
+                threads[0].join(30)
+                seen["later"] = dispatch.forced()
+            seen["after"] = dispatch.forced()
+
+        threads = [threading.Thread(target=run) for run in (earlier, later)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert seen == {"earlier": "reference", "before": None, "later": "torch", "after": None}
+        assert dispatch.forced() is None
+
+    def test_a_gradient_runs_with_the_backend_of_its_op(self, monkeypatch):
+        """torch takes gradients of accelerators in threads of its own, in which no block is open."""
+        used = []
+        find = dispatch.implementation
+        monkeypatch.setattr(fakequant, "implementation", lambda *args: used.append(dispatch.forced()) or find(*args))
+        x = torch.ones(3, requires_grad=True)
+        with hdrq.use_backend("torch"):
+            y = hdrq.ops.fake_quantize(x, torch.ones(1), -8, 7)
+        thread = threading.Thread(target=y.sum().backward)
+        thread.start()
+        thread.join(60)
+        assert used == ["torch", "torch"] and torch.equal(x.grad, torch.ones(3))
+        assert dispatch.forced() is None
 
     def test_one_without_the_op_lists_those_that_have_it(self, monkeypatch):
         module = dispatch
