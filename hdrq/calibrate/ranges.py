@@ -14,7 +14,7 @@ from hdrq import checks, ops
 from hdrq.prepare.observe import observe
 from hdrq.quantizers.attach import attach_input_quantizer, first_tensor
 from hdrq.quantizers.bits import BitWidths, bit_policy, bits_around, integer_range
-from hdrq.quantizers.layers import TRANSPOSED, weighted_layers
+from hdrq.quantizers.layers import TRANSPOSED, output_axis, weighted_layers
 from hdrq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from hdrq.recipes import Recipe
 
@@ -98,7 +98,7 @@ def _search_weight(name: str, layer: Any, bits: BitWidths, plan: Recipe) -> Weig
     weight = layer.weight
     axis = None
     if plan.per_channel:
-        axis = 1 if isinstance(layer, TRANSPOSED) else 0
+        axis = output_axis(layer)
         if isinstance(layer, TRANSPOSED) and layer.groups > 1:
             raise ValueError(
                 f"{name} must have one group for a scale for each output channel, got {layer.groups}: a transposed "

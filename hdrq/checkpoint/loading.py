@@ -28,6 +28,7 @@ from hdrq.quantizers.layers import (
     WEIGHTED,
     input_quantizers,
     input_readers,
+    layer_kinds,
     quantized_layers,
     replace_module,
 )
@@ -146,7 +147,7 @@ def _check_modules(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     modules = dict(model.named_modules())
     wanted: list[tuple[str, tuple[type, ...] | type]] = [(name, BATCHNORM) for name in manifest["folded"]]
     wanted += [(name, FOLDABLE) for name in manifest["folded"].values()]
-    wanted += [(name, WEIGHTED) for name in manifest["weights"]]
+    wanted += [(name, layer_kinds()) for name in manifest["weights"]]
     wanted += [(name, nn.Module) for name in (*manifest["inputs"], *manifest["shared"])]
     wrong = dict.fromkeys(name for name, kind in wanted if not isinstance(modules.get(name), kind))
     if wrong:

@@ -49,6 +49,6 @@ def prepare(
     full, folded = prepare_float(model, run_batch)
     quantized = copy.deepcopy(full)
     units = find_blocks(full, run_sample, blocks)
-    refuse_uncalled(quantized, run_sample, bits)
+    refuse_uncalled(quantized, run_sample, bits, model)
     operands = expose_operands(quantized, run_sample) if attention else []
     return Prepared(full, quantized, folded, units, operands)

@@ -1,4 +1,4 @@
-"""Weights that are read without a call of their layer: no quantizer sees them, so they would silently stay in float."""
+"""Weights that no quantizer would see, so that they would silently stay in float."""
 
 from __future__ import annotations
 
@@ -10,46 +10,124 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hdrq.prepare.observe import observe
+from hdrq import checks
+from hdrq.prepare.observe import hooks
 from hdrq.quantizers.bits import matches
 from hdrq.quantizers.layers import weighted_layers
 
+PRODUCTS = {  # operations of ATen that multiply by a matrix, convolve with one, or look rows up in one
+    *(
+        "mm",
+        "addmm",
+        "bmm",
+        "addbmm",
+        "baddbmm",
+        "mv",
+        "addmv",
+        "matmul",
+        "linear",
+        "bilinear",
+        "_trilinear",
+        "tensordot",
+    ),
+    *("_grouped_mm", "grouped_mm", "_scaled_mm", "mkldnn_linear", "_mkl_linear", "embedding", "embedding_bag"),
+    *("_embedding_bag", "_embedding_bag_forward_only", "convolution", "_convolution", "convolution_overrideable"),
+    *("mkldnn_convolution", "cudnn_convolution", "cudnn_convolution_transpose", "miopen_convolution", "lstm", "gru"),
+    *("rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn"),
+}
+
 
 class _Reads(TorchDispatchMode):
-    """The addresses of what operations read."""
+    """The memory that operations read, and the memory that products read as an operand that is no layer's input."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[int] = set()
+        self.by_any: set[int] = set()
+        self.by_products: set[int] = set()
+        self.inputs: list[set[int]] = []  # of the layers that are running
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen |= {x.data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        read = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        self.by_any |= read
+        if func.overloadpacket.__name__ in PRODUCTS:
+            self.by_products |= read - (self.inputs[-1] if self.inputs else set())
         return func(*args, **(kwargs or {}))
 
 
+def _storage(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
 @torch.no_grad()
-def refuse_uncalled(model: nn.Module, run: Callable, bits: str | Mapping[str, str]) -> None:
-    """Every layer whose weight ``run(model)`` reads is called, or a pattern of ``bits`` keeps it in full precision.
+def refuse_uncalled(
+    model: nn.Module, run: Callable, bits: str | Mapping[str, str], original: nn.Module | None = None
+) -> None:
+    """Every matrix that ``run(model)`` computes with is the weight of a layer that is called, or a pattern of ``bits``
+    keeps it in full precision.
 
     Attentions of BEiT and EVA hand the weight of their ``qkv`` to a function; a subclass of ``nn.MultiheadAttention``
-    has projections that are no layers.
+    has projections that are no layers; fused experts, recurrent layers, ``nn.Bilinear`` and ``nn.EmbeddingBag`` hold
+    bare parameters.
+
+    Args:
+        original: the model that ``model`` is a copy of, which must not run itself.
 
     Raises:
-        ValueError: one is not; the message names it and counts the others.
+        ValueError: a matrix is not; the message names it and counts the others. Or the original's weights are read.
     """
-    called: dict[str, Any] = {}
     layers: dict[str, Any] = weighted_layers(model)
+    called: dict[str, nn.Module] = {}
+    handles = []
     with _Reads() as reads:
-        observe(model, run, before=lambda name, module, args, kwargs: called.setdefault(name, module))
-    quantized = {layers[name].weight.data_ptr() for name in called if name in layers}
-    addresses = {name: layer.weight.data_ptr() for name, layer in layers.items() if name not in called}
+        for name, module in model.named_modules():
+            handles += _watch(name, module, name in layers, called, reads)
+        with hooks(handles):
+            run(model)
+    _refuse_original(original, model, reads)
+    quantized = {_storage(layers[name].weight) for name in called if name in layers}
     silent = [name for name, module in called.items() if isinstance(module, nn.MultiheadAttention)]
-    silent += [name for name, address in addresses.items() if address in reads.seen - quantized]
+    silent += [
+        n for n, layer in layers.items() if n not in called and _storage(layer.weight) in reads.by_any - quantized
+    ]
+    silent += [
+        name
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and p.is_floating_point() and _storage(p) in reads.by_products - quantized
+    ]
+    inside = [n for n in silent if any(n.startswith(f"{other}.") for other in silent)]
     patterns = bits if isinstance(bits, Mapping) else {}
-    chosen = {name: next((text for p, text in patterns.items() if matches(name, p)), None) for name in silent}
+    chosen = {n: next((t for p, t in patterns.items() if matches(n, p)), None) for n in silent if n not in inside}
     if wrong := [name for name, text in chosen.items() if text != "float"]:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ValueError(
-            f"model must call its layers to quantize them, got {wrong[0]!r}{more}, whose weights are read without a "
-            f'call; call nn.Linear, or keep it in full precision with bits={{"{wrong[0]}": "float", …}}'
+            f"model must call its layers to quantize them, got weights that are read without a call: "
+            f"{checks.listed(map(repr, wrong))}; call nn.Linear, register the class that holds it "
+            f"(hdrq.quantizers.layers.register_layer), or keep it in full precision with "
+            f'bits={{"{wrong[0]}": "float", …}}'
         )
+
+
+def _refuse_original(original: nn.Module | None, model: nn.Module, reads: _Reads) -> None:
+    """A copy's forward that was replaced, by a closure or a partial, may go on running the layers it was made with."""
+    if original is None or original is model:
+        return
+    own = {_storage(p) for p in model.parameters()}
+    read = [n for n, p in original.named_parameters() if _storage(p) in reads.by_any and _storage(p) not in own]
+    if read:
+        raise ValueError(
+            f"model must compute with its own weights when it is copied, got a copy that reads the original's "
+            f"{checks.listed(map(repr, read))}: a forward was replaced by a function that holds the original module; "
+            "undo that (checkpoint and offload wrappers have a method for it), or write it as a method of the class"
+        )
+
+
+def _watch(name: str, module: nn.Module, is_layer: bool, called: dict[str, nn.Module], reads: _Reads) -> list:
+    def enter(module, args, kwargs):
+        called.setdefault(name, module)
+        if is_layer:
+            reads.inputs.append({_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)})
+
+    def leave(module, args, output):
+        if is_layer:
+            reads.inputs.pop()
+
+    return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]

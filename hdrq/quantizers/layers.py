@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,6 +15,39 @@ from hdrq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear, nn.Embedding)
+_registered: dict[type, int] = {}  # more classes, each with the axis of its weight's output channels
+
+
+def register_layer(kind: type[nn.Module], axis: int = 0) -> None:
+    """Make a class of layers known: its ``weight`` is quantized, and the input of its calls.
+
+    Args:
+        kind: a module class with a parameter ``weight`` of two axes or more.
+        axis: the axis of ``weight`` along which output channels lie, for ``per_channel=True``.
+
+    Raises:
+        TypeError: ``kind`` is no module class.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"kind must be a class of modules, got {kind!r}")
+    _registered[kind] = axis
+
+
+def output_axis(layer: nn.Module) -> int:
+    """The axis of a layer's weight along which its output channels lie."""
+    known = next((axis for kind, axis in _kinds().items() if isinstance(layer, kind)), 0)
+    return 1 if isinstance(layer, TRANSPOSED) else known
+
+
+def layer_kinds() -> tuple[type, ...]:
+    """The classes of modules whose weights are quantized."""
+    return (*WEIGHTED, *_kinds())
+
+
+def _kinds() -> dict[type, int]:
+    """The registered classes, and ``Conv1D`` of transformers, which GPT-2 is made of, where that is imported."""
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return _registered if conv1d is None else {conv1d: 1, **_registered}
 
 
 @dataclass(frozen=True)
@@ -64,8 +98,9 @@ def input_readers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 
 def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The convolutions, linear layers and embeddings of a model, subclasses too, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
+    """The convolutions, linear layers and embeddings of a model, subclasses and registered classes too, by name."""
+    kinds = layer_kinds()
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
