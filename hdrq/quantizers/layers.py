@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -66,6 +66,15 @@ def input_readers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The convolutions, linear layers and embeddings of a model, subclasses too, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
+
+
+def shared_weights(layers: Mapping[str, Any]) -> list[list[str]]:
+    """The names of the layers that share a weight, for each weight that several have."""
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        if "weight" in layer._parameters:  # a computed one is a new tensor each time
+            groups.setdefault(id(layer.weight), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
