@@ -14,7 +14,7 @@ from hdrq import checks, ops
 from hdrq.prepare.observe import observe
 from hdrq.quantizers.attach import attach_input_quantizer, first_tensor
 from hdrq.quantizers.bits import BitWidths, bit_policy, bits_around, integer_range
-from hdrq.quantizers.layers import TRANSPOSED, output_axis, weighted_layers
+from hdrq.quantizers.layers import TRANSPOSED, output_axis, shared_weights, weighted_layers
 from hdrq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from hdrq.recipes import Recipe
 
@@ -48,7 +48,7 @@ def attach_quantizers(
     layers = {name: weighted[name] for name in reads if name in weighted}
     if not layers:
         raise ValueError("model must run at least one convolution or linear layer on calibration, got none")
-    policy = bit_policy(list(layers), bits)
+    policy = bit_policy(list(layers), bits, shared_weights(layers))
     _attach_to_weights(layers, policy, plan)
     owners = _input_owners(reads, policy)
     widths = {owner: width for owner, width in owners.values()}
@@ -60,18 +60,14 @@ def attach_quantizers(
 
 def _attach_to_weights(layers: Mapping[str, Any], policy: Mapping[str, BitWidths | None], plan: Recipe) -> None:
     """Give each layer a quantizer for its weight; layers that share a weight share the quantizer of the first."""
-    tied: dict[int, tuple[str, WeightQuantizer | None]] = {}
+    tied: dict[int, WeightQuantizer] = {}
     for name, layer in layers.items():
-        widths, weight = policy[name], id(layer.weight)
-        if weight not in tied:
-            tied[weight] = name, None if widths is None else _search_weight(name, layer, widths, plan)
-        first, quantizer = tied[weight]
-        if widths != policy[first]:
-            raise ValueError(
-                f"bits must agree where a weight is shared, got {widths} for {name}, {policy[first]} for {first}"
-            )
-        if quantizer is not None:
-            parametrize.register_parametrization(layer, "weight", quantizer)
+        widths = policy[name]
+        if widths is not None:
+            weight = id(layer.weight)
+            if weight not in tied:
+                tied[weight] = _search_weight(name, layer, widths, plan)
+            parametrize.register_parametrization(layer, "weight", tied[weight])
 
 
 def _input_owners(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from hdrq import checks
+from hdrq.checks import listed
 
 EDGE_BITS = 8  # of the first and the last layer, unless a pattern of the caller's says otherwise
 
@@ -29,22 +30,31 @@ class BitWidths:
         return cls(checks.bits("weight bits", weight), checks.bits("activation bits", activation))
 
 
-def bit_policy(layers: list[str], bits: str | Mapping[str, str]) -> dict[str, BitWidths | None]:
+def bit_policy(
+    layers: list[str], bits: str | Mapping[str, str], shared: Sequence[Sequence[str]] = ()
+) -> dict[str, BitWidths | None]:
     """The bits of each layer, in execution order: the first pattern of ``bits`` that matches decides. None: in float.
 
     A string is the pattern ``"*"``; then the first and the last layer take 8 bits. Patterns are those of a shell, and
     match a layer's name or that of a module it lies in: ``"stem"`` is for all of the stem.
 
+    ``shared`` are the names of layers that share a weight. Where ``bits`` is a string, the weight takes the widest of
+    their widths, and each layer's input keeps its own.
+
     Raises:
         TypeError: ``bits`` is neither a string nor a mapping.
-        ValueError: a pattern matches no layer, or a layer no pattern.
+        ValueError: a pattern matches no layer, or a layer no pattern; patterns give a shared weight two widths.
     """
     if not isinstance(bits, str | Mapping):
         raise TypeError(f'bits must be a string like "W4A4" or a mapping from patterns, got {type(bits).__name__}')
     if isinstance(bits, str):
         edge = BitWidths(EDGE_BITS, EDGE_BITS)
         inner = BitWidths.parse(bits)
-        return {name: edge if name in (layers[0], layers[-1]) else inner for name in layers}
+        widths = {name: edge if name in (layers[0], layers[-1]) else inner for name in layers}
+        for names in shared:
+            widest = max(widths[name].weight for name in names)
+            widths |= {name: replace(widths[name], weight=widest) for name in names}
+        return dict(widths)
     patterns = {pattern: None if text == "float" else BitWidths.parse(text) for pattern, text in bits.items()}
     for pattern, own in patterns.items():
         if own is not None and not any(matches(name, pattern) for name in layers):
@@ -56,6 +66,11 @@ def bit_policy(layers: list[str], bits: str | Mapping[str, str]) -> dict[str, Bi
         if chosen is None:
             raise ValueError(f'bits must have a pattern for every layer (end with "*"), got none for {name!r}')
         policy[name] = patterns[chosen]
+    for names in shared:
+        texts = {name: "float" if (own := policy[name]) is None else f"{own.weight} bits" for name in names}
+        if len(set(texts.values())) > 1:
+            got = listed(f"{text} for {name!r}" for name, text in texts.items())
+            raise ValueError(f"bits must agree where layers share a weight, got {got}; give them one width of weights")
     return policy
 
 

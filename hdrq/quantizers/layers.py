@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -101,6 +101,15 @@ def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The convolutions, linear layers and embeddings of a model, subclasses and registered classes too, by name."""
     kinds = layer_kinds()
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def shared_weights(layers: Mapping[str, Any]) -> list[list[str]]:
+    """The names of the layers that share a weight, for each weight that several have."""
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        if "weight" in layer._parameters:  # a computed one is a new tensor each time
+            groups.setdefault(id(layer.weight), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
