@@ -22,7 +22,7 @@ def restore():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("recipe", ["hdrq", "qdrop", "rtn"])
+@pytest.mark.parametrize("recipe", ["hdrq", "brecq"])
 def test_quantized_models_are_the_same(default, recipe):
     model = net()
     wanted = state(learn(model, recipe=recipe))
