@@ -89,12 +89,14 @@ def attach(model: nn.Module, manifest: Mapping[str, Any]) -> None:
             want = f"the shape of the layer's weight, {tuple(layer.weight.shape)}"
             raise ValueError(f"codes of {name} must have {want}, got {tuple(facts['shape'])}")
         axis = checks.axis_of(layer.weight, facts["axis"])
-        scale = torch.ones(1 if axis is None else layer.weight.shape[axis], device=layer.weight.device)
+        scale = torch.ones(
+            1 if axis is None else layer.weight.shape[axis], dtype=torch.float32, device=layer.weight.device
+        )
         qmin, qmax = facts["range"]
         parametrize.register_parametrization(layer, "weight", WeightQuantizer(scale, qmin, qmax, facts["axis"]))
     device = next(model.parameters()).device
     for name, (qmin, qmax) in manifest["inputs"].items():
-        quantizer = ActivationQuantizer(torch.ones(1, device=device), qmin, qmax)
+        quantizer = ActivationQuantizer(torch.ones(1, dtype=torch.float32, device=device), qmin, qmax)
         attach_input_quantizer(model.get_submodule(name), quantizer)
     for name, owner in manifest["shared"].items():
         attach_input_quantizer(model.get_submodule(name), input_readers(model)[owner])

@@ -78,7 +78,7 @@ def _half_up(x: torch.Tensor) -> torch.Tensor:
 
 def _midpoint(codes, scales, weights, zero_points, axis) -> torch.Tensor:
     """``Σ λ_k·(I_k − z_k)·Δ_k`` with the bits that :func:`hdrq.ops.merge` rounds."""
-    lam = torch.tensor(checks.mixing_weights(weights, len(codes)), device=codes[0].device)
+    lam = torch.tensor(checks.mixing_weights(weights, len(codes)), dtype=torch.float32, device=codes[0].device)
     zeros = [torch.zeros_like(s) for s in scales] if zero_points is None else zero_points
     values = [
         (c.float() - per_element(z, c.ndim, axis)) * per_element(s, c.ndim, axis)

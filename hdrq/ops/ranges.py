@@ -109,9 +109,13 @@ def _least(x, qmin, qmax, norm, candidates, axis, affine) -> tuple[torch.Tensor,
         extent = high.clamp(min=0) / 2 - low.clamp(max=0) / 2  # of both halved: their difference may overflow
     else:
         extent = torch.maximum(high, -low) if qmin < 0 else high.clamp(min=0)
-    fractions = torch.arange(1, candidates + 1, device=x.device) / candidates
+    fractions = torch.arange(1, candidates + 1, dtype=torch.float32, device=x.device) / candidates
     scales = (extent[:, None] * fractions / levels).clamp(SMALLEST, LARGEST)
-    zeros = torch.arange(qmin, qmax + 1, device=x.device).float() if affine else torch.zeros(1, device=x.device)
+    zeros = (
+        torch.arange(qmin, qmax + 1, device=x.device).float()
+        if affine
+        else torch.zeros(1, dtype=torch.float32, device=x.device)
+    )
     bins = _bins(rows.shape[1], qmax - qmin, affine)
     at_once = max(1, ROOM // max(candidates * len(zeros), bins))
     found = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -55,14 +55,20 @@ class Quantizer(nn.Module):
         if self.mode == "float":
             return x
         grid = (x, self.scale, self.qmin, self.qmax)
-        largest = self.qmax if self.qmin >= -self.qmax - 1 else -self.qmin  # LSQ's Q_P; of a range with a zero point
-        factor = 1 / math.sqrt(max(x.numel(), 1) * largest)
+        factor = self._gradient_factor(x)
         if self.mode == "noise":
             return ops.noise_quantize(
                 *grid, self.rng, noise=self.noise, axis=self.axis, grad_scale=factor, keep=self.keep
             )
         rng = self.rng if self.keep < 1 else None  # it lies where a learner put it, not where the module went
         return ops.fake_quantize(*grid, axis=self.axis, grad_scale=factor, keep=self.keep, rng=rng)
+
+    def _gradient_factor(self, x: torch.Tensor) -> float:
+        """LSQ's ``1/sqrt(numel·Q_P)``; 1 where no gradient reaches the scale, so that a compiler sees no size there."""
+        if not (self.scale.requires_grad and torch.is_grad_enabled()):
+            return 1.0
+        largest = self.qmax if self.qmin >= -self.qmax - 1 else -self.qmin  # Q_P; of a range with a zero point
+        return 1 / math.sqrt(max(x.numel(), 1) * largest)
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """The integers that ``x`` rounds to."""
@@ -109,14 +115,22 @@ class WeightQuantizer(Quantizer):
     ``alpha`` and ``beta`` are there while AdaRound is learned. ``dtype`` is the weight's, where what is learned has a
     finer one.
     Inside :func:`substituted` it returns a weight that was quantized elsewhere, together with those of other layers.
+
+    A finished quantizer, in evaluation mode and with gradients off, keeps the quantized weight for its next calls. It
+    does so until the latent weight, the scale or the range is another, or was changed in place: through ``.data``
+    alone torch does not say so, so write into the tensors themselves under ``torch.no_grad()``. A weight that lies on
+    its grid is kept as it is and takes no memory. What is kept is in no state dict and in no copy.
     """
 
     dtype: torch.dtype | None = None
     alpha: torch.Tensor | None = None
     beta: torch.Tensor | None = None
     substitute: torch.Tensor | None = None
+    _kept: _Kept | None = None
 
     def forward(self, w: torch.Tensor) -> torch.Tensor:
+        if self._finished and _keepable(w) and _keepable(self.scale):
+            return self._kept_weight(w)
         y = self.substitute if self.substitute is not None else super().forward(w)
         return y if self.dtype is None else y.to(self.dtype)
 
@@ -124,6 +138,63 @@ class WeightQuantizer(Quantizer):
         """The weight rounded up or down as ``alpha`` says, softly, and the rounding loss for the exponent ``beta``."""
         grid = (w, self.scale, cast(torch.Tensor, self.alpha), self.qmin, self.qmax)
         return ops.adaround_regularized(*grid, cast(torch.Tensor, self.beta), axis=self.axis)
+
+    @property
+    def _finished(self) -> bool:
+        """Whether a call depends on the latent weight, the scale and the range alone, and nobody asks for gradients."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
+            return False
+        learned = self.scale.requires_grad or self.dtype is not None or self.alpha is not None
+        return not learned and self.substitute is None and self.mode == "round" and self.keep == 1
+
+    def _kept_weight(self, w: torch.Tensor) -> torch.Tensor:
+        """The quantized weight, computed anew only where something that it depends on is another."""
+        grid = (self.qmin, self.qmax, self.axis)
+        kept = self._kept
+        if kept is None or kept.grid != grid or kept.state != _state(w, self.scale, kept.weight):
+            with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode would serve nothing else
+                weight = super().forward(w)
+                weight = w.detach() if _same_bits(weight, w) else weight
+                sources = (w.detach(), self.scale.detach())  # while they live, no other tensor has their addresses
+            kept = self._kept = _Kept(weight, sources, _state(w, self.scale, weight), grid)
+        return kept.weight
+
+    def _apply(self, *args, **kwargs):
+        self._kept = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+
+class _Kept(NamedTuple):
+    """A quantized weight, what it was computed from, and how that is known again."""
+
+    weight: torch.Tensor
+    sources: tuple[torch.Tensor, torch.Tensor]
+    state: tuple
+    grid: tuple[int, int, int | None]
+
+
+def _keepable(x: torch.Tensor) -> bool:
+    """Whether a change of a tensor can be seen: it is a plain one in memory, with a version, and nothing records it."""
+    if type(x) not in (torch.Tensor, nn.Parameter) or x.is_inference() or x.device.type not in ("cpu", "cuda"):
+        return False
+    recorded = torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not recorded and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _state(*tensors: torch.Tensor) -> tuple:
+    """What is another as soon as a tensor is, or as it is changed in place."""
+    return tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape, t.stride()) for t in tensors)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are alike to the last bit, signs of zeros too, and lie in memory alike."""
+    if (a.dtype, a.shape, a.stride()) != (b.dtype, b.shape, b.stride()):
+        return False
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return torch.equal(a.view(bits), b.view(bits))
 
 
 @contextmanager

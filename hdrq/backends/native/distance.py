@@ -11,7 +11,9 @@ from hdrq.backends.native import FLOATS, address, empty, job
 
 
 def source_distance(w, w_src) -> torch.Tensor:
-    return torch.tensor(math.sqrt(_C.squared_distance(job(w), FLOATS[w.dtype], address(w), address(w_src))))
+    return torch.tensor(
+        math.sqrt(_C.squared_distance(job(w), FLOATS[w.dtype], address(w), address(w_src))), dtype=torch.float32
+    )
 
 
 def source_distance_backward(grad, distance, w, w_src) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Learner:
         self.indices = torch.randint(unit.count, (recipe.iterations, size), generator=generator)
         self._give_streams(seed)
         self.schedule = schedule(recipe).to(self.device)
-        self.row = torch.zeros(self.schedule.shape[1], device=self.device)  # of the schedule, for this iteration
+        self.row = self.schedule.new_zeros(self.schedule.shape[1])  # of the schedule, for this iteration
         self.parameters = Parameters(unit, recipe, self.row)
         self.quantizers = [layer.weight_quantizer for layer in unit.layers]
         self.untouched: list[str] = []  # layers that the last reconstruction loss did not reach

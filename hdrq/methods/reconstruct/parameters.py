@@ -81,7 +81,9 @@ class Parameters:
         rates = (self.recipe.activation_lr, self.recipe.weight_lr)
         shares = [self._share(p, self.recipe.scale_step, rates[id(p) in of_weights]) for p in scales]
         self._bounded = [self.scales]
-        self._shares = [torch.cat([torch.zeros(0, device=self.device), *(share.flatten() for share in shares)])]
+        self._shares = [
+            torch.cat([torch.zeros(0, dtype=torch.float32, device=self.device), *(share.flatten() for share in shares)])
+        ]
         if self.recipe.learns == "weights" and self.recipe.weight_step > 0:
             holders = {id(layer.latent): layer for layer in self.unit.layers}.values()  # layers may share a weight
             self._bounded += [layer.latent for layer in holders]
@@ -154,7 +156,7 @@ def _broadcast_scale(layer: QuantizedLayer) -> torch.Tensor:
 
 def _together(parameters: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     """One tensor in whose memory all parameters lie from now on."""
-    flat = torch.cat([torch.zeros(0, device=device), *(p.detach().flatten() for p in parameters)])
+    flat = torch.cat([torch.zeros(0, dtype=torch.float32, device=device), *(p.detach().flatten() for p in parameters)])
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.data = part.view_as(p)
     return flat
