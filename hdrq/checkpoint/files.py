@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,11 +23,16 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of ``path`` at the end of the block, and is gone after an error in it."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path} must be in a folder that exists, got none")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """A file to write, which takes the place of ``path`` at the end of the block, and is gone after an error in it.
+
+    A file that is replaced keeps its permissions; a new one has those that the process gives to new files. A symbolic
+    link stays, and its target is replaced.
+    """
+    target = output_path(path)
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+    temporary = target.parent / f".{target.name[:200]}.{secrets.token_hex(4)}"
+    with disk_with_room(path):
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -34,11 +40,35 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
         with disk_with_room(path):
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            if mode is not None:
+                os.chmod(temporary, mode)
+            os.replace(temporary, target)
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def output_path(path: str | os.PathLike, name: str = "out") -> Path:
+    """The file that writing to ``path`` would make or replace: the target, where ``path`` is a symbolic link.
+
+    Args:
+        name: what a message calls the path.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        ValueError: a folder, a device or a pipe is there; nothing of the kind is ever replaced.
+        PermissionError: its folder cannot be written to.
+    """
+    text, target = os.fspath(path), Path(os.path.realpath(path))
+    if not text or target.is_dir():
+        raise ValueError(f"{name} must be a file, got the folder {text!r}; give the name of a file in it")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{name} must be a regular file or a new one, got {text!r}, a device, a pipe or a socket")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{name} must be in a folder that exists, got {text!r}")
+    if not os.access(target.parent, os.W_OK):
+        raise PermissionError(f"{name} must be in a folder that can be written to, got {text!r}")
+    return target
 
 
 @contextmanager

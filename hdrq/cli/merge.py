@@ -32,6 +32,7 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print how ready the models are as JSON.")] = False,
 ) -> None:
     """Merge quantized models on their integers: no originals, no data, no training."""
+    from hdrq.checkpoint.files import write_atomically
     from hdrq.merging.files import merge_files, readiness
     from hdrq.report.figures import plot_readiness
     from hdrq.report.tables import readiness_table
@@ -61,8 +62,11 @@ def merge(
     if found is None:
         return
     if report is not None:
-        (report / "readiness.json").write_text(json.dumps(found.as_dict(), indent=2) + "\n")
-        plot_readiness(found, report / "readiness.png")
+        try:
+            write_atomically(report / "readiness.json", json.dumps(found.as_dict(), indent=2) + "\n")
+            plot_readiness(found, report / "readiness.png")
+        except OSError as error:
+            refuse(error)
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
     else:

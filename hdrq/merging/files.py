@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from hdrq.checkpoint.files import output_path
 from hdrq.checkpoint.format import Reader, Writer
 from hdrq.merging.assessment import LayerReadiness, Readiness
 from hdrq.merging.inputs import Inputs
@@ -45,6 +46,7 @@ def merge_files(
         OSError: ``out`` cannot be written.
         TypeError, ValueError: as :func:`hdrq.merge`; a damaged file.
     """
+    output_path(out)
     settings = MergeSettings(**options)
     if report and settings.rule != "noise":
         raise ValueError(f'rule must be "noise" for a report, got {settings.rule!r}')

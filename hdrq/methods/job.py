@@ -16,6 +16,7 @@ from hdrq import checks, recipes
 from hdrq.calibrate.images import MEAN, STD, load_data
 from hdrq.calibrate.progress import Step
 from hdrq.calibrate.report import RunReport, report_of
+from hdrq.checkpoint.files import output_path
 from hdrq.checkpoint.loading import load_float
 from hdrq.checkpoint.saving import save
 from hdrq.methods.post_training import quantize
@@ -144,9 +145,8 @@ def ablate(run: Run, progress: Callable[[Step], None] | bool = True) -> dict[str
 
 def _prepare(run: Run):
     plan = recipes.recipe(run.recipe, run.preset, **run.knobs)
-    out = None if run.out is None else Path(run.out)
-    if out is not None and not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
-        raise FileNotFoundError(f"out must be a file in a folder that can be written to, got {run.out}")
+    if run.out is not None:
+        output_path(run.out)
     share = checks.real("held_out", run.held_out, 0.0, 0.5)
     checks.device(run.device)
     model = load_float(run.model, run.model_args, run.weights).to(run.device)
