@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,12 +12,16 @@ from torch import nn
 
 from hdrq.checkpoint.workdir import state_hash
 
+SAMPLES, BYTES = 2**16, 2**33  # read, at most, past the length that an iterable says it has
 SPLIT = 256  # samples of a batch where one tensor is given
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a model: every tensor has the samples along its first axis."""
+    """The arguments of one call of a model: tensors have the samples along their first axis.
+
+    A tensor of one row or without axes belongs to every sample.
+    """
 
     args: tuple
     kwargs: Mapping
@@ -30,16 +35,29 @@ class Call:
 
     @property
     def size(self) -> int:
-        """How many samples."""
-        return len(self.tensors[0])
+        """How many samples: the longest first axis."""
+        return max((len(t) for t in self.tensors if t.ndim), default=0)
 
     def at(self, index: torch.Tensor) -> Call:
-        """The call with the samples at ``index``."""
+        """The call with the samples at ``index``; a tensor of one row or without axes belongs to all samples."""
+        size = self.size
 
         def pick(value):
-            return value[index.to(value.device)] if isinstance(value, torch.Tensor) else value
+            if not isinstance(value, torch.Tensor) or value.ndim == 0 or (len(value) == 1 and size > 1):
+                return value
+            return value[index.to(value.device)]
 
         return Call(tuple(map(pick, self.args)), {key: pick(value) for key, value in self.kwargs.items()})
+
+    def check_lengths(self, where: str) -> None:
+        """Refuse tensors of which one has neither one row nor as many as the longest."""
+        size = self.size
+        for name, value in (*((f"argument {k}", v) for k, v in enumerate(self.args)), *self.kwargs.items()):
+            if isinstance(value, torch.Tensor) and value.ndim and len(value) not in (1, size):
+                raise ValueError(
+                    f"{where} must have tensors of one length along the first axis, or of one row for all samples, "
+                    f"got {len(value)} in {name} and {size} in another"
+                )
 
 
 def calibration_calls(data, name: str = "calibration") -> list[Call]:
@@ -53,24 +71,35 @@ def calibration_calls(data, name: str = "calibration") -> list[Call]:
     if not isinstance(data, Iterable):
         raise TypeError(f"{name} must be a tensor or an iterable of batches, got {type(data).__name__}")
     calls: list[Call] = []
-    for batch in data:
+    try:
+        length = len(data)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        length = 0
+    samples = held = 0
+    for read, batch in enumerate(data):
+        if read >= length and (max(samples, read) >= SAMPLES or held > BYTES):
+            raise ValueError(
+                f"{name} must end, or say its length, got {samples:,} samples in {read:,} batches and still more; cut "
+                "an endless loader with itertools.islice(loader, batches), or give a list"
+            )
         if isinstance(batch, Mapping):
             call = Call((), dict(batch))
         else:
             call = Call(tuple(batch) if isinstance(batch, tuple | list) else (batch,), {})
         if not call.tensors or any(t.is_floating_point() and not t.isfinite().all() for t in call.tensors):
             what = "a batch without a tensor" if not call.tensors else "NaN or infinity"
-            raise ValueError(f"{name} must be batches of finite tensors, got {what} in batch {len(calls)}")
-        if any(t.ndim == 0 for t in call.tensors):
-            raise ValueError(f"{name} must have samples along the first axis, got a scalar in batch {len(calls)}")
+            raise ValueError(f"{name} must be batches of finite tensors, got {what} in batch {read}")
+        if all(t.ndim == 0 for t in call.tensors):
+            raise ValueError(f"{name} must have samples along the first axis, got a scalar in batch {read}")
+        call.check_lengths(f"batch {read} of {name}")
         if call.size == 0:
             continue
         calls.append(call)
+        samples += call.size
+        held += sum(t.nbytes for t in call.tensors)
         first, shapes = ([tuple(t.shape[1:]) for t in c.tensors] for c in (calls[0], call))
         if shapes != first:
-            raise ValueError(
-                f"{name} must have samples of one shape, got {first} and, in batch {len(calls) - 1}, {shapes}"
-            )
+            raise ValueError(f"{name} must have samples of one shape, got {first} and, in batch {read}, {shapes}")
     if not calls:
         raise ValueError(f"{name} must have at least one sample, got none")
     if sum(call.size for call in calls) == 1:
@@ -113,3 +142,21 @@ def run_all(batches: list[Call]) -> Callable:
         return [call(model) for call in batches]
 
     return run
+
+
+def check_call(model: nn.Module, call: Call, name: str = "calibration") -> None:
+    """Refuse arguments that the model's ``forward`` does not take: a loader of images and labels gives two.
+
+    Raises:
+        TypeError: names what a batch is.
+    """
+    try:
+        inspect.signature(model.forward).bind(*call.args, **call.kwargs)
+    except ValueError:
+        return  # its signature is not known
+    except TypeError as error:
+        got = ", ".join([*(type(v).__name__ for v in call.args), *(f"{key}=" for key in call.kwargs)])
+        raise TypeError(
+            f"{name} must be batches of the model's arguments, got model({got}), {error}; "
+            "a loader of (image, label) must give the images alone"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from hdrq import checks
 
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+PIXELS = 2**27  # of a picture, at most, as it is declared and as it is resized
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images, in [0, 1]
 
 
@@ -73,6 +75,9 @@ def load_labelled(
         raise FileNotFoundError(f"data must be a folder with a folder for each class, got {path}, which is none")
     checks.integer("batch_size", batch_size, 1, 2**31)
     load, files = _loader(resize, crop, mean, std), _files(path)
+    empty = sorted({*class_names(path)} - {file.relative_to(path).parts[0] for file in files})
+    if empty:
+        raise ValueError(f"data must have images of every class, got none in folders of {path}: {checks.listed(empty)}")
     numbers = {name: label for label, name in enumerate(class_names(path) if classes is None else classes)}
     labels = [numbers.get(file.relative_to(path).parts[0], -1) for file in files]
     if min(labels) < 0:
@@ -91,12 +96,25 @@ def class_names(path: str | os.PathLike) -> list[str]:
 
 
 def _files(path: Path) -> list[Path]:
-    """The images in a folder and those in it, but hidden ones."""
-    found = (file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
-    files = sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts))
+    """The images in a folder and those in it, but hidden ones. Linked folders are followed, but no loops."""
+    files: list[Path] = []
+
+    def read(folder: Path, above: frozenset[str]) -> None:
+        real = os.path.realpath(folder)
+        if real in above:
+            return  # a link to a folder that it lies in
+        for entry in folder.iterdir():
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                read(entry, above | {real})
+            elif entry.suffix.lower() in IMAGES:
+                files.append(entry)
+
+    read(path, frozenset())
     if not files:
         raise ValueError(f"data must be a folder of images ({', '.join(IMAGES)}), got none in {path}")
-    return files
+    return sorted(files)
 
 
 def _loader(resize, crop, mean, std) -> Callable[[Sequence[Path]], torch.Tensor]:
@@ -122,7 +140,7 @@ def _tensor(path: Path) -> torch.Tensor:
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False)
-        except (EOFError, ValueError) as error:
+        except (EOFError, ValueError, MemoryError, OverflowError, SyntaxError, TypeError) as error:
             raise ValueError(f"data must be an array, got {path}, which cannot be read: {error}") from error
         tensors = {path.name: torch.from_numpy(array)} if array.dtype != object else {}
     elif path.suffix == ".safetensors":
@@ -144,15 +162,37 @@ def _tensor(path: Path) -> torch.Tensor:
 
 
 def _image(path: Path, resize: int, crop: int) -> np.ndarray:
-    """Pixels (crop, crop, 3), uint8."""
-
+    """Pixels (crop, crop, 3), uint8. A picture of too many pixels is refused before it is decoded."""
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            if math.prod(file.size) > PIXELS:
+                width, height = file.size
+                raise ValueError(f"it declares {width} × {height} pixels, more than {PIXELS:,}")
+            image = _rgb(file)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"data must be images, got {path}, which cannot be read: {error}") from error
     factor = resize / min(image.size)
-    width, height = (max(resize, round(side * factor)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - crop) // 2, (height - crop) // 2
+    sides = [max(resize, round(side * factor)) for side in image.size]
+    if math.prod(sides) > PIXELS:
+        raise ValueError(
+            f"data must be images of at most {PIXELS:,} pixels when resized to {resize}, got {path}, which would have "
+            f"{sides[0]} × {sides[1]}; leave it out, or crop it before"
+        )
+    image = image.resize(tuple(sides), Image.Resampling.BILINEAR)
+    left, top = ((side - crop) // 2 for side in sides)
     return np.asarray(image.crop((left, top, left + crop, top + crop)))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """A picture in RGB; one of 16 bits is scaled to 8, where Pillow would clip it to white."""
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise ValueError(f"its pixels must be of 8 or 16 bits, got mode {image.mode}")
+        return Image.fromarray(((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")

@@ -21,7 +21,12 @@ def quantizer_names(model: nn.Module) -> set[str]:
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The part of a model's state dict that its quantizers do not hold."""
     quantizers = quantizer_names(model)
-    return {name: value for name, value in model.state_dict().items() if name not in quantizers}
+    return {name: value for name, value in tensors_of(model).items() if name not in quantizers}
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's state dict without the extra state of modules that is no tensor: no file and no merge holds that."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
 def state_differences(

@@ -141,7 +141,7 @@ def fingerprint(
     blocks: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Everything that decides the bits of a run, as text that can be compared; ``calibration`` is the data's hash."""
-    device = next(iter(model.state_dict().values())).device
+    device = next(v for v in model.state_dict().values() if isinstance(v, torch.Tensor)).device
     return {
         "hdrq": __version__,
         "torch": torch.__version__,
@@ -160,6 +160,8 @@ def state_hash(tensors: Mapping[str, torch.Tensor], more: str = "") -> str:
     """A fingerprint of tensors and their names: 16 hexadecimal digits of a SHA-256."""
     digest = hashlib.sha256(more.encode())
     for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            continue  # extra state of a module: any object, without bytes of its own
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

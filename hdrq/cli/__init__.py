@@ -1,6 +1,9 @@
 """The command line, one file a command. It parses, shows progress and prints; the work is done elsewhere."""
 
 import sys
+from typing import Annotated
+
+from hdrq._version import __version__
 
 try:
     import typer
@@ -20,6 +23,21 @@ app.command(context_settings={"ignore_unknown_options": True, "help_option_names
 app.command()(parity.parity)
 
 
+for _stream in (sys.stdout, sys.stderr):
+    if hasattr(_stream, "reconfigure"):
+        _stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 shows escapes, and no error
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"hdrq {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def hdrq() -> None:
+def hdrq(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Quantizers for reconstruction loops, and a merge of quantized models that works on their integers."""

@@ -27,6 +27,6 @@ def evaluate(
 
     try:
         rows = evaluate_files(files, data, model, device=device, batch_size=batch_size, resize=resize, crop=crop)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, SyntaxError) as error:
         refuse(error)
     print(json.dumps(records(rows), indent=2)) if as_json else console.print(table(rows, "Accuracy (%)"))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from hdrq.cli.terminal import console, refuse
+from hdrq.cli.terminal import console, plain, refuse
 
 
 def inspect(
@@ -30,7 +30,7 @@ def inspect(
     console.print(contents_table(found))
     for name, value in found.facts.items():
         console.print(
-            f"[bold]{name:>14}[/bold]  {escape(str(value).encode(errors='replace').decode())}",
+            f"[bold]{escape(plain(str(name))):>14}[/bold]  {escape(plain(str(value)))}",
             highlight=False,
             soft_wrap=True,
         )

@@ -57,7 +57,7 @@ def merge(
                 found: Readiness | None = readiness(files, **options)
             else:
                 found = merge_files(files, out, report=report is not None or as_json, **options)
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, RuntimeError, SyntaxError) as error:
             refuse(error)
     if found is None:
         return

@@ -62,7 +62,7 @@ def quantize(
             reports = job.ablate(plan) if ablate else {plan.recipe: report_of(job.execute(plan))}
     except ImportError as error:
         sys.exit(f'hdrq: quantize needs {error.name}; pip install "hdrq[cli]"')
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, SyntaxError) as error:
         refuse(error)
     except FloatingPointError as error:
         sys.exit(f"hdrq: {error}")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hdrq import checks
+from hdrq.checkpoint.states import tensors_of
 from hdrq.quantizers.layers import input_quantizers
 from hdrq.quantizers.modules import mean_range
 
@@ -26,14 +27,14 @@ def average(
     models = list(models)
     checks.integer("the number of models", len(models), 1, 64)
     lam = checks.mixing_weights(weights, len(models), extrapolate)
-    shapes = [{name: tuple(value.shape) for name, value in model.state_dict().items()} for model in models]
+    shapes = [{name: tuple(value.shape) for name, value in tensors_of(model).items()} for model in models]
     for k, other in enumerate(shapes):
         if other != shapes[0]:
             wrong = sorted(name for name, _ in other.items() ^ shapes[0].items())
             raise ValueError(f"models must have one architecture, got number {k} different in {checks.listed(wrong)}")
     merged = copy.deepcopy(models[0])
-    states = [model.state_dict() for model in models]
-    for name, value in merged.state_dict().items():
+    states = [tensors_of(model) for model in models]
+    for name, value in tensors_of(merged).items():
         if value.is_floating_point():
             value.copy_(weighted_mean(lam, [state[name] for state in states]))
     own = [list(input_quantizers(model).values()) for model in models]

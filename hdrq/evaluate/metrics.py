@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,14 +57,14 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch
 def accuracy_of(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """:func:`accuracy` over batches of images and labels, moved to where the model is.
 
-    The logits are the first floating-point tensor that the model returns.
+    The logits are what the output names so, else the first floating-point tensor that the model returns.
     """
     parameter = next(model.parameters(), None)
     right = total = 0
     for x, y in batches:
         if parameter is not None:
             x, y = x.to(parameter.device), y.to(parameter.device)
-        right += int((_first(model(x)).argmax(dim=1) == y).sum())
+        right += int((_first(model(x), "output of the model").argmax(dim=1) == y).sum())
         total += len(y)
     return 100 * right / total
 
@@ -83,6 +84,11 @@ def accumulated_errors(
         ours, theirs = (_outputs(m, call, blocks) for m in (model, full))
         for name in names:
             y = theirs[name].double()
+            if ours[name].shape != y.shape:
+                raise ValueError(
+                    f"{name} must have one shape in full precision and quantized to be measured, got {tuple(y.shape)} "
+                    f"and {tuple(ours[name].shape)}: the model's output depends on held_out; quantize without it"
+                )
             wrong[name] += float((ours[name].double() - y).square().sum())
             size[name] += float(y.square().sum())
     return {name: wrong[name] / max(size[name], 1e-300) for name in names}
@@ -93,11 +99,19 @@ def _outputs(model: nn.Module, call: Call, blocks: Sequence[str]) -> dict[str, t
 
     def keep(name, module, args, kwargs, output) -> None:
         if name not in seen:
-            seen[name] = _first(output).clone()  # what follows may work in place
+            seen[name] = _first(output, f"output of block {name}").clone()  # what follows may work in place
 
-    seen["output"] = _first(observe(model, call, after=keep, names=blocks))
+    seen["output"] = _first(observe(model, call, after=keep, names=blocks), "output of the model on held_out")
     return seen
 
 
-def _first(tree) -> torch.Tensor:
-    return next(x for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and x.is_floating_point())
+def _first(tree: Any, what: str) -> torch.Tensor:
+    """The logits where an output names them, as it does beside a loss; else its first floating-point tensor."""
+    named = tree.get("logits") if isinstance(tree, Mapping) else getattr(tree, "logits", None)
+    for value in (named, *tree_leaves(tree)):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value
+    raise ValueError(
+        f"{what} must hold a floating-point tensor to be measured, got {type(tree).__name__} without one; "
+        "quantize without held_out, or let the model return its logits"
+    )

@@ -17,8 +17,10 @@ from hdrq.calibrate.images import MEAN, STD, load_data
 from hdrq.calibrate.progress import Step
 from hdrq.calibrate.report import RunReport, report_of
 from hdrq.checkpoint.files import output_path
+from hdrq.checkpoint.format import DTYPES, NAMES
 from hdrq.checkpoint.loading import load_float
 from hdrq.checkpoint.saving import save
+from hdrq.checkpoint.states import tensors_of
 from hdrq.methods.post_training import quantize
 from hdrq.quantizers.provenance import origin, set_origin
 
@@ -65,6 +67,9 @@ class Run:
         Raises:
             ValueError: a name that is none; no model or no data.
         """
+        odd = [repr(name)[:50] for name in settings if not isinstance(name, str)]
+        if odd:
+            raise ValueError(f"names of settings must be strings, got {checks.listed(odd)}")
         own = {f.name for f in fields(cls)}
         knobs = {f.name for f in fields(recipes.Recipe)} - {"name"}
         given = recipes.current_names({name.replace("-", "_"): value for name, value in settings.items()})
@@ -73,6 +78,8 @@ class Run:
         for name in ("model", "data"):
             if not given.get(name):
                 raise ValueError(f"{name} must be given, got none")
+            if not isinstance(given[name], str):
+                raise TypeError(f"{name} must be a string, got {type(given[name]).__name__}")
         merged = {**given.pop("knobs", {}), **{name: given.pop(name) for name in knobs & given.keys()}}
         return cls(**given, knobs={name: number(value) for name, value in merged.items()})
 
@@ -81,8 +88,8 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """The settings of a YAML file."""
 
     try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
+        settings = _yaml(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"config must be YAML, got {path}: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"config must be a mapping of settings, got {type(settings).__name__} in {path}")
@@ -95,7 +102,17 @@ def parse_setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"set must be name=value, got {text!r}")
-    return name, number(yaml.safe_load(value))
+    try:
+        return name, number(_yaml(value))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"set must have a value of YAML, got {text[:100]!r}: {error}") from error
+
+
+def _yaml(text: str) -> Any:
+    """What a text of YAML holds, without aliases, a few of which can stand for billions of values."""
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise ValueError("it must have no aliases (*name), got one; write the value out")
+    return yaml.safe_load(text)
 
 
 def number(value: Any) -> Any:
@@ -150,6 +167,10 @@ def _prepare(run: Run):
     share = checks.real("held_out", run.held_out, 0.0, 0.5)
     checks.device(run.device)
     model = load_float(run.model, run.model_args, run.weights).to(run.device)
+    if run.out is not None:
+        odd = [f"{name} ({value.dtype})" for name, value in tensors_of(model).items() if value.dtype not in NAMES]
+        if odd:
+            raise ValueError(f"model must have tensors of {', '.join(DTYPES)} to be saved, got {checks.listed(odd)}")
     source = None
     if run.source is not None and plan.iterations > 0:
         source = load_float(run.model, run.model_args, run.source).to(run.device)

@@ -13,7 +13,7 @@ from torch import nn
 
 from hdrq import checks
 from hdrq.calibrate.cache import Cache
-from hdrq.calibrate.data import Call, calibration_calls, data_hash, first_samples, run_all
+from hdrq.calibrate.data import Call, calibration_calls, check_call, data_hash, first_samples, run_all
 from hdrq.calibrate.progress import Step, bars
 from hdrq.calibrate.ranges import attach_quantizers
 from hdrq.calibrate.replay import without_caches
@@ -114,6 +114,9 @@ def quantize(
         check_module("source", source, bits)
     batches = calibration_calls(calibration)
     checked = None if held_out is None else calibration_calls(held_out, "held_out")
+    check_call(model, batches[0])
+    if checked is not None:
+        check_call(model, checked[0], "held_out")
     learns = plan.iterations > 0
     if learns and plan.distance > 0 and source is None:
         raise ValueError("source must be the model before its adaptation where distance > 0, got None; or distance=0")

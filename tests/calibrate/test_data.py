@@ -1,0 +1,41 @@
+"""What calibration data may be, and what is said of data that it may not be."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from hdrq.calibrate import data
+from hdrq.calibrate.data import calibration_calls, check_call
+
+
+def test_scalars_and_single_rows_belong_to_all_samples():
+    batch = {"time": torch.tensor(3), "x": torch.randn(8, 2), "row": torch.ones(1, 2)}
+    (call,) = calibration_calls([batch])
+    assert call.size == 8
+    part = call.at(torch.tensor([1, 5]))
+    assert torch.equal(part.kwargs["x"], batch["x"][[1, 5]])
+    assert part.kwargs["time"] is batch["time"] and part.kwargs["row"] is batch["row"]
+
+
+def test_other_lengths_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"batch 0 of calibration .* got 3 in mask and 8 in another"):
+        calibration_calls([{"x": torch.randn(8, 2), "mask": torch.ones(3)}])
+    with pytest.raises(ValueError, match="got a scalar in batch 0"):
+        calibration_calls([torch.tensor(1.0)])
+
+
+def test_a_loader_that_never_ends_is_refused(monkeypatch):
+    monkeypatch.setattr(data, "SAMPLES", 64)
+    with pytest.raises(ValueError, match="calibration must end"):
+        calibration_calls(torch.randn(8, 2) for _ in itertools.count())
+    with pytest.raises(ValueError, match="calibration must end"):
+        calibration_calls(torch.randn(0, 2) for _ in itertools.count())
+    assert len(calibration_calls([torch.randn(8, 2)] * 20)) == 20  # a list says how long it is
+
+
+def test_a_loader_with_labels_is_told_what_a_batch_is():
+    (call,) = calibration_calls([(torch.randn(8, 2), torch.ones(8))])
+    with pytest.raises(TypeError, match=r"calibration must be .* got model\(Tensor, Tensor\).*images alone"):
+        check_call(nn.Linear(2, 2), call)
