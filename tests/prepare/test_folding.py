@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from networks import SamePad, data, lively
 from torch import nn
 
+import hdrq
 from hdrq.prepare.folding import fold_batchnorm
 
 
@@ -219,3 +220,11 @@ def test_checks_run_in_full_precision_and_settings_come_back():
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_model_whose_norms_keep_their_rest_is_saved_and_loaded(tmp_path):
+    model = lively(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), Activated(4), nn.Flatten(), nn.Linear(36, 3)))
+    x = data(8, 3, 5, 5)
+    q = hdrq.quantize(model, x, "rtn")
+    hdrq.save(q, tmp_path / "q.safetensors")
+    assert torch.equal(hdrq.load(tmp_path / "q.safetensors", model)(x), q(x))
