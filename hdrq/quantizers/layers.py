@@ -15,7 +15,7 @@ from hdrq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear, nn.Embedding)
-_registered: dict[type, int] = {}  # more classes, each with the axis of its weight's output channels
+_registered: dict[type[nn.Module], int] = {}  # more classes, each with the axis of its weight's output channels
 
 
 def register_layer(kind: type[nn.Module], axis: int = 0) -> None:
@@ -39,12 +39,12 @@ def output_axis(layer: nn.Module) -> int:
     return 1 if isinstance(layer, TRANSPOSED) else known
 
 
-def layer_kinds() -> tuple[type, ...]:
+def layer_kinds() -> tuple[type[nn.Module], ...]:
     """The classes of modules whose weights are quantized."""
     return (*WEIGHTED, *_kinds())
 
 
-def _kinds() -> dict[type, int]:
+def _kinds() -> dict[type[nn.Module], int]:
     """The registered classes, and ``Conv1D`` of transformers, which GPT-2 is made of, where that is imported."""
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return _registered if conv1d is None else {conv1d: 1, **_registered}
