@@ -172,13 +172,14 @@ def _image(path: Path, resize: int, crop: int) -> np.ndarray:
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"data must be images, got {path}, which cannot be read: {error}") from error
     factor = resize / min(image.size)
-    sides = [max(resize, round(side * factor)) for side in image.size]
+    width, height = (max(resize, round(side * factor)) for side in image.size)
+    sides = width, height
     if math.prod(sides) > PIXELS:
         raise ValueError(
             f"data must be images of at most {PIXELS:,} pixels when resized to {resize}, got {path}, which would have "
             f"{sides[0]} × {sides[1]}; leave it out, or crop it before"
         )
-    image = image.resize(tuple(sides), Image.Resampling.BILINEAR)
+    image = image.resize(sides, Image.Resampling.BILINEAR)
     left, top = ((side - crop) // 2 for side in sides)
     return np.asarray(image.crop((left, top, left + crop, top + crop)))
 
