@@ -32,6 +32,8 @@ def find_blocks(model: nn.Module, run, names: Sequence[str] | None = None) -> li
         ValueError: a name is no module with a weighted layer that is reached, or lies inside another.
     """
     weighted = weighted_layers(model)
+    if "" in weighted and not names:
+        return [""]  # the model is one layer
     modules = {n: m for n, m in model.named_modules() if n}
     order: dict[str, None] = {}
     observe(model, run, before=lambda name, module, args, kwargs: order.setdefault(name), names=modules)

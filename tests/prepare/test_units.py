@@ -5,6 +5,7 @@ from networks import Block, data
 from torch import nn
 
 import hdrq
+from hdrq.calibrate.report import report_of
 from hdrq.prepare.units import find_blocks
 from hdrq.quantizers.layers import input_quantizers
 
@@ -59,3 +60,10 @@ def test_nested_blocks_are_the_smallest():
 
     model, x = nn.Sequential(Stage(), Stage()).eval(), data(2, 4, 6, 6)
     assert find_blocks(model, lambda m: m(x)) == ["0.inner.0", "0.inner.1", "1.inner.0", "1.inner.1"]
+
+
+def test_a_model_that_is_one_layer_is_a_unit_and_is_learned():
+    layer, x = nn.Linear(16, 8).eval(), data(64, 16)
+    learned = hdrq.quantize(layer, x, "qdrop", bits={"*": "W3A8"}, iterations=60, progress=False)
+    (block,) = report_of(learned).blocks
+    assert block.name == "" and block.loss_after < block.loss_before
