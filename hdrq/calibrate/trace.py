@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hdrq import tree
 from hdrq.calibrate.data import Call
-from hdrq.prepare.observe import hooks
+from hdrq.prepare.observe import hooks, version_of
 
 
 @dataclass(frozen=True)
@@ -243,4 +243,4 @@ def _traced(model: nn.Module, blocks: list[str], call: Call) -> list[_Visit]:
 
 
 def _identity(x: Any) -> tuple[int, int]:
-    return (id(x), x._version) if isinstance(x, torch.Tensor) and not x.is_inference() else (id(x), 0)
+    return id(x), version_of(x) if isinstance(x, torch.Tensor) else 0

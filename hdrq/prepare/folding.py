@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from hdrq.checks import listed
 from hdrq.prepare.ledger import Ledger, Operation, storage_of
-from hdrq.prepare.observe import observe
+from hdrq.prepare.observe import observe, version_of
 from hdrq.prepare.precision import full_precision
 from hdrq.quantizers.layers import TRANSPOSED, WEIGHTED, replace_module, weighted_layers
 
@@ -171,13 +171,13 @@ def _batchnorm_pairs(model: nn.Module, run) -> tuple[dict[str, Pair], dict[str, 
         operations = ledger.end()
         if name in layers:
             if isinstance(output, torch.Tensor) and (output.ndim == 2 or not isinstance(module, nn.Linear)):
-                made_by[id(output)] = name, output, output._version, ledger.reads[storage_of(output)]
+                made_by[id(output)] = name, output, version_of(output), ledger.reads[storage_of(output)]
                 if why := _unfit(module, operations, output, name in plain and name not in hooked):
                     unfit[name] = f"{name!r} {why}"
             return
         read = (*args, *kwargs.values())[0]
         layer, _, version, reads = made_by.get(id(read), (None, None, None, 0))
-        if layer is None or read._version != version or getattr(module, "running_mean", None) is None:
+        if layer is None or version_of(read) != version or getattr(module, "running_mean", None) is None:
             return
         why = unfit.get(layer) or ("it has hooks" if name in hooked else None)
         why = why or _obstacle(module, operations, read, name in plain)

@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+
+
+def version_of(x: torch.Tensor) -> int:
+    """How often a tensor was changed in place; 0 for one made in inference mode, which does not say."""
+    return 0 if x.is_inference() else x._version
 
 
 @contextmanager

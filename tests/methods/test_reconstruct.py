@@ -562,6 +562,11 @@ def without_gradient(run, x):
         return run(x)
 
 
+def in_inference_mode(run, x):
+    with torch.inference_mode():
+        return run(x)
+
+
 @pytest.mark.parametrize("recipe", ["hdrq", "brecq"])
 def test_a_block_that_recomputes_is_learned_alike(recipe):
     data = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -573,9 +578,10 @@ def test_a_block_that_recomputes_is_learned_alike(recipe):
     assert same(*results)
 
 
-def test_a_block_without_gradient_is_refused_by_name():
+@pytest.mark.parametrize("wrap", [without_gradient, in_inference_mode])
+def test_a_block_without_gradient_is_refused_by_name(wrap):
     data = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-    model = nn.Sequential(Checkpointed(without_gradient), Checkpointed(without_gradient)).eval()
+    model = nn.Sequential(Checkpointed(wrap), Checkpointed(wrap)).eval()
     source = copy.deepcopy(model)
     for options in ({}, {"source": source, "distance": 1.0}):
         with pytest.raises(ValueError, match=r"block 0 must pass a gradient .* got none for 0\.first; 0\.second"):
