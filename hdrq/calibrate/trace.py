@@ -206,8 +206,8 @@ def _traced(model: nn.Module, blocks: list[str], call: Call) -> list[_Visit]:
         def hook(module, args, kwargs):
             if k in visits:  # a reused block: its first call is what is cached
                 return
-            visits[k] = _Visit(inputs=(args, dict(kwargs)))
-            leaves = tree.leaves((args, dict(kwargs)))
+            leaves, spec = tree.flatten((args, dict(kwargs)))
+            visits[k] = _Visit(inputs=tree.unflatten(leaves, spec))  # a list that is handed on may grow
             taint.alive.extend(leaves)
             visits[k].read = [_identity(x) for x in leaves]
             visits[k].origins = [taint.read(x) for x in leaves]
@@ -218,11 +218,12 @@ def _traced(model: nn.Module, blocks: list[str], call: Call) -> list[_Visit]:
         def hook(module, args, output):
             if visits[k].outputs is not None:
                 return
-            visits[k].outputs = output
-            for x in tree.leaves(output):
+            leaves, spec = tree.flatten(output)
+            visits[k].outputs = tree.unflatten(leaves, spec)
+            for x in leaves:
                 if isinstance(x, torch.Tensor):
                     taint.mark(x, frozenset([k]))
-            visits[k].returned = [_identity(x) for x in tree.leaves(output)]
+            visits[k].returned = [_identity(x) for x in leaves]
 
         return hook
 

@@ -171,3 +171,31 @@ def test_a_layer_that_reads_some_samples_is_no_unit():
     with pytest.raises(ValueError, match=r"block blocks\.0\.first must .*routed by the data"):
         hdrq.quantize(model, DATA, "hdrq", blocks=names, **OPTIONS)
     assert len(report_of(hdrq.quantize(model, DATA, "hdrq", **OPTIONS)).blocks) == 3  # as blocks, they are units
+
+
+class Dense(nn.Module):
+    """Reads all that came before, in a list that grows, as DenseNet's layers do."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = nn.Linear(width, 6), nn.Linear(6, 6)
+
+    def forward(self, features):
+        return self.second(self.first(torch.cat(features, -1)).relu())
+
+
+class Growing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(Dense(6 * k) for k in (1, 2, 3)), nn.Linear(24, 3)
+
+    def forward(self, x):
+        features = [x]
+        for block in self.blocks:
+            features.append(block(features))
+        return self.head(torch.cat(features, -1))
+
+
+def test_a_list_that_grows_after_a_block_has_read_it():
+    learned = hdrq.quantize(Growing().eval(), DATA, "hdrq", **OPTIONS)
+    assert [block.name for block in report_of(learned).blocks] == ["blocks.0", "blocks.1", "blocks.2", "head"]
