@@ -43,7 +43,7 @@ def attach_quantizers(
         ValueError: a layer cannot be quantized; the message names it.
     """
     weighted = weighted_layers(model)
-    at_blocks = blocks if plan.activation_placement == "qdrop" else ()
+    at_blocks = [b for b in blocks if plan.activation_placement == "qdrop" and not _runs_its_children(model, b)]
     reads = _first_reads(model, example, list(dict.fromkeys([*at_blocks, *weighted, *operands])))
     layers = {name: weighted[name] for name in reads if name in weighted}
     if not layers:
@@ -56,6 +56,11 @@ def attach_quantizers(
     quantizers = {name: _search_activation(name, samples[name], width, plan) for name, width in widths.items()}
     for name, (owner, _) in owners.items():
         attach_input_quantizer(model.get_submodule(name), quantizers[owner])
+
+
+def _runs_its_children(model: nn.Module, name: str) -> bool:
+    """Whether a module is a container that may call each child in turn: a quantizer among them would be called too."""
+    return isinstance(model.get_submodule(name), nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
 def _attach_to_weights(layers: Mapping[str, Any], policy: Mapping[str, BitWidths | None], plan: Recipe) -> None:

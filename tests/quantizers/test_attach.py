@@ -95,3 +95,14 @@ def test_weight_that_is_not_finite_is_named():
     model[2].second.weight.data[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"(input|weight) of 2\.second must be finite, got 1 of 144"):
         hdrq.quantize(model, data(8, 3, 8, 8), "rtn")
+
+
+class Chain(nn.Sequential):
+    """A block that is a container: it calls its children in turn."""
+
+
+def test_a_container_has_no_quantizer_among_the_children_that_it_calls():
+    model = lively(nn.Sequential(*(Chain(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(2))))
+    quantized = hdrq.quantize(model, data(9, 6), "rtn", bits={"*": "W8A8"})
+    assert {*input_quantizers(quantized)} == {"0.0", "0.2", "1.0", "1.2"}
+    assert [len(block) for block in quantized] == [3, 3]
