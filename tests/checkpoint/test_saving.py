@@ -30,8 +30,8 @@ def test_manifest_says_how_the_model_was_made(tmp_path):
 
 def test_what_a_file_cannot_hold_is_said_before_anything_is_written(tmp_path):
     model = quantized()
-    model.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
-    with pytest.raises(ValueError, match=r"phase must be of F64, .*, got torch.complex64"):
+    model.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"phase must be of F64, .*, got torch.complex128"):
         hdrq.save(model, tmp_path / "model")
     other = quantized()
     other.hdrq_origin = {**other.hdrq_origin, "day": object()}

@@ -220,7 +220,7 @@ def test_without_a_terminal_no_bars(place):
         ({"model": "tinynet:big"}, "model must name a function of tinynet, got 'big'"),
         ({"model": "tinynet:number"}, "model must be a factory of a torch.nn.Module, got one of int"),
         ({"data": "nowhere"}, "data must be a folder or a file, got nowhere"),
-        ({"weights": "tinynet.py"}, "weights must be a safetensors file, got tinynet.py"),
+        ({"weights": "tinynet.py"}, "weights must be a safetensors file, a state dict or an index, got tinynet.py"),
         (
             {"weights": "other.safetensors"},
             "other.safetensors must have the tensors of tinynet:tiny, got 0.bias (5,), not (4,); 0.weight",
@@ -228,7 +228,7 @@ def test_without_a_terminal_no_bars(place):
         ({"source": None}, "source must be the model before its adaptation"),
         ({"bits": "W1A4"}, "weight bits must be in [2, 16], got 1"),
         ({"recipe": "best"}, "recipe must be one of"),
-        ({"out": "nowhere/q.safetensors"}, "out must be a file in a folder that can be written to, got nowhere/q"),
+        ({"out": "nowhere/q.safetensors"}, "out must be in a folder that exists, got 'nowhere/q.safetensors'"),
         ({"set": "tale=0.2"}, "setting must be one of"),
         ({"set": "tail"}, "set must be name=value, got 'tail'"),
         ({"set": "held_out=0.9"}, "held_out must be finite and in [0, 0.5], got 0.9"),
