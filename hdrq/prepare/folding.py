@@ -53,7 +53,9 @@ def fold_batchnorm(model: nn.Module, run) -> dict[str, str]:
     """
     pairs, stays, before = _batchnorm_pairs(model, run)
     folded = _fold_unchanged(model, run, list(pairs.values()), before)
-    stays |= {name: f"folding it into {pairs[name].layer!r} changes the outputs" for name in pairs if name not in folded}
+    stays |= {
+        name: f"folding it into {pairs[name].layer!r} changes the outputs" for name in pairs if name not in folded
+    }
     if stays:
         reasons = [f"{name!r}: {why}" for name, why in stays.items()]
         warnings.warn(f"BatchNorm stays in full precision where it is not folded, got {listed(reasons)}", stacklevel=2)

@@ -1,7 +1,7 @@
 """Units of reconstruction are the smallest blocks, in the order in which they run."""
 
 import pytest
-from networks import Block, data
+from networks import Block, data, lively
 from torch import nn
 
 import hdrq
@@ -63,7 +63,7 @@ def test_nested_blocks_are_the_smallest():
 
 
 def test_a_model_that_is_one_layer_is_a_unit_and_is_learned():
-    layer, x = nn.Linear(16, 8).eval(), data(64, 16)
-    learned = hdrq.quantize(layer, x, "qdrop", bits={"*": "W3A8"}, iterations=60, progress=False)
+    layer, x = lively(nn.Linear(16, 8)), data(64, 16)
+    learned = hdrq.quantize(layer, x, "hdrq", bits={"*": "W3A8"}, distance=0, iterations=200, progress=False)
     (block,) = report_of(learned).blocks
     assert block.name == "" and block.loss_after < block.loss_before
