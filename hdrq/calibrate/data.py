@@ -12,7 +12,7 @@ from torch import nn
 
 from hdrq.checkpoint.workdir import state_hash
 
-SAMPLES, BYTES = 2**16, 2**33  # read, at most, past the length that an iterable says it has
+SAMPLES, BYTES = 2**14, 2**33  # read, at most, past the length that an iterable says it has
 SPLIT = 256  # samples of a batch where one tensor is given
 
 
