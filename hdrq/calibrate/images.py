@@ -173,14 +173,13 @@ def _image(path: Path, resize: int, crop: int) -> np.ndarray:
         raise ValueError(f"data must be images, got {path}, which cannot be read: {error}") from error
     factor = resize / min(image.size)
     width, height = (max(resize, round(side * factor)) for side in image.size)
-    sides = width, height
-    if math.prod(sides) > PIXELS:
+    if width * height > PIXELS:
         raise ValueError(
             f"data must be images of at most {PIXELS:,} pixels when resized to {resize}, got {path}, which would have "
-            f"{sides[0]} × {sides[1]}; leave it out, or crop it before"
+            f"{width} × {height}; leave it out, or crop it before"
         )
-    image = image.resize(sides, Image.Resampling.BILINEAR)
-    left, top = ((side - crop) // 2 for side in sides)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - crop) // 2, (height - crop) // 2
     return np.asarray(image.crop((left, top, left + crop, top + crop)))
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from hdrq.calibrate.cache import Cache, Rows
 from hdrq.calibrate.data import Call, spans
-from hdrq.calibrate.trace import Layout, Node
+from hdrq.calibrate.trace import WAY_OUT, Layout, Node
 from hdrq.prepare.observe import hooks
 
 
@@ -114,6 +114,6 @@ def _write(name: str, store: list[Rows], span: tuple[int, int], parts: list[torc
         if len(part) != stop - start:
             raise ValueError(
                 f"block {name} must have a row for each sample, got {len(part)} for {stop - start}: what reaches it is "
-                "routed by the data; name a module around it with blocks="
+                f"routed by the data; {WAY_OUT}"
             )
         rows.write(start, part)

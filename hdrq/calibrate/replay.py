@@ -16,12 +16,11 @@ from torch import nn
 
 from hdrq import tree
 from hdrq.calibrate.data import Call
-from hdrq.calibrate.trace import Layout, Leaf, Node
+from hdrq.calibrate.trace import WAY_OUT, Layout, Leaf, Node
 from hdrq.prepare.observe import hooks, observe
 
 TRIED = 16  # samples among which one is looked for that is called as the whole batch is
 CLOSE = 1e-3  # relative difference of outputs that counts as the same, half types included
-WAY_OUT = 'name a module around it with blocks=, or keep its layers in full precision with "float"'
 
 
 @contextmanager

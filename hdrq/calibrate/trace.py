@@ -11,7 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hdrq import tree
 from hdrq.calibrate.data import Call
+from hdrq.prepare.ledger import storage_of
 from hdrq.prepare.observe import hooks, version_of
+
+WAY_OUT = 'name a module around it with blocks=, or keep its layers in full precision with "float"'
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,12 @@ def _leaf(name: str, one: Any, two: Any) -> Any:
         if type(one) is not type(two) or (isinstance(two, bool | int | float | str) and one != two):
             raise ValueError(
                 f"block {name} must be called alike whatever the batch, got {one!r:.40} for one sample and {two!r:.40} "
-                'for two; name a module around it with blocks=, or keep its layers in full precision with "float"'
+                f"for two; {WAY_OUT}"
             )
         if tree.hides_tensors(two):
             raise ValueError(
                 f"block {name} must read and return tensors in lists, tuples, dicts or dataclasses, got a "
-                f"{type(two).__name__} that holds some; name a module around it with blocks="
+                f"{type(two).__name__} that holds some; {WAY_OUT}"
             )
         return two
     if not isinstance(one, torch.Tensor) or one.ndim != two.ndim:
@@ -131,22 +134,18 @@ class _Taint(TorchDispatchMode):
         origins = self.read((args, kwargs))
         tensors = [x for x in tree.leaves(result) if isinstance(x, torch.Tensor)]
         for x in tensors:
-            self.mark(x, self.of.get(_storage(x), frozenset()) | origins)
+            self.mark(x, self.of.get(storage_of(x), frozenset()) | origins)
         if not tensors:
             self.control |= origins
         return result
 
     def mark(self, x: torch.Tensor, origins: frozenset[int]) -> None:
         self.alive.append(x)
-        self.of[_storage(x)] = origins
+        self.of[storage_of(x)] = origins
 
     def read(self, value: Any) -> frozenset[int]:
         tensors = [x for x in tree.leaves(value) if isinstance(x, torch.Tensor)]
-        return self.control.union(*(self.of.get(_storage(x), frozenset()) for x in tensors))
-
-
-def _storage(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata
+        return self.control.union(*(self.of.get(storage_of(x), frozenset()) for x in tensors))
 
 
 @torch.no_grad()
@@ -237,8 +236,7 @@ def _traced(model: nn.Module, blocks: list[str], call: Call) -> list[_Visit]:
     if missed := [name for k, name in enumerate(blocks) if k not in visits or visits[k].outputs is None]:
         raise ValueError(
             f"block {missed[0]} must be called for every sample, got one that does not reach it: what reaches it is "
-            "routed by the data; name a module around it with blocks=, or keep its layers in full precision with "
-            '"float"'
+            f"routed by the data; {WAY_OUT}"
         )
     return [visits[k] for k in range(len(blocks))]
 

@@ -34,13 +34,13 @@ class Ledger(TorchDispatchMode):
         self.open: list[list[Operation]] = []  # the operations of the calls that were begun and not ended
 
     def __torch_dispatch__(self, func: Any, types, args=(), kwargs=None):
-        read = _storages((args, kwargs))
+        read = storages((args, kwargs))
         self.reads.update(read)
         result = func(*args, **(kwargs or {}))
         if self.open:
             name = func._schema.name.rpartition("::")[2]
             known = tuple(storage_of(x) if isinstance(x, torch.Tensor) else x for x in args)
-            operation = Operation(name, known, read, _storages(result), _is_view(func))
+            operation = Operation(name, known, read, storages(result), _is_view(func))
             for call in self.open:
                 call.append(operation)
         return result
@@ -62,7 +62,8 @@ def storage_of(x: torch.Tensor) -> int:
         return id(x)
 
 
-def _storages(values: Any) -> frozenset[int]:
+def storages(values: Any) -> frozenset[int]:
+    """What names the memory of each tensor in a tree."""
     return frozenset(storage_of(x) for x in tree_leaves(values) if isinstance(x, torch.Tensor))
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hdrq import checks
+from hdrq.prepare.ledger import storage_of, storages
 from hdrq.prepare.observe import hooks
 from hdrq.quantizers.bits import matches
 from hdrq.quantizers.layers import weighted_layers
@@ -44,18 +44,14 @@ class _Reads(TorchDispatchMode):
         super().__init__()
         self.by_any: set[int] = set()
         self.by_products: set[int] = set()
-        self.inputs: list[set[int]] = []  # of the layers that are running
+        self.inputs: list[frozenset[int]] = []  # of the layers that are running
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        read = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        read = storages((args, kwargs))
         self.by_any |= read
         if func.overloadpacket.__name__ in PRODUCTS:
-            self.by_products |= read - (self.inputs[-1] if self.inputs else set())
+            self.by_products |= read - (self.inputs[-1] if self.inputs else frozenset())
         return func(*args, **(kwargs or {}))
-
-
-def _storage(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata
 
 
 @torch.no_grad()
@@ -84,15 +80,15 @@ def refuse_uncalled(
         with hooks(handles):
             run(model)
     _refuse_original(original, model, reads)
-    quantized = {_storage(layers[name].weight) for name in called if name in layers}
+    quantized = {storage_of(layers[name].weight) for name in called if name in layers}
     silent = [name for name, module in called.items() if isinstance(module, nn.MultiheadAttention)]
     silent += [
-        n for n, layer in layers.items() if n not in called and _storage(layer.weight) in reads.by_any - quantized
+        n for n, layer in layers.items() if n not in called and storage_of(layer.weight) in reads.by_any - quantized
     ]
     silent += [
         name
         for name, p in model.named_parameters()
-        if p.ndim > 1 and p.is_floating_point() and _storage(p) in reads.by_products - quantized
+        if p.ndim > 1 and p.is_floating_point() and storage_of(p) in reads.by_products - quantized
     ]
     inside = [n for n in silent if any(n.startswith(f"{other}.") for other in silent)]
     patterns = bits if isinstance(bits, Mapping) else {}
@@ -110,8 +106,8 @@ def _refuse_original(original: nn.Module | None, model: nn.Module, reads: _Reads
     """A copy's forward that was replaced, by a closure or a partial, may go on running the layers it was made with."""
     if original is None or original is model:
         return
-    own = {_storage(p) for p in model.parameters()}
-    read = [n for n, p in original.named_parameters() if _storage(p) in reads.by_any and _storage(p) not in own]
+    own = {storage_of(p) for p in model.parameters()}
+    read = [n for n, p in original.named_parameters() if storage_of(p) in reads.by_any and storage_of(p) not in own]
     if read:
         raise ValueError(
             f"model must compute with its own weights when it is copied, got a copy that reads the original's "
@@ -124,7 +120,7 @@ def _watch(name: str, module: nn.Module, is_layer: bool, called: dict[str, nn.Mo
     def enter(module, args, kwargs):
         called.setdefault(name, module)
         if is_layer:
-            reads.inputs.append({_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)})
+            reads.inputs.append(storages((args, kwargs)))
 
     def leave(module, args, output):
         if is_layer:

@@ -80,7 +80,7 @@ class Learner:
             error, loss = run(batch)
             done = i + 1
             if i == start:
-                self._refuse_unreached(error)
+                self._refuse_unreached()
             due = every > 0 and done % every == 0 and done < iterations
             if due or done % LOG_EVERY == 0 or done == iterations:
                 if not self._finite(loss):
@@ -196,7 +196,7 @@ class Learner:
         """:meth:`step`, as a run of the unit's module that can be observed."""
         return self.step(batch)
 
-    def _refuse_unreached(self, error: torch.Tensor) -> None:
+    def _refuse_unreached(self) -> None:
         """A unit of which no weight has a gradient cannot be learned; what the distance alone moves is not meant."""
         if self.unit.layers and len(self.untouched) == len(self.unit.layers):
             raise ValueError(
