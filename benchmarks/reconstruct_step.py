@@ -115,13 +115,18 @@ class Official:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         x = torch.where(torch.rand_like(quantized) < 0.5, quantized, full)
-        loss = reconstruction_loss(self.block(x), target)
+        loss = reconstruction_loss(self.block(x), target, channels(x))
         for name, w in self.source.items():
             latent = self.block.get_submodule(name).parametrizations.weight.original
             loss = loss + self.plan.distance * (latent - w).norm()
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
+
+
+def channels(x: torch.Tensor) -> int:
+    """The axis of channels of images, or of tokens."""
+    return 1 if x.ndim == 4 else -1
 
 
 def steps(name: str, samples: int, device: str) -> dict:
@@ -153,7 +158,7 @@ def steps(name: str, samples: int, device: str) -> dict:
 
     def full() -> None:
         plain.zero_grad()
-        reconstruction_loss(plain(x), batch[2]).backward()
+        reconstruction_loss(plain(x), batch[2], channels(x)).backward()
 
     return {"hdrq": lambda: run(batch), "official, eager": lambda: eager.step(batch), "full precision": full}
 

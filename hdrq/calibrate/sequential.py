@@ -52,6 +52,14 @@ class Unit:
         """How many calibration samples there are."""
         return len(self.target.tensor)
 
+    @property
+    def weights(self) -> list[QuantizedLayer]:
+        """One layer for each weight: of layers that share a weight, the first."""
+        first: dict[int, QuantizedLayer] = {}
+        for layer in self.layers:
+            first.setdefault(id(layer.latent), layer)
+        return list(first.values())
+
 
 @dataclass(frozen=True)
 class Fitted:

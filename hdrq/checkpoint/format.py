@@ -23,7 +23,7 @@ from hdrq.prepare.attention import OPERANDS
 
 FORMAT = 2
 # The keys of a manifest that say what the file holds; the rest says how the model was made.
-TABLES = ("format", "hdrq", "weights", "inputs", "shared", "attention", "sha256")
+TABLES = ("format", "hdrq", "weights", "tied", "inputs", "shared", "attention", "sha256")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -59,7 +59,8 @@ def codes_spec(qmin: int, qmax: int, shape: tuple[int, ...]) -> Spec:
 class Reader:
     """A file to read from, in a ``with`` block.
 
-    ``manifest`` has tables ``weights`` (by layer: range, axis, shape), ``inputs`` (by module: range), ``shared``
+    ``manifest`` has tables ``weights`` (by layer: range, axis, shape), ``tied`` (layers whose weight is another's;
+    files of older versions lack it, and hold that weight under both names), ``inputs`` (by module: range), ``shared``
     (modules whose input quantizer is another's), ``folded``, ``attention``
     (:func:`hdrq.prepare.attention.operand_table`) and ``sha256``, and says how the model was made. ``specs`` has the
     dtype and shape of every tensor.
@@ -223,6 +224,12 @@ def _check(manifest: dict[str, Any], specs: Mapping[str, Spec]) -> None:
     for key in ("folded", "shared"):
         if not all(isinstance(value, str) for value in manifest[key].values()):
             raise ValueError(f"manifest must name modules in {key}, got {manifest[key]!r}")
+    tied = manifest.setdefault("tied", {})
+    if not isinstance(tied, dict) or any(
+        not isinstance(owner, str) or owner not in manifest["weights"] or name in manifest["weights"]
+        for name, owner in tied.items()
+    ):
+        raise ValueError(f"manifest must name one layer with a weight for every layer tied to it, got {tied!r}")
     attention = manifest.get("attention", {})
     labels = [attention.values()] if isinstance(attention, dict) else [[attention]]
     if not all(isinstance(row, list) and row and {*row} <= {*OPERANDS, None} for rows in labels for row in rows):

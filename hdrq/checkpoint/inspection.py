@@ -87,6 +87,8 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
         facts |= {"recipe": recipe.get("name"), "bits": manifest.get("bits"), "seed": manifest.get("seed")}
     if isinstance(fingerprints, dict):
         facts |= {f"{name} (SHA-256)": value for name, value in fingerprints.items()}
+    if manifest["tied"]:
+        facts["tied"] = ", ".join(f"{name} to {owner}" for name, owner in manifest["tied"].items())
     if isinstance(manifest.get("models"), list):
         facts |= {"merge of": f"{len(manifest['models'])} models", "merged by": manifest.get("merge")}
     return facts

@@ -98,6 +98,14 @@ def attach(model: nn.Module, manifest: Mapping[str, Any]) -> None:
         )
         qmin, qmax = facts["range"]
         parametrize.register_parametrization(layer, "weight", WeightQuantizer(scale, qmin, qmax, facts["axis"]))
+    owners = quantized_layers(model)
+    for name, owner in manifest["tied"].items():
+        layer = model.get_submodule(name)
+        if layer.weight is not owners[owner].latent:
+            raise ValueError(
+                f"model must tie the weight of {name} to that of {owner}, as the checkpoint has it, got two weights"
+            )
+        parametrize.register_parametrization(layer, "weight", owners[owner].weight_quantizer)
     device = next(model.parameters()).device
     for name, (qmin, qmax) in manifest["inputs"].items():
         quantizer = ActivationQuantizer(torch.ones(1, dtype=torch.float32, device=device), qmin, qmax)
@@ -129,8 +137,10 @@ def assign(model: nn.Module, manifest: Mapping[str, Any], names, take: Callable[
         checks.scale_values(name, scale)
         return scale
 
-    for name, layer in quantized_layers(model).items():
-        quantizer, (qmin, qmax) = layer.weight_quantizer, manifest["weights"][name]["range"]
+    layers = quantized_layers(model)
+    for name, facts in manifest["weights"].items():
+        layer = layers[name]
+        quantizer, (qmin, qmax) = layer.weight_quantizer, facts["range"]
         codes = read(f"{name}.weight.codes")
         if packs(qmin, qmax):
             codes = unpack(codes, layer.latent.shape, signed=qmin < 0)
@@ -153,7 +163,7 @@ def _check_modules(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     modules = dict(model.named_modules())
     wanted: list[tuple[str, tuple[type, ...] | type]] = [(name, BATCHNORM) for name in manifest["folded"]]
     wanted += [(name, FOLDABLE) for name in manifest["folded"].values()]
-    wanted += [(name, layer_kinds()) for name in manifest["weights"]]
+    wanted += [(name, layer_kinds()) for name in (*manifest["weights"], *manifest["tied"])]
     wanted += [(name, nn.Module) for name in (*manifest["inputs"], *manifest["shared"])]
     wrong = dict.fromkeys(name for name, kind in wanted if not isinstance(modules.get(name), kind))
     if wrong:

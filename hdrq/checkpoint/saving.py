@@ -21,8 +21,9 @@ from hdrq.quantizers.provenance import origin
 def save(model: nn.Module, path: str | os.PathLike, *, architecture: str | None = None) -> None:
     """Write a quantized model: integer codes and scales of the quantized layers, every other tensor as it is.
 
-    Codes of 4 bits and less are packed, two to a byte. The manifest, in the file's metadata, has the ranges of all
-    quantizers, how the model was made, and a SHA-256 of each tensor. The file appears whole or not at all.
+    Codes of 4 bits and less are packed, two to a byte. A weight that layers share is written once. The manifest, in the
+    file's metadata, has the ranges of all quantizers, how the model was made, and a SHA-256 of each tensor. The file
+    appears whole or not at all.
 
     Args:
         architecture: ``"module:factory"``, whose call makes the float model, for the manifest; None for what is known.
@@ -48,8 +49,13 @@ def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     if not isinstance(model, nn.Module) or not quantized_layers(model) or not origin(model):
         raise ValueError(f"model must be quantized, by hdrq.quantize or hdrq.merge, got a plain {type(model).__name__}")
     tensors = {name: value.detach() for name, value in plain_state(model).items()}
-    weights, inputs, owners = {}, {}, {}
+    weights, inputs, tied = {}, {}, {}
+    owners: dict[int, str] = {}  # of shared weights and quantizers, by id: who has them first
     for name, layer in quantized_layers(model).items():
+        owner = owners.setdefault(id(layer.latent), name)
+        if owner != name:
+            tied[name] = owner
+            continue
         quantizer = layer.weight_quantizer
         if layer.latent.isnan().any():
             raise ValueError(f"{name}.weight must hold no NaN to be saved or merged, got one; quantize that model anew")
@@ -64,5 +70,5 @@ def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         inputs[name] = [activation.qmin, activation.qmax]
         owners[id(activation)] = name
     shared = {n: owners[id(q)] for n, q in input_readers(model).items() if owners[id(q)] != n}
-    tables = {"format": FORMAT, "hdrq": __version__, "weights": weights, "inputs": inputs, "shared": shared}
-    return {**tables, "attention": operand_table(model), **origin(model)}, tensors
+    layers = {"weights": weights, "tied": tied, "inputs": inputs, "shared": shared, "attention": operand_table(model)}
+    return {"format": FORMAT, "hdrq": __version__, **layers, **origin(model)}, tensors

@@ -52,6 +52,6 @@ def description(source: Source) -> dict[str, Any]:
         facts[f"{name}: weight range"] = (*weight["range"], weight["axis"])
     for name, (qmin, qmax) in source.manifest["inputs"].items():
         facts[f"{name}: input levels"] = qmax - qmin + 1
-    for key in ("folded", "shared"):
+    for key in ("folded", "shared", "tied"):
         facts |= {f"{name}: {key}": other for name, other in source.manifest[key].items()}
     return facts

@@ -30,8 +30,7 @@ def merge_files(
 ) -> Readiness | None:
     """:func:`hdrq.merge` of models in files, into another file; it needs no architecture, and memory for few tensors.
 
-    The file has the bytes that saving the merge of the loaded models would give, except where layers share a weight:
-    here each name has noise of its own, and in a loaded model all have the codes of the last.
+    The file has the bytes that saving the merge of the loaded models would give.
 
     Args:
         paths: two or more files that :func:`hdrq.save` wrote.

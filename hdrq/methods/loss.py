@@ -3,35 +3,74 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from hdrq.calibrate.sequential import Unit
+from hdrq.calibrate.trace import Leaf
+from hdrq.prepare.observe import observe
+from hdrq.quantizers.layers import CONVOLUTIONS, weighted_layers
 
 MEASURED = 256  # samples on which the losses of the report are taken
 
 
-def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """``mean over batch and positions of Σ_channels (output − target)²``; tokens (B, N, C) have their channels last.
+def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, axis: int) -> torch.Tensor:
+    """``mean over batch and positions of Σ_channels (output − target)²``, the channels along ``axis``.
 
     Half types are widened to float32 first.
     """
-    difference = output.float() - target.float()
-    return difference.square().sum(dim=-1 if output.ndim == 3 else 1).mean()
+    return (output.float() - target.float()).square().sum(dim=axis).mean()
 
 
-def unit_loss(unit: Unit, inputs: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
-    """The loss of a unit as it is, on rows of its inputs and of its target."""
-    args, kwargs = unit.node.inputs.build(inputs)
-    outputs = unit.node.outputs
-    leaf, output = outputs.batched[outputs.main], outputs.split(unit.module(*args, **kwargs))[outputs.main]
-    return reconstruction_loss(leaf.tensor(output), leaf.tensor(target))
+def unit_loss(unit: Unit, inputs: list[torch.Tensor], target: torch.Tensor, axis: int) -> torch.Tensor:
+    """The loss of a unit as it is, on rows of its inputs and of its target; ``axis`` as :func:`channel_axis` has it."""
+    leaf, output = _main_output(unit, inputs)
+    return reconstruction_loss(output, leaf.tensor(target), axis)
+
+
+@torch.no_grad()
+def channel_axis(unit: Unit) -> int:
+    """The axis of a unit's output along which its channels lie.
+
+    They are those of the layer that runs last in it: the axis that is as long as that layer's channels, and of several
+    the one where the layer has them. Where no axis is as long, as behind a pooling that flattens, it is the axis where
+    the layer has them. A unit without layers has them last in tokens (B, N, C), else along axis 1.
+    """
+    found: list[tuple[int, int]] = []  # of each layer that ran: the axis of its channels from the end, and how many
+
+    def note(name, module, args, kwargs, output) -> None:
+        axis = 1 - module.weight.ndim if isinstance(module, CONVOLUTIONS) else -1
+        if isinstance(output, torch.Tensor):
+            found.append((axis, output.shape[axis]))
+
+    def run(module: nn.Module) -> tuple[Leaf, torch.Tensor]:
+        return _main_output(unit, [rows.read(0, 1) for rows in unit.quantized])
+
+    leaf, output = observe(unit.module, run, after=note, names=weighted_layers(unit.module))
+    shape = output.shape
+    default = output.ndim - 1 if output.ndim == 3 else 1
+    if not found:
+        return default
+    own, channels = found[-1][0] + output.ndim, found[-1][1]
+    alike = [axis for axis in range(output.ndim) if axis != leaf.axis and shape[axis] == channels]
+    if own in alike or not alike:
+        return own if 0 <= own != leaf.axis else default
+    return alike[-1]
 
 
 @torch.no_grad()
 def measured_loss(unit: Unit, batch_size: int) -> float:
     """The loss of a unit as it is, on the first samples, in batches."""
-    samples, total = min(MEASURED, unit.count), 0.0
+    samples, total, axis = min(MEASURED, unit.count), 0.0, channel_axis(unit)
     for start in range(0, samples, batch_size):
         span = start, min(start + batch_size, samples)
-        error = unit_loss(unit, [rows.read(*span) for rows in unit.quantized], unit.target.read(*span))
+        error = unit_loss(unit, [rows.read(*span) for rows in unit.quantized], unit.target.read(*span), axis)
         total += float(error) * (span[1] - span[0])
     return total / samples
+
+
+def _main_output(unit: Unit, inputs: list[torch.Tensor]) -> tuple[Leaf, torch.Tensor]:
+    """What a unit as it is returns for rows of its inputs, and how that is made of rows."""
+    args, kwargs = unit.node.inputs.build(inputs)
+    outputs = unit.node.outputs
+    leaf = outputs.batched[outputs.main]
+    return leaf, leaf.tensor(outputs.split(unit.module(*args, **kwargs))[outputs.main])

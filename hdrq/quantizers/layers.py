@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 from hdrq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear, nn.Embedding)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+WEIGHTED = (*CONVOLUTIONS, nn.Linear, nn.Embedding)
 _registered: dict[type[nn.Module], int] = {}  # more classes, each with the axis of its weight's output channels
 
 

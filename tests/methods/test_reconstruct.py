@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 import hdrq
 from hdrq.calibrate.data import calibration_calls
 from hdrq.calibrate.report import report_of
-from hdrq.methods.loss import reconstruction_loss
 from hdrq.methods.post_training import fold, source_weights
 from hdrq.methods.reconstruct.learner import Learner
 from hdrq.methods.reconstruct.method import Reconstruction
@@ -244,12 +243,6 @@ def test_report_says_how_it_went():
     assert report_of(nearest).errors == report.nearest and report.peak_memory["host"] > 2**20
     with pytest.raises(ValueError, match=r"model must be the result of hdrq.quantize, got one without a report"):
         report_of(model)
-
-
-def test_loss_sums_channels_and_averages_the_rest():
-    images, tokens = torch.zeros(2, 5, 3, 3), torch.zeros(2, 7, 5)
-    assert reconstruction_loss(images, images + 2) == reconstruction_loss(tokens, tokens + 2) == 20
-    assert reconstruction_loss(torch.zeros(2, 5), torch.full((2, 5), 2.0)) == 20
 
 
 # --- recipes

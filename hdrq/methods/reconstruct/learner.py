@@ -14,7 +14,7 @@ from hdrq.calibrate.cache import batches
 from hdrq.calibrate.progress import LOG_EVERY
 from hdrq.calibrate.sequential import Unit
 from hdrq.errors import DivergenceError
-from hdrq.methods.loss import unit_loss
+from hdrq.methods.loss import channel_axis, unit_loss
 from hdrq.methods.reconstruct.graph import Graph
 from hdrq.methods.reconstruct.memory import kept_memory
 from hdrq.methods.reconstruct.parameters import Parameters
@@ -22,7 +22,7 @@ from hdrq.methods.reconstruct.schedule import ROUNDING_WEIGHT, schedule
 from hdrq.prepare.observe import observe
 from hdrq.quantizers.modules import Quantizer, substituted
 from hdrq.recipes import Recipe
-from hdrq.rng import rng_state
+from hdrq.rng import rng_state, words
 
 
 class Learner:
@@ -39,26 +39,29 @@ class Learner:
     ) -> None:
         self.unit, self.recipe, self.source, self.graph = unit, recipe, source, graph
         self.device = unit.target.device
-        generator = torch.Generator().manual_seed(seed + unit.index)
-        size = min(recipe.batch_size, unit.count)
-        self.indices = torch.randint(unit.count, (recipe.iterations, size), generator=generator)
+        self.weights, self.axis = unit.weights, channel_axis(unit)
         self._give_streams(seed)
+        size = min(recipe.batch_size, unit.count)
+        self.indices = _order(unit.count, recipe.iterations * size, self.last).view(recipe.iterations, size)
         self.schedule = schedule(recipe).to(self.device)
         self.row = self.schedule.new_zeros(self.schedule.shape[1])  # of the schedule, for this iteration
         self.parameters = Parameters(unit, recipe, self.row)
-        self.quantizers = [layer.weight_quantizer for layer in unit.layers]
+        self.quantizers = [layer.weight_quantizer for layer in self.weights]
         self.untouched: list[str] = []  # layers that the last reconstruction loss did not reach
 
     def _give_streams(self, seed: int) -> None:
-        """Give every quantizer of the unit a random stream of its own, and one to the mix of the inputs."""
-        quantizers: list[Quantizer] = [layer.weight_quantizer for layer in self.unit.layers]
+        """Give every quantizer a random stream of its own, every input of the unit one for its mix, and one to the
+        order of samples. A unit has 2¹⁶ streams, of which the last is that of the order.
+        """
+        quantizers: list[Quantizer] = [layer.weight_quantizer for layer in self.weights]
         quantizers += self.unit.activations.values()
         first = self.unit.index << 16
-        streams = range(first, first + len(quantizers) + 1)
+        streams = range(first, first + len(quantizers) + len(self.unit.quantized))
         self.rngs = torch.stack([rng_state(seed, stream) for stream in streams]).to(self.device)
         for quantizer, rng in zip(quantizers, self.rngs, strict=False):
             quantizer.rng = rng
-        self.mix = self.rngs[-1]
+        self.mixes = self.rngs[len(quantizers) :]
+        self.last = rng_state(seed, first + 2**16 - 1)
 
     # --- the loop
 
@@ -105,7 +108,7 @@ class Learner:
             if error.requires_grad:
                 error.backward()
         reached = [(weight, leaf.grad) for weight, leaf in zip(weights, leaves, strict=True) if leaf.grad is not None]
-        self.untouched = [layer.name for layer, leaf in zip(self.unit.layers, leaves, strict=True) if leaf.grad is None]
+        self.untouched = [layer.name for layer, leaf in zip(self.weights, leaves, strict=True) if leaf.grad is None]
         loss = error.detach()
         roots, grads = [weight for weight, _ in reached], [grad for _, grad in reached]
         if isinstance(regularizer, torch.Tensor) and regularizer.requires_grad:
@@ -122,17 +125,16 @@ class Learner:
     def distance_term(self) -> float:
         """``λ Σ ‖w − w_src‖₂`` of the weights as they are."""
         norms = [
-            torch.linalg.vector_norm(layer.latent - self.source[layer.name])
-            for layer in self.unit.layers
-            if self.source
+            torch.linalg.vector_norm(layer.latent - self.source[layer.name]) for layer in self.weights if self.source
         ]
         return self.recipe.distance * float(sum(norms))
 
     def _reconstruction_loss(self, batch: list[torch.Tensor]) -> torch.Tensor:
         *inputs, target = batch
         count = len(self.unit.quantized)
-        mixed = [self._mixed(*pair) for pair in zip(inputs, inputs[count:] or inputs, strict=False)]
-        return unit_loss(self.unit, mixed, target)
+        full = inputs[count:] or inputs
+        mixed = [self._mixed(*each) for each in zip(inputs[:count], full, self.mixes, strict=True)]
+        return unit_loss(self.unit, mixed, target, self.axis)
 
     def _quantize_weights(self) -> tuple[list[torch.Tensor], torch.Tensor | float]:
         """The quantized weights of this step, layer by layer, and what is added to the reconstruction loss.
@@ -140,12 +142,12 @@ class Learner:
         That is ``λ Σ ‖w − w_src‖₂``, or the weighted penalties of AdaRound.
         """
         if self.recipe.learns == "rounding":
-            pairs = [layer.weight_quantizer.adaround(layer.latent) for layer in self.unit.layers]
+            pairs = [layer.weight_quantizer.adaround(layer.latent) for layer in self.weights]
             return [y for y, _ in pairs], self.row[ROUNDING_WEIGHT] * sum(penalty for _, penalty in pairs)
         quantized: dict[str, torch.Tensor] = {}
         total: torch.Tensor | float = 0.0
         for axis in dict.fromkeys(quantizer.axis for quantizer in self.quantizers):
-            layers = [layer for layer in self.unit.layers if layer.weight_quantizer.axis == axis]
+            layers = [layer for layer in self.weights if layer.weight_quantizer.axis == axis]
             quantizers = [layer.weight_quantizer for layer in layers]
             weights, distances = ops.quantize_weights(
                 [layer.latent for layer in layers],
@@ -158,13 +160,13 @@ class Learner:
             )
             quantized.update(zip((layer.name for layer in layers), weights, strict=True))
             total = total if distances is None else total + distances.sum()
-        return [quantized[layer.name] for layer in self.unit.layers], self.recipe.distance * total
+        return [quantized[layer.name] for layer in self.weights], self.recipe.distance * total
 
-    def _mixed(self, quantized: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    def _mixed(self, quantized: torch.Tensor, full: torch.Tensor, rng: torch.Tensor) -> torch.Tensor:
         """Of the quantized prefix with probability ``input_keep``, element by element, else of full precision."""
         if quantized is full or not quantized.is_floating_point():
             return quantized
-        return ops.drop_mix(quantized, full, self.recipe.input_keep, self.mix)
+        return ops.drop_mix(quantized, full, self.recipe.input_keep, rng)
 
     def _batches(self, start: int) -> Iterator[list[torch.Tensor]]:
         mixes = self.recipe.input_keep < 1 and self.unit.full is not self.unit.quantized
@@ -181,8 +183,8 @@ class Learner:
         return "noise" if iteration < self.recipe.iterations - last else "round"
 
     def _set_modes(self, phase: str) -> None:
-        for layer in self.unit.layers:
-            layer.weight_quantizer.mode = phase
+        for quantizer in self.quantizers:
+            quantizer.mode = phase
         for activation in self.unit.activations.values():
             activation.mode = "noise" if phase == "noise" and self.recipe.noise_activations else "round"
             activation.noise, activation.keep = self.recipe.noise, self.recipe.activation_keep
@@ -198,7 +200,7 @@ class Learner:
 
     def _refuse_unreached(self) -> None:
         """A unit of which no weight has a gradient cannot be learned; what the distance alone moves is not meant."""
-        if self.unit.layers and len(self.untouched) == len(self.unit.layers):
+        if self.weights and len(self.untouched) == len(self.weights):
             raise ValueError(
                 f"block {self.unit.name or 'model'} must pass a gradient from its output to its weights, got none for "
                 f"{checks.listed(self.untouched)}: its forward runs under torch.no_grad or inference_mode, or "
@@ -232,3 +234,12 @@ class Learner:
         self.load(state, good)
         layer = (broken_layers or [name.rpartition(".")[0] for name in broken] or ["none: the loss itself"])[0]
         return DivergenceError(self.unit.name, layer, i + 1, float(loss), good)
+
+
+def _order(samples: int, count: int, rng: torch.Tensor) -> torch.Tensor:
+    """Which sample is read when, ``count`` in all: pass after pass over the samples, each in an order of its own."""
+    low, high = (int(word) for word in words(rng.numpy(), 2))
+    generator = torch.Generator().manual_seed(high << 32 | low)
+    passes = -(-count // samples)
+    orders = [torch.randperm(samples, generator=generator) for _ in range(passes)]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *orders])[:count]

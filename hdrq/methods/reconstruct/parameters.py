@@ -30,7 +30,7 @@ class Parameters:
         activation_scales = {f"{name}.scale": quantizer.scale for name, quantizer in unit.activations.items()}
         weights = {
             f"{layer.name}.{part}": tensor
-            for layer in unit.layers
+            for layer in unit.weights
             for part, tensor in self._of_weight(layer, row).items()
         }
         biases = self._of_biases()
@@ -38,11 +38,7 @@ class Parameters:
         self._bound_rates(list(weights.values()))
         groups = ((weights, WEIGHT_RATE), (activation_scales, ACTIVATION_RATE), (biases, BIAS_RATE))
         self.optimizer = torch.optim.Adam(
-            [
-                {"params": list({id(p): p for p in tensors.values()}.values()), "lr": row[rate]}
-                for tensors, rate in groups
-                if tensors
-            ],
+            [{"params": list(tensors.values()), "lr": row[rate]} for tensors, rate in groups if tensors],
             fused=True,
             capturable=self.device.type == "cuda",
         )
@@ -63,8 +59,11 @@ class Parameters:
     def _of_biases(self) -> dict[str, torch.Tensor]:
         if self.recipe.bias_lr <= 0:
             return {}
-        biased = [layer for layer in self.unit.layers if getattr(layer.module, "bias", None) is not None]
-        return {f"{layer.name}.bias": learned_bias(layer) for layer in biased}
+        biased: dict[int, QuantizedLayer] = {}  # layers may share a bias
+        for layer in self.unit.layers:
+            if getattr(layer.module, "bias", None) is not None:
+                biased.setdefault(id(layer.module.bias), layer)
+        return {f"{layer.name}.bias": learned_bias(layer) for layer in biased.values()}
 
     def _bound_rates(self, weights: list[torch.Tensor]) -> None:
         """Put all scales into one tensor, and say what share of its rate each bounded tensor learns at.
@@ -73,7 +72,7 @@ class Parameters:
         scale leaves ``[start/1000, 1000·start]``.
         """
         quantizer_scales = {id(q.scale) for q in self.unit.activations.values()}
-        quantizer_scales |= {id(layer.weight_quantizer.scale) for layer in self.unit.layers}
+        quantizer_scales |= {id(layer.weight_quantizer.scale) for layer in self.unit.weights}
         scales = [p for p in self.by_name.values() if id(p) in quantizer_scales]
         self.scales = _together(scales, self.device)
         self._limits = self.scales / LEAVE, self.scales * LEAVE
@@ -85,11 +84,10 @@ class Parameters:
             torch.cat([torch.zeros(0, dtype=torch.float32, device=self.device), *(share.flatten() for share in shares)])
         ]
         if self.recipe.learns == "weights" and self.recipe.weight_step > 0:
-            holders = {id(layer.latent): layer for layer in self.unit.layers}.values()  # layers may share a weight
-            self._bounded += [layer.latent for layer in holders]
+            self._bounded += [layer.latent for layer in self.unit.weights]
             self._shares += [
                 self._share(_broadcast_scale(layer), self.recipe.weight_step, self.recipe.weight_lr)
-                for layer in holders
+                for layer in self.unit.weights
             ]
 
     @staticmethod
@@ -131,7 +129,7 @@ class Parameters:
     @torch.no_grad()
     def finish(self) -> None:
         """Round every weight for good, and let go of what only learning needs."""
-        for layer in self.unit.layers:
+        for layer in self.unit.weights:
             quantizer = layer.weight_quantizer
             if quantizer.alpha is not None:
                 grid = (quantizer.scale, quantizer.alpha.detach(), quantizer.qmin, quantizer.qmax)
@@ -139,8 +137,9 @@ class Parameters:
             quantizer.alpha = quantizer.beta = None
             layer.settle()
             quantizer.dtype = None
+        for layer in self.unit.layers:
             settle_bias(layer)
-        for each in (*(layer.weight_quantizer for layer in self.unit.layers), *self.unit.activations.values()):
+        for each in (*(layer.weight_quantizer for layer in self.unit.weights), *self.unit.activations.values()):
             each.mode, each.scale.data, each.rng = "round", each.scale.data.clone(), each.rng.clone()
         for activation in self.unit.activations.values():
             activation.keep = 1.0
