@@ -37,6 +37,7 @@ class Recipe:
     noise: str = "uniform"  # of weights: "uniform" or "empirical"
     noise_activations: bool = False  # noise on activations too, while weights have it
     batch_size: int = 32
+    judged_samples: int = 32  # nothing is learned from them, a unit's best state is chosen on them; at most an eighth
     weight_lr: float = 1e-3  # Adam, of weights and their scales, or of α
     weight_schedule: str = "cosine"  # of that rate after its warm-up: "cosine", to 0, or "constant"
     warmup: float = 0.2  # share of the iterations over which the weights' rate rises from 1e-3 of itself
@@ -68,6 +69,7 @@ class Recipe:
         if self.name == "rtn" and self.iterations:
             raise ValueError(f'iterations must be 0 for recipe "rtn", got {self.iterations}')
         checks.integer("batch_size", self.batch_size, 1, 2**31)
+        checks.integer("judged_samples", self.judged_samples, 0, 2**31)
         checks.integer("candidates", self.candidates, 1, 2**16)
         checks.integer("range_samples", self.range_samples, 1, 2**31)
         checks.choice("learns", self.learns, ("weights", "rounding"))

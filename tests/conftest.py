@@ -1,5 +1,6 @@
 """Triton's interpreter stands in for a GPU, and must be asked for before triton is imported."""
 
+import itertools
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -16,7 +17,6 @@ if not torch.cuda.is_available():
 def every_step_kept(monkeypatch):
     """No unit goes back to where it started, however little it has learned."""
     from hdrq.methods.reconstruct.learner import Learner
-    from hdrq.methods.reconstruct.method import Reconstruction
 
-    monkeypatch.setattr(Reconstruction, "_measure", lambda self, unit: 0.0)
-    monkeypatch.setattr(Learner, "distance_term", lambda self: 0.0)
+    lower = itertools.count(0, -1)
+    monkeypatch.setattr(Learner, "_distance", lambda self: 1e9 * next(lower))

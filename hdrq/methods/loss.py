@@ -10,8 +10,6 @@ from hdrq.calibrate.trace import Leaf
 from hdrq.prepare.observe import observe
 from hdrq.quantizers.layers import CONVOLUTIONS, weighted_layers
 
-MEASURED = 256  # samples on which the losses of the report are taken
-
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, axis: int) -> torch.Tensor:
     """``mean over batch and positions of Σ_channels (output − target)²``, the channels along ``axis``.
@@ -58,14 +56,13 @@ def channel_axis(unit: Unit) -> int:
 
 
 @torch.no_grad()
-def measured_loss(unit: Unit, batch_size: int) -> float:
-    """The loss of a unit as it is, on the first samples, in batches."""
-    samples, total, axis = min(MEASURED, unit.count), 0.0, channel_axis(unit)
-    for start in range(0, samples, batch_size):
-        span = start, min(start + batch_size, samples)
-        error = unit_loss(unit, [rows.read(*span) for rows in unit.quantized], unit.target.read(*span), axis)
-        total += float(error) * (span[1] - span[0])
-    return total / samples
+def measured_loss(unit: Unit, samples: torch.Tensor, batch_size: int, axis: int) -> float:
+    """The loss of a unit as it is, behind the quantized prefix, on the samples of these numbers."""
+    total = 0.0
+    for index in samples.split(batch_size):
+        *inputs, target = (rows.gather(index).to(rows.device) for rows in (*unit.quantized, unit.target))
+        total += float(unit_loss(unit, inputs, target, axis)) * len(index)
+    return total / len(samples)
 
 
 def _main_output(unit: Unit, inputs: list[torch.Tensor]) -> tuple[Leaf, torch.Tensor]:

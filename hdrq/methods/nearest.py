@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from hdrq.calibrate.sequential import Fitted, Journal, Unit
-from hdrq.methods.loss import measured_loss
+from hdrq.methods.loss import channel_axis, measured_loss
 from hdrq.quantizers.layers import quantized_layers
 
-BATCH = 32  # samples at a time, of those that the loss is measured on
+MEASURED, BATCH = 256, 32  # samples that the loss is measured on, and how many at a time
 
 
 def round_to_nearest(model: nn.Module) -> nn.Module:
@@ -28,7 +28,7 @@ class Nearest:
         """Round the weights of a unit. Its quantizers round them while it runs, so its loss is the same before."""
         for layer in unit.layers:
             layer.settle()
-        loss = measured_loss(unit, BATCH)
+        loss = measured_loss(unit, torch.arange(min(MEASURED, unit.count)), BATCH, channel_axis(unit))
         tensors = {layer.name: layer.latent.detach() for layer in unit.layers}
         return Fitted(tensors, {"loss_before": loss, "loss_after": loss})
 

@@ -88,7 +88,8 @@ def adaround_regularized(
 def adaround_init(x: torch.Tensor, scale: torch.Tensor, *, axis: int | None = None) -> torch.Tensor:
     """The α with which soft rounding starts at x itself: ``h(α) = x/s − floor(x/s)``, float32, shaped as x.
 
-    h stays 2⁻¹⁰ away from 0 and 1: beyond them α has no gradient, and could never be learned.
+    h stays 2⁻¹⁰ away from 0 and 1: beyond them α has no gradient, and could never be learned. At a tie h is
+    2⁻¹⁰ away from ½, on the side of the even integer: hard rounding at the start is rounding to nearest, ties to even.
     """
     checks.tensor("x", x, checks.FLOATS)
     axis = checks.axis_of(x, axis)
@@ -96,6 +97,7 @@ def adaround_init(x: torch.Tensor, scale: torch.Tensor, *, axis: int | None = No
     checks.scale_values("scale", scale)
     v = x.detach().float() / per_element(scale.detach(), x.ndim, axis)
     h = (v - v.floor()).clamp(CLOSEST, 1 - CLOSEST)
+    h = torch.where(h == 0.5, 0.5 + CLOSEST * (v.round() - v).sign(), h)
     return -torch.log(1.2 / (h + 0.1) - 1)
 
 

@@ -71,7 +71,7 @@ class QuantizedLayer:
     def settle(self) -> None:
         """Put the weight on its grid: what the integers and the scale say, and nothing else."""
         quantizer, latent = self.weight_quantizer, self.latent
-        latent.data = quantizer.values(quantizer.codes(latent)).to(quantizer.dtype or latent.dtype)
+        latent.data = quantizer.rounded(latent).to(quantizer.dtype or latent.dtype)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

@@ -139,6 +139,12 @@ class WeightQuantizer(Quantizer):
         grid = (w, self.scale, cast(torch.Tensor, self.alpha), self.qmin, self.qmax)
         return ops.adaround_regularized(*grid, cast(torch.Tensor, self.beta), axis=self.axis)
 
+    def rounded(self, w: torch.Tensor) -> torch.Tensor:
+        """The weight on its grid for good: rounded up or down as ``alpha`` says, or to the nearest point."""
+        if self.alpha is not None:
+            w = ops.adaround(w, self.scale, self.alpha, self.qmin, self.qmax, axis=self.axis, hard=True)
+        return self.values(self.codes(w))
+
     @property
     def _finished(self) -> bool:
         """Whether a call depends on the latent weight, the scale and the range alone, and nobody asks for gradients."""

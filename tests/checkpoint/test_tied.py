@@ -86,7 +86,7 @@ def test_weight_counts_once_in_the_distance_and_in_the_step(monkeypatch):
     class Watched(Reconstruction):
         def fit(self, unit, journal):
             learner = self._learner(unit)
-            seen.append((learner.distance_term(), list(learner.parameters.by_name)))
+            seen.append((learner._distance(), list(learner.parameters.by_name)))
             learner.learn(0, lambda *_: None, lambda _: None, 0)
             learner.parameters.finish()
             return Fitted({}, {"loss_before": 0.0, "loss_after": 0.0})

@@ -87,6 +87,12 @@ def test_soft_rounding_starts_at_the_weight_and_can_be_learned_from_there():
     assert (alpha.grad > 0).all()  # also where x is on the grid
 
 
+def test_hard_rounding_starts_at_the_nearest_point_and_ties_at_the_even_one():
+    x, s = torch.cat([torch.arange(-31, 32) / 8, torch.linspace(-4, 3, 999)]), torch.tensor([0.25])
+    nearest = hdrq.ops.fake_quantize(x, s, -8, 7)
+    assert torch.equal(hdrq.ops.adaround(x, s, hdrq.ops.adaround_init(x, s), -8, 7, hard=True), nearest)
+
+
 def test_beta_may_be_a_tensor_and_change_in_place():
     x, s, alpha, beta = torch.randn(9), torch.ones(1), torch.randn(9), torch.tensor(20.0)
     first = hdrq.ops.adaround_regularized(x, s, alpha, -8, 7, beta)[1]

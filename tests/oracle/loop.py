@@ -88,6 +88,8 @@ def loop(block, weights, scales, inputs, rates: Rates, batches, draw):
     sizes = [s.clone() for s, *_ in scales]
     if rounding:
         rests = [(w / s - (w / s).floor()).clamp(2**-10, 1 - 2**-10) for w, s, *_ in weights]
+        towards_even = [((w / s).round() - w / s).sign() / 2**10 for w, s, *_ in weights]
+        rests = [torch.where(rest == 0.5, 0.5 + even, rest) for rest, even in zip(rests, towards_even, strict=True)]
         alphas = [-(1.2 / (rest + 0.1) - 1).log() for rest in rests]
     learned = alphas if rounding else [*latents, *steps]
     for p in (*learned, *sizes):

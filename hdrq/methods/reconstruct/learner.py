@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from hdrq.calibrate.cache import batches
 from hdrq.calibrate.progress import LOG_EVERY
 from hdrq.calibrate.sequential import Unit
 from hdrq.errors import DivergenceError
-from hdrq.methods.loss import channel_axis, unit_loss
+from hdrq.methods.loss import channel_axis, measured_loss, unit_loss
 from hdrq.methods.reconstruct.graph import Graph
 from hdrq.methods.reconstruct.memory import kept_memory
 from hdrq.methods.reconstruct.parameters import Parameters
@@ -23,6 +25,17 @@ from hdrq.prepare.observe import observe
 from hdrq.quantizers.modules import Quantizer, substituted
 from hdrq.recipes import Recipe
 from hdrq.rng import rng_state, words
+
+MEASURED = 256  # samples that a unit is judged by, at most, where they are those that it learns from
+
+
+class Best(NamedTuple):
+    """The state of a unit that was the best when judged."""
+
+    objective: float  # the loss with ``λ Σ ‖W − W_src‖₂``
+    loss: float
+    iteration: int  # 0 for the unit as it was rounded to nearest
+    tensors: dict[str, torch.Tensor]
 
 
 class Learner:
@@ -41,13 +54,17 @@ class Learner:
         self.device = unit.target.device
         self.weights, self.axis = unit.weights, channel_axis(unit)
         self._give_streams(seed)
-        size = min(recipe.batch_size, unit.count)
-        self.indices = _order(unit.count, recipe.iterations * size, self.last).view(recipe.iterations, size)
+        learned_from, self.judged = _parts(unit.count, recipe.judged_samples)
+        size = min(recipe.batch_size, len(learned_from))
+        order = _order(len(learned_from), recipe.iterations * size, self.last)
+        self.indices = learned_from[order].view(recipe.iterations, size)
         self.schedule = schedule(recipe).to(self.device)
         self.row = self.schedule.new_zeros(self.schedule.shape[1])  # of the schedule, for this iteration
         self.parameters = Parameters(unit, recipe, self.row)
         self.quantizers = [layer.weight_quantizer for layer in self.weights]
         self.untouched: list[str] = []  # layers that the last reconstruction loss did not reach
+        self.phase = self._phase(0)
+        self.best = Best(math.inf, math.inf, 0, {})
 
     def _give_streams(self, seed: int) -> None:
         """Give every quantizer a random stream of its own, every input of the unit one for its mix, and one to the
@@ -67,17 +84,19 @@ class Learner:
 
     @kept_memory()
     def learn(self, start: int, log: Callable[[int, float], None], save: Callable[[int], None], every: int) -> None:
-        """All iterations from ``start`` on. ``log`` is told the loss from time to time, ``save`` when to save.
+        """All iterations from ``start`` on; ``best`` is then the best state that :meth:`judge` has seen.
+
+        ``log`` is told the loss from time to time, ``save`` when to save.
 
         Raises:
             DivergenceError: a loss is not finite.
         """
-        good, state, phase, run = start, self.parameters.state(copy=True), "", self.step
-        iterations = self.recipe.iterations
+        good, state, run = start, self.parameters.state(copy=True), self.step
+        iterations, judgements = self.recipe.iterations, self._judgements()
         for i, batch in enumerate(self._batches(start), start):
-            if self._phase(i) != phase:
-                phase = self._phase(i)
-                self._set_modes(phase)
+            if i == start or self._phase(i) != self.phase:
+                self.phase = self._phase(i)
+                self._set_modes()
                 run = self._graphed()
             self.row.copy_(self.schedule[i])
             error, loss = run(batch)
@@ -85,12 +104,16 @@ class Learner:
             if i == start:
                 self._refuse_unreached()
             due = every > 0 and done % every == 0 and done < iterations
-            if due or done % LOG_EVERY == 0 or done == iterations:
+            noted, judged = done % LOG_EVERY == 0 or done == iterations, done in judgements
+            if due or noted or judged:
                 if not self._finite(loss):
                     self.load(state, good)
                     raise self._divergence(good, done)
                 good, state = done, self.parameters.state(copy=True)
+            if due or noted:
                 log(done, float(error))
+            if judged:
+                self.judge(done)
             if due:
                 save(done)
 
@@ -120,14 +143,6 @@ class Learner:
         with torch.no_grad():
             self.rngs[:, 2] += 1
         return error.detach(), loss
-
-    @torch.no_grad()
-    def distance_term(self) -> float:
-        """``λ Σ ‖w − w_src‖₂`` of the weights as they are."""
-        norms = [
-            torch.linalg.vector_norm(layer.latent - self.source[layer.name]) for layer in self.weights if self.source
-        ]
-        return self.recipe.distance * float(sum(norms))
 
     def _reconstruction_loss(self, batch: list[torch.Tensor]) -> torch.Tensor:
         *inputs, target = batch
@@ -182,17 +197,27 @@ class Learner:
         last = round(self.recipe.fake_quant_fraction * self.recipe.iterations)
         return "noise" if iteration < self.recipe.iterations - last else "round"
 
-    def _set_modes(self, phase: str) -> None:
+    def _set_modes(self) -> None:
         for quantizer in self.quantizers:
-            quantizer.mode = phase
+            quantizer.mode = self.phase
         for activation in self.unit.activations.values():
-            activation.mode = "noise" if phase == "noise" and self.recipe.noise_activations else "round"
+            activation.mode = "noise" if self.phase == "noise" and self.recipe.noise_activations else "round"
             activation.noise, activation.keep = self.recipe.noise, self.recipe.activation_keep
 
-    def load(self, tensors: dict[str, torch.Tensor], iteration: int) -> None:
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that learning goes on from, the best state too."""
+        measures = torch.tensor([self.best.objective, self.best.loss, self.best.iteration], dtype=torch.float64)
+        kept = {f"best/{name}": tensor for name, tensor in self.best.tensors.items()}
+        return {**self.parameters.state(), **kept, "best": measures}
+
+    def load(self, tensors: Mapping[str, torch.Tensor], iteration: int) -> None:
         """Go back to a state that was taken when ``iteration`` steps were done."""
         self.parameters.load(tensors)
         self.rngs[:, 2] = iteration
+        if "best" in tensors:
+            objective, loss, at = tensors["best"].tolist()
+            names = self.parameters.by_name
+            self.best = Best(objective, loss, int(at), {n: tensors[f"best/{n}"].to(self.device) for n in names})
 
     def _step_of(self, batch: list[torch.Tensor], module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`step`, as a run of the unit's module that can be observed."""
@@ -206,6 +231,38 @@ class Learner:
                 f"{checks.listed(self.untouched)}: its forward runs under torch.no_grad or inference_mode, or "
                 'checkpoints with use_reentrant=True; take that out, or keep its layers in full precision with "float"'
             )
+
+    # --- which state is kept
+
+    def _judgements(self) -> set[int]:
+        """After how many iterations the unit is judged: at each quarter of those without noise, and at the end."""
+        iterations = self.recipe.iterations
+        quiet = sum(self._phase(i) != "noise" for i in range(iterations))
+        return {iterations - quarter * quiet // 4 for quarter in range(4)}
+
+    @kept_memory()
+    @torch.no_grad()
+    def judge(self, iteration: int) -> float:
+        """The loss of the unit with its weights rounded for good; its state is kept if none before was as good.
+
+        Good is a low ``reconstruction loss + λ Σ ‖W − W_src‖₂``.
+        """
+        for activation in self.unit.activations.values():
+            activation.mode, activation.keep = "round", 1.0
+        rounded = [layer.weight_quantizer.rounded(layer.latent) for layer in self.weights]
+        with substituted(self.quantizers, rounded):
+            loss = measured_loss(self.unit, self.judged, self.recipe.batch_size, self.axis)
+        objective = loss + self._distance()
+        if not objective >= self.best.objective:  # the first is kept, even if it is NaN
+            tensors = {name: p.detach().clone() for name, p in self.parameters.by_name.items()}
+            self.best = Best(objective, loss, iteration, tensors)
+        self._set_modes()
+        return loss
+
+    def _distance(self) -> float:
+        """``λ Σ ‖W − W_src‖₂`` of the weights as they are."""
+        norms = [torch.linalg.vector_norm(each.latent - self.source[each.name]) for each in self.weights if self.source]
+        return self.recipe.distance * float(sum(norms))
 
     # --- divergence
 
@@ -224,7 +281,8 @@ class Learner:
         start = len(self.unit.name) + 1 if self.unit.name else 0
         names = {layer.name[start:]: layer.name for layer in self.unit.layers}
         for i, batch in zip(range(good, done), self._batches(good), strict=False):
-            self._set_modes(self._phase(i))
+            self.phase = self._phase(i)
+            self._set_modes()
             self.row.copy_(self.schedule[i])
             broken_layers.clear()
             _, loss = observe(self.unit.module, partial(self._step_of, batch), after=note, names=names)
@@ -234,6 +292,20 @@ class Learner:
         self.load(state, good)
         layer = (broken_layers or [name.rpartition(".")[0] for name in broken] or ["none: the loss itself"])[0]
         return DivergenceError(self.unit.name, layer, i + 1, float(loss), good)
+
+
+def _parts(count: int, judged: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The samples that a unit learns from, and those that it is judged by: evenly spaced, at most one in eight.
+
+    Where that is none, it is judged by some that it learns from.
+    """
+    judged = min(judged, count // 8)
+    every = torch.arange(count)
+    if judged == 0:
+        return every, every[:MEASURED]
+    apart = torch.zeros(count, dtype=torch.bool)
+    apart[torch.arange(judged) * count // judged] = True
+    return every[~apart], every[apart]
 
 
 def _order(samples: int, count: int, rng: torch.Tensor) -> torch.Tensor:

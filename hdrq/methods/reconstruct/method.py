@@ -11,9 +11,7 @@ import torch
 
 from hdrq.calibrate.sequential import Fitted, Journal, Unit
 from hdrq.errors import DivergenceError
-from hdrq.methods.loss import measured_loss
 from hdrq.methods.reconstruct.learner import Learner
-from hdrq.methods.reconstruct.memory import kept_memory
 from hdrq.recipes import Recipe
 
 
@@ -33,26 +31,24 @@ class Reconstruction:
     graph: bool | str = "auto"
 
     def fit(self, unit: Unit, journal: Journal) -> Fitted:
-        """Learn a unit, from where an earlier run stopped if there was one.
+        """Learn a unit, from where an earlier run stopped if there was one, and leave it in its best state.
 
-        A unit whose objective, ``reconstruction loss + λ Σ ‖W − W_src‖₂``, is higher after learning than before is
-        rounded to nearest instead, with a warning.
+        The best has the lowest ``reconstruction loss + λ Σ ‖W − W_src‖₂`` on samples of which nothing was learned. If
+        that is the state before the first step, the unit is rounded to nearest, and a warning says so.
 
         Raises:
             DivergenceError: a loss is not finite; the unit is left as it last was good.
             ValueError: no weight of the unit has a gradient of the reconstruction loss.
         """
-        weights = {layer.name: layer.latent.detach().clone() for layer in unit.layers}
         learner = self._learner(unit)
-        begun = {name: tensor.detach().clone() for name, tensor in learner.parameters.by_name.items()}
-        start, before, objective = 0, self._measure(unit), learner.distance_term()
-        objective += before
         if (kept := journal.kept(unit)) is not None:
             tensors, start, before = kept
             learner.load(tensors, start)
+        else:
+            start, before = 0, learner.judge(0)
 
         def save(iteration: int) -> None:
-            journal.keep(unit, learner.parameters.state(), iteration, before)
+            journal.keep(unit, learner.state(), iteration, before)
 
         log = partial(self._note, journal, unit)
         try:
@@ -61,20 +57,16 @@ class Reconstruction:
             save(error.good)
             learner.parameters.finish()
             raise
-        learned, distance = dict(learner.parameters.by_name), learner.distance_term()
-        learner.parameters.finish()
-        after = self._measure(unit)
-        if not after + distance <= objective:
+        best = learner.best
+        if best.iteration == 0:
             warnings.warn(
-                f"block {unit.name or 'model'} is rounded to nearest, since learning raised its loss from {before:.4g} "
-                f"to {after:.4g}; lower rates or more calibration samples may help",
+                f"block {unit.name or 'model'} is rounded to nearest: learning did not lower its loss of {before:.4g} "
+                "on samples that it did not learn from; lower rates or more calibration samples may help",
                 stacklevel=2,
             )
-            for layer in unit.layers:
-                layer.latent.data = weights[layer.name]
-            self.restore(unit, begun)
-            learned, after = begun, before
-        return Fitted(learned, {"loss_before": before, "loss_after": after})
+        learner.parameters.load(best.tensors)
+        learner.parameters.finish()
+        return Fitted(best.tensors, {"loss_before": before, "loss_after": best.loss})
 
     def restore(self, unit: Unit, tensors: Mapping[str, torch.Tensor]) -> None:
         """Leave a unit as learning left it, its random streams too."""
@@ -85,10 +77,6 @@ class Reconstruction:
     def _learner(self, unit: Unit) -> Learner:
         source = {layer.name: self.source_weights[layer.name] for layer in unit.layers if self.source_weights}
         return Learner(unit, self.recipe, source, self.seed, self.graph)
-
-    @kept_memory()
-    def _measure(self, unit: Unit) -> float:
-        return measured_loss(unit, self.recipe.batch_size)
 
     def _note(self, journal: Journal, unit: Unit, iteration: int, loss: float) -> None:
         journal.note(unit, iteration, self.recipe.iterations, loss)

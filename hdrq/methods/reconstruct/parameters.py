@@ -130,13 +130,9 @@ class Parameters:
     def finish(self) -> None:
         """Round every weight for good, and let go of what only learning needs."""
         for layer in self.unit.weights:
-            quantizer = layer.weight_quantizer
-            if quantizer.alpha is not None:
-                grid = (quantizer.scale, quantizer.alpha.detach(), quantizer.qmin, quantizer.qmax)
-                layer.latent.copy_(ops.adaround(layer.latent, *grid, axis=quantizer.axis, hard=True))
-            quantizer.alpha = quantizer.beta = None
             layer.settle()
-            quantizer.dtype = None
+            quantizer = layer.weight_quantizer
+            quantizer.alpha = quantizer.beta = quantizer.dtype = None
         for layer in self.unit.layers:
             settle_bias(layer)
         for each in (*(layer.weight_quantizer for layer in self.unit.weights), *self.unit.activations.values()):
