@@ -63,6 +63,7 @@ class Recipe:
         True  # quantize q, k, v and softmax too, where they are modules' (hdrq.prepare.attention says which)
     )
     per_channel: bool = False  # a weight scale for each output channel
+    affine_weights: bool = False  # zero points of weights, where rounding is learned or to nearest
 
     def __post_init__(self) -> None:
         checks.integer("iterations", self.iterations, 0, 2**31)
@@ -77,7 +78,7 @@ class Recipe:
         checks.choice("activation_placement", self.activation_placement, ("input", "qdrop"))
         checks.choice("weight_schedule", self.weight_schedule, ("cosine", "constant"))
         checks.choice("beta_schedule", self.beta_schedule, ("linear", "cosine"))
-        for name in ("noise_activations", "attention", "per_channel"):
+        for name in ("noise_activations", "attention", "per_channel", "affine_weights"):
             checks.choice(name, getattr(self, name), (False, True))
         for name in ("fake_quant_fraction", "warmup", "rounding_warmup", "input_keep", "activation_keep"):
             checks.real(name, getattr(self, name), 0.0, 1.0)
@@ -94,6 +95,10 @@ class Recipe:
             checks.real(name, getattr(self, name), 0.0)
         for name in ("beta_start", "beta_end"):
             checks.real(name, getattr(self, name), 1.0)
+        if self.affine_weights and self.learns == "weights" and self.iterations:
+            raise ValueError(
+                'affine_weights must be False where learns="weights", whose noise knows no zero point, got True'
+            )
         if self.learns == "rounding" and (self.fake_quant_fraction != 1 or self.distance != 0):
             raise ValueError(
                 'fake_quant_fraction must be 1 and distance 0 where learns="rounding", which knows no noise and leaves '

@@ -107,8 +107,11 @@ def _search_weight(name: str, layer: Any, bits: BitWidths, plan: Recipe) -> Weig
             )
     checks.finite(f"weight of {name}", weight)
     qmin, qmax = integer_range(bits.weight, signed=True)
-    scale = ops.search_scale(weight, qmin, qmax, norm=plan.norm, candidates=plan.candidates, axis=axis)
-    return WeightQuantizer(scale, qmin, qmax, axis)
+    options: Any = {"norm": plan.norm, "candidates": plan.candidates, "axis": axis}
+    if plan.affine_weights:
+        scale, zero_point = ops.search_affine(weight, qmin, qmax, **options)
+        return WeightQuantizer(scale, qmin, qmax, axis, zero_point)
+    return WeightQuantizer(ops.search_scale(weight, qmin, qmax, **options), qmin, qmax, axis)
 
 
 def _search_activation(name: str, x: torch.Tensor, bits: int, plan: Recipe) -> ActivationQuantizer:

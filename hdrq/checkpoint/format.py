@@ -59,7 +59,8 @@ def codes_spec(qmin: int, qmax: int, shape: tuple[int, ...]) -> Spec:
 class Reader:
     """A file to read from, in a ``with`` block.
 
-    ``manifest`` has tables ``weights`` (by layer: range, axis, shape), ``tied`` (layers whose weight is another's;
+    ``manifest`` has tables ``weights`` (by layer: range, axis, shape, and whether it is
+    affine: with zero points), ``tied`` (layers whose weight is another's;
     files of older versions lack it, and hold that weight under both names), ``inputs`` (by module: range), ``shared``
     (modules whose input quantizer is another's), ``folded``, ``attention``
     (:func:`hdrq.prepare.attention.operand_table`) and ``sha256``, and says how the model was made. ``specs`` has the
@@ -244,7 +245,7 @@ def _check(manifest: dict[str, Any], specs: Mapping[str, Spec]) -> None:
     ):
         raise ValueError(f"manifest must have factory and arguments of the architecture, got {architecture!r}")
     for name, facts in manifest["weights"].items():
-        if not (isinstance(facts, dict) and facts.keys() == {"range", "axis", "shape"}):
+        if not (isinstance(facts, dict) and facts.keys() - {"affine"} == {"range", "axis", "shape"}):
             raise ValueError(f"manifest must have range, axis and shape of weight {name!r}, got {facts!r}")
         low, high = _range(name, facts["range"])
         shape = tuple(checks.integer(f"shape of {name}", side, 0, 2**48) for side in facts["shape"])
@@ -252,7 +253,10 @@ def _check(manifest: dict[str, Any], specs: Mapping[str, Spec]) -> None:
         if axis is not None:
             axis = checks.integer(f"axis of {name}", axis, -len(shape), len(shape) - 1)
         _expect(specs, f"{name}.weight.codes", *codes_spec(low, high, shape))
-        _expect(specs, f"{name}.weight.scale", torch.float32, (1 if axis is None else shape[axis],))
+        scales = (1 if axis is None else shape[axis],)
+        _expect(specs, f"{name}.weight.scale", torch.float32, scales)
+        if facts.get("affine"):
+            _expect(specs, f"{name}.weight.zero_point", torch.int32, scales)
     for name, bounds in inputs.items():
         _range(name, bounds)
         _expect(specs, f"{name}.input.scale", torch.float32, (1,))

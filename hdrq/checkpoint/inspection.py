@@ -64,7 +64,7 @@ def contents(path: str | os.PathLike) -> Contents:
                     _bits(facts["range"]),
                     _bits(inputs[name]) if name in inputs else None,
                     prod(file.specs[f"{name}.weight.scale"][1]),
-                    sizes.pop(f"{name}.weight.codes") + sizes.pop(f"{name}.weight.scale"),
+                    sum(sizes.pop(f"{name}.weight.{part}", 0) for part in ("codes", "scale", "zero_point")),
                     4 * prod(facts["shape"]),
                 )
             )

@@ -96,8 +96,10 @@ def attach(model: nn.Module, manifest: Mapping[str, Any]) -> None:
         scale = torch.ones(
             1 if axis is None else layer.weight.shape[axis], dtype=torch.float32, device=layer.weight.device
         )
+        zero_point = torch.zeros_like(scale) if facts.get("affine") else None
         qmin, qmax = facts["range"]
-        parametrize.register_parametrization(layer, "weight", WeightQuantizer(scale, qmin, qmax, facts["axis"]))
+        weight_quantizer = WeightQuantizer(scale, qmin, qmax, facts["axis"], zero_point)
+        parametrize.register_parametrization(layer, "weight", weight_quantizer)
     owners = quantized_layers(model)
     for name, owner in manifest["tied"].items():
         layer = model.get_submodule(name)
@@ -146,6 +148,10 @@ def assign(model: nn.Module, manifest: Mapping[str, Any], names, take: Callable[
             codes = unpack(codes, layer.latent.shape, signed=qmin < 0)
         checks.code_values(f"codes of {name}", codes, qmin, qmax)
         quantizer.scale.copy_(read_scale(f"{name}.weight.scale").view(quantizer.scale.shape))
+        if quantizer.zero_point is not None:
+            zero_point = read(f"{name}.weight.zero_point")
+            checks.code_values(f"zero points of {name}", zero_point, qmin, qmax)
+            quantizer.zero_point.copy_(zero_point.view(quantizer.zero_point.shape))
         layer.latent.copy_(quantizer.values(codes.to(layer.latent.device)))
     for name, activation in input_quantizers(model).items():
         activation.scale.copy_(read_scale(f"{name}.input.scale").view(activation.scale.shape))

@@ -65,6 +65,9 @@ def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         tensors[f"{name}.weight.scale"] = quantizer.scale.detach().flatten()
         bounds = [quantizer.qmin, quantizer.qmax]
         weights[name] = {"range": bounds, "axis": quantizer.axis, "shape": list(codes.shape)}
+        if quantizer.zero_point is not None:
+            tensors[f"{name}.weight.zero_point"] = quantizer.zero_point.to(torch.int32).flatten()
+            weights[name]["affine"] = True
     for name, activation in input_quantizers(model).items():
         tensors[f"{name}.input.scale"] = activation.scale.detach().flatten()
         inputs[name] = [activation.qmin, activation.qmax]

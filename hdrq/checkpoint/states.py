@@ -12,7 +12,7 @@ from hdrq.quantizers.layers import input_readers, quantized_layers
 
 def quantizer_names(model: nn.Module) -> set[str]:
     """The names in a quantized model's state dict that its quantizers hold; a file has codes and scales for them."""
-    parts = ("original", "0.scale", "0._extra_state")
+    parts = ("original", "0.scale", "0.zero_point", "0._extra_state")
     names = {f"{name}.parametrizations.weight.{part}" for name in quantized_layers(model) for part in parts}
     names |= {f"{name}.input_quantizer.{part}" for name in input_readers(model) for part in ("scale", "_extra_state")}
     return {name.removeprefix(".") for name in names}  # the model itself may be a layer

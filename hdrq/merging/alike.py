@@ -41,8 +41,9 @@ def must_agree(source: Source, name: str, dtype: torch.dtype) -> bool:
 
     BatchNorm's count of batches may differ: a merged model does not read it.
     """
-    codes = name.removesuffix(".weight.codes") in source.manifest["weights"] and name.endswith(".weight.codes")
-    return not (codes or dtype.is_floating_point or name.endswith("num_batches_tracked"))
+    layer, _, part = name.rpartition(".weight.")
+    merged = layer in source.manifest["weights"] and part in ("codes", "zero_point")
+    return not (merged or dtype.is_floating_point or name.endswith("num_batches_tracked"))
 
 
 def description(source: Source) -> dict[str, Any]:

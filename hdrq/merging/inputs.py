@@ -52,8 +52,10 @@ class Inputs:
         """The quantized weight of one layer, of every model."""
         facts = self.sources[0].manifest["weights"][name]
         codes, scales = (self.tensor(f"{name}.weight.{part}") for part in ("codes", "scale"))
+        zeros = [z.float() for z in self.tensor(f"{name}.weight.zero_point")] if facts.get("affine") else None
         qmin, qmax = facts["range"]
-        return LayerInputs(name, self.layers.index(name), codes, scales, qmin, qmax, facts["axis"], facts["shape"])
+        grid = (codes, scales, zeros, qmin, qmax, facts["axis"])
+        return LayerInputs(name, self.layers.index(name), *grid, facts["shape"])
 
     def mean(self, name: str) -> torch.Tensor:
         """The weighted mean of a floating-point tensor, in its dtype; the first model's where it holds integers.
@@ -83,7 +85,7 @@ class Inputs:
         Raises:
             ValueError: see :meth:`mean`.
         """
-        weights = {f"{layer}.weight.{part}" for layer in self.layers for part in ("codes", "scale")}
+        weights = {f"{layer}.weight.{part}" for layer in self.layers for part in ("codes", "scale", "zero_point")}
         for name in self.specs.keys() - weights:
             self.mean(name)
 

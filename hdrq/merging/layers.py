@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from hdrq import ops
 from hdrq.checkpoint.format import packs
 from hdrq.merging.assessment import LayerReadiness, examine
-from hdrq.merging.rules import merge_rule
+from hdrq.merging.rules import RuleMerge, merge_rule
 from hdrq.merging.settings import MergeSettings
 from hdrq.ops import MergedTensor
 from hdrq.rng import rng_state
@@ -24,6 +25,7 @@ class LayerInputs:
     index: int  # in the order of names, which chooses the stream of noise
     codes: list[torch.Tensor]  # as a file has them: two to a byte, where the range allows it
     scales: list[torch.Tensor]
+    zero_points: list[torch.Tensor] | None
     qmin: int
     qmax: int
     axis: int | None
@@ -34,13 +36,11 @@ class LayerInputs:
         return packs(self.qmin, self.qmax)
 
 
-def merge_layer(
-    layer: LayerInputs, weights: Sequence[float], settings: MergeSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The merged codes, as a file has them, and their scale."""
+def merge_layer(layer: LayerInputs, weights: Sequence[float], settings: MergeSettings) -> RuleMerge:
+    """The merged codes, as a file has them, with their scale and zero point."""
     if settings.rule == "noise":
         merged = merge_by_noise(layer, weights, settings)
-        return merged.codes, merged.scale
+        return RuleMerge(merged.codes, merged.scale, merged.zero_point)
     return merge_by_rule(layer, weights, settings.rule)
 
 
@@ -58,19 +58,21 @@ def merge_by_noise(layer: LayerInputs, weights: Sequence[float], settings: Merge
         axis=layer.axis,
         select=settings.select,
         mode=settings.mode,
+        zero_points=layer.zero_points,
         shape=layer.shape,
         packed=layer.packed,
         extrapolate=settings.extrapolate,
     )
 
 
-def merge_by_rule(layer: LayerInputs, weights: Sequence[float], rule: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The merged codes, as a file has them, and their scale, by one of :data:`hdrq.merging.rules.RULES`."""
+def merge_by_rule(layer: LayerInputs, weights: Sequence[float], rule: str) -> RuleMerge:
+    """The merged weight by one of :data:`hdrq.merging.rules.RULES`, its codes as a file has them."""
     codes = [
         ops.unpack(stored, layer.shape, signed=layer.qmin < 0) if layer.packed else stored for stored in layer.codes
     ]
-    merged = merge_rule(codes, layer.scales, layer.qmin, layer.qmax, rule, weights=weights, axis=layer.axis)
-    return ops.pack(merged.codes) if layer.packed else merged.codes, merged.scale
+    options: dict[str, Any] = {"weights": weights, "zero_points": layer.zero_points, "axis": layer.axis}
+    merged = merge_rule(codes, layer.scales, layer.qmin, layer.qmax, rule, **options)
+    return merged._replace(codes=ops.pack(merged.codes)) if layer.packed else merged
 
 
 def layer_readiness(layer: LayerInputs, weights: Sequence[float], merged: MergedTensor) -> LayerReadiness:
@@ -84,5 +86,6 @@ def layer_readiness(layer: LayerInputs, weights: Sequence[float], merged: Merged
         layer.qmax,
         weights=weights,
         axis=layer.axis,
+        zero_points=layer.zero_points,
         shape=layer.shape,
     )

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from hdrq import checks, ops
+from hdrq.backends.eager import per_element
 from hdrq.rng import rng_state
 
+WIDEST = (-(2**15), 2**15 - 1)  # the widest range of integers
 MODES = ("float", "noise", "round")  # pass through; noise in place of rounding; fake-quantize
 
 
@@ -37,14 +39,24 @@ class Quantizer(nn.Module):
         scale: float32, one element, or one for each index of ``axis``.
         qmin, qmax: the integer range.
         axis: the axis along which ``scale`` varies; None for one scale.
+        zero_point: integers in float32, as many as scales; None for 0.
     """
 
     keep = 1.0  # the probability that an element is quantized
+    zero_point: torch.Tensor | None
 
-    def __init__(self, scale: torch.Tensor, qmin: int, qmax: int, axis: int | None = None) -> None:
+    def __init__(
+        self,
+        scale: torch.Tensor,
+        qmin: int,
+        qmax: int,
+        axis: int | None = None,
+        zero_point: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         checks.quant_range(qmin, qmax)
         self.scale = nn.Parameter(scale)
+        self.register_buffer("zero_point", zero_point)
         self.qmin, self.qmax, self.axis = qmin, qmax, axis
         self.mode = "round"
         self.noise = "uniform"
@@ -61,7 +73,9 @@ class Quantizer(nn.Module):
                 *grid, self.rng, noise=self.noise, axis=self.axis, grad_scale=factor, keep=self.keep
             )
         rng = self.rng if self.keep < 1 else None  # it lies where a learner put it, not where the module went
-        return ops.fake_quantize(*grid, axis=self.axis, grad_scale=factor, keep=self.keep, rng=rng)
+        return ops.fake_quantize(
+            *grid, zero_point=self.zero_point, axis=self.axis, grad_scale=factor, keep=self.keep, rng=rng
+        )
 
     def _gradient_factor(self, x: torch.Tensor) -> float:
         """LSQ's ``1/sqrt(numel·Q_P)``; 1 where no gradient reaches the scale, so that a compiler sees no size there."""
@@ -72,11 +86,11 @@ class Quantizer(nn.Module):
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """The integers that ``x`` rounds to."""
-        return ops.quantize(x, self.scale, self.qmin, self.qmax, axis=self.axis)
+        return ops.quantize(x, self.scale, self.qmin, self.qmax, zero_point=self.zero_point, axis=self.axis)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """What integers stand for."""
-        return ops.dequantize(codes, self.scale, axis=self.axis)
+        return ops.dequantize(codes, self.scale, zero_point=self.zero_point, axis=self.axis)
 
     def get_extra_state(self) -> torch.Tensor:
         """What a state dict holds beside the scale: ``qmin``, ``qmax``, and the axis if there is one.
@@ -136,14 +150,27 @@ class WeightQuantizer(Quantizer):
 
     def adaround(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The weight rounded up or down as ``alpha`` says, softly, and the rounding loss for the exponent ``beta``."""
-        grid = (w, self.scale, cast(torch.Tensor, self.alpha), self.qmin, self.qmax)
-        return ops.adaround_regularized(*grid, cast(torch.Tensor, self.beta), axis=self.axis)
+        grid = (w, self.scale, cast(torch.Tensor, self.alpha), *self._rounding_range)
+        y, penalty = ops.adaround_regularized(*grid, cast(torch.Tensor, self.beta), axis=self.axis)
+        return self._clamped(y), penalty
 
     def rounded(self, w: torch.Tensor) -> torch.Tensor:
         """The weight on its grid for good: rounded up or down as ``alpha`` says, or to the nearest point."""
         if self.alpha is not None:
-            w = ops.adaround(w, self.scale, self.alpha, self.qmin, self.qmax, axis=self.axis, hard=True)
+            w = ops.adaround(w, self.scale, self.alpha, *self._rounding_range, axis=self.axis, hard=True)
         return self.values(self.codes(w))
+
+    @property
+    def _rounding_range(self) -> tuple[int, int]:
+        """The range for :func:`hdrq.ops.adaround`: it knows no zero point, with which :meth:`_clamped` clamps."""
+        return (self.qmin, self.qmax) if self.zero_point is None else WIDEST
+
+    def _clamped(self, y: torch.Tensor) -> torch.Tensor:
+        if self.zero_point is None:
+            return y
+        axis = checks.axis_of(y, self.axis)
+        shift, scale = (per_element(t.detach(), y.ndim, axis) for t in (self.zero_point, self.scale))
+        return torch.clamp(y, (self.qmin - shift) * scale, (self.qmax - shift) * scale)
 
     @property
     def _finished(self) -> bool:
@@ -156,13 +183,13 @@ class WeightQuantizer(Quantizer):
     def _kept_weight(self, w: torch.Tensor) -> torch.Tensor:
         """The quantized weight, computed anew only where something that it depends on is another."""
         grid = (self.qmin, self.qmax, self.axis)
-        kept = self._kept
-        if kept is None or kept.grid != grid or kept.state != _state(w, self.scale, kept.weight):
+        kept, given = self._kept, [w, self.scale, *([] if self.zero_point is None else [self.zero_point])]
+        if kept is None or kept.grid != grid or kept.state != _state(*given, kept.weight):
             with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode would serve nothing else
                 weight = super().forward(w)
                 weight = w.detach() if _same_bits(weight, w) else weight
-                sources = (w.detach(), self.scale.detach())  # while they live, no other tensor has their addresses
-            kept = self._kept = _Kept(weight, sources, _state(w, self.scale, weight), grid)
+                sources = [t.detach() for t in given]  # while they live, no other tensor has their addresses
+            kept = self._kept = _Kept(weight, sources, _state(*given, weight), grid)
         return kept.weight
 
     def _apply(self, *args, **kwargs):
@@ -177,7 +204,7 @@ class _Kept(NamedTuple):
     """A quantized weight, what it was computed from, and how that is known again."""
 
     weight: torch.Tensor
-    sources: tuple[torch.Tensor, torch.Tensor]
+    sources: list[torch.Tensor]
     state: tuple
     grid: tuple[int, int, int | None]
 

@@ -21,6 +21,7 @@ RECIPES = {  # by name and preset: what the oracle is told
     "hdrq paper": NOISE,
     "hdrq official": OFFICIAL,
     "qdrop paper": ROUNDING,
+    "qdrop affine": ROUNDING,
     "brecq paper": ROUNDING | {"input_keep": 1.0, "activation_keep": 1.0},
 }
 
@@ -59,7 +60,11 @@ def in_the_oracle(model, unit, told, learner):
         return torch.tensor(words).view(shape)
 
     def grid(quantizer):
-        return quantizer.scale.detach().clone(), quantizer.qmin, quantizer.qmax
+        """The scale, and the range of integers less the zero point: of each channel where there are several."""
+        scale, zero = quantizer.scale.detach().clone(), quantizer.zero_point
+        if zero is None:
+            return scale, quantizer.qmin, quantizer.qmax
+        return tuple(t.view(-1, 1, 1, 1) for t in (scale, quantizer.qmin - zero, quantizer.qmax - zero))
 
     weights = [
         (layer.latent.detach().clone(), *grid(layer.weight_quantizer), learner.source.get(layer.name))
@@ -96,6 +101,8 @@ def test_every_parameter_is_the_oracles(chosen, monkeypatch):
     learns_weights = name == "hdrq"
     knobs = KNOBS | ({"source": source, "fake_quant_fraction": 0.4} if learns_weights else {})
     named = {"bits": {"*": "W3A3"}, "blocks": ["left", "right", "block"]}
+    if preset == "affine":
+        preset, knobs = "paper", knobs | {"affine_weights": True, "per_channel": True}
     hdrq.quantize(model, data, name, preset=preset, seed=SEED, progress=False, **named, **knobs)
 
     ((begun, want, got),) = compared
