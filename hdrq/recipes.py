@@ -11,6 +11,7 @@ from hdrq import checks
 
 NAMES = ("rtn", "brecq", "qdrop", "hdrq")
 PRESETS = ("paper", "official")
+LEARNS = ("weights", "rounding", "activations")
 RENAMED = {"tail": "fake_quant_fraction", "placement": "activation_placement"}  # accepted for one release
 
 
@@ -26,10 +27,13 @@ class Recipe:
       is QDrop's loop on weights.
     - ``learns="rounding"``: whether each weight is rounded up or down, its scale fixed: ``(floor(w/Δ) + h(α))·Δ`` with
       α learned, and ``rounding_weight·Σ(1 − |2h − 1|^β)`` added to the loss; at the end h is 0 or 1. BRECQ and QDrop.
+    - ``learns="activations"``: the scales of activations alone, by ``mean Σ_channels |B_q(x) − y|^norm``.
+
+    Scales of activations are learned with the weights, or, with ``activation_walk``, after those of all blocks.
     """
 
     name: str
-    learns: str = "weights"  # or "rounding": AdaRound's α
+    learns: str = "weights"  # or "rounding", AdaRound's α; or "activations", their scales alone
     iterations: int = 20_000
     fake_quant_fraction: float = (
         0.175  # share of the iterations, at the end, that fake-quantize; 1 is all of them: no noise
@@ -43,6 +47,7 @@ class Recipe:
     warmup: float = 0.2  # share of the iterations over which the weights' rate rises from 1e-3 of itself
     scale_step: float = 0.01  # bound on the rate of a scale, as a share of the scale it starts from
     weight_step: float = 0.1  # bound on the rate of a weight, as a share of its scale; 0: none
+    activation_walk: float = 0.0  # share of the iterations, of a second walk over the blocks for activations' scales
     activation_lr: float = 4e-5  # Adam, cosine, of the activations' scales; scale_step bounds it too
     bias_lr: float = 0.0  # Adam, cosine, of the biases of quantized layers; 0: they stay as they are
     distance: float = 5e-2  # λ of Σ ‖W − W_src‖₂, not squared
@@ -73,7 +78,7 @@ class Recipe:
         checks.integer("judged_samples", self.judged_samples, 0, 2**31)
         checks.integer("candidates", self.candidates, 1, 2**16)
         checks.integer("range_samples", self.range_samples, 1, 2**31)
-        checks.choice("learns", self.learns, ("weights", "rounding"))
+        checks.choice("learns", self.learns, LEARNS)
         checks.choice("noise", self.noise, ("uniform", "empirical"))
         checks.choice("activation_placement", self.activation_placement, ("input", "qdrop"))
         checks.choice("weight_schedule", self.weight_schedule, ("cosine", "constant"))
@@ -82,6 +87,9 @@ class Recipe:
             checks.choice(name, getattr(self, name), (False, True))
         for name in ("fake_quant_fraction", "warmup", "rounding_warmup", "input_keep", "activation_keep"):
             checks.real(name, getattr(self, name), 0.0, 1.0)
+        checks.real("activation_walk", self.activation_walk, 0.0)
+        if self.activation_walk and self.learns == "activations":
+            raise ValueError('activation_walk must be 0 where learns="activations", got one more walk')
         for name in (
             "weight_lr",
             "activation_lr",
@@ -105,6 +113,25 @@ class Recipe:
                 f"weights alone, got fake_quant_fraction={self.fake_quant_fraction:g}, distance={self.distance:g}"
             )
 
+    def walks(self) -> tuple[Recipe, ...]:
+        """What each walk over the blocks learns.
+
+        With ``activation_walk`` the first learns weights and leaves activations in full precision. The second learns
+        the scales of activations alone, from what blocks read in full precision.
+        """
+        if not self.activation_walk:
+            return (self,)
+        second = replace(
+            self,
+            learns="activations",
+            iterations=max(1, round(self.activation_walk * self.iterations)),
+            activation_walk=0.0,
+            fake_quant_fraction=1.0,
+            distance=0.0,
+            input_keep=0.0,
+        )
+        return self, second
+
 
 _HDRQ = Recipe("hdrq")
 _QDROP = Recipe(
@@ -112,16 +139,28 @@ _QDROP = Recipe(
 )
 _BRECQ = replace(_QDROP, name="brecq", input_keep=1.0, activation_keep=1.0)
 _RTN = Recipe("rtn", iterations=0)
-_RECIPES = {"rtn": _RTN, "brecq": _BRECQ, "qdrop": _QDROP, "hdrq": _HDRQ}
-_OFFICIAL = replace(
-    _HDRQ, fake_quant_fraction=0.2, noise="empirical", noise_activations=True, weight_lr=1e-4, scale_step=1.0
-)
+_PAPER = {"rtn": _RTN, "brecq": _BRECQ, "qdrop": _QDROP, "hdrq": _HDRQ}
+_WEIGHTS_AS_RELEASED: dict[str, Any] = {"per_channel": True, "affine_weights": True, "judged_samples": 0}
+_OFFICIAL = {
+    "rtn": _RTN,
+    "brecq": replace(_BRECQ, **_WEIGHTS_AS_RELEASED, activation_walk=0.25, activation_lr=4e-4, scale_step=1.0),
+    "qdrop": replace(_QDROP, **_WEIGHTS_AS_RELEASED, range_samples=256, scale_step=1.0),
+    "hdrq": replace(
+        _HDRQ,
+        fake_quant_fraction=0.2,
+        noise="empirical",
+        noise_activations=True,
+        batch_size=1,
+        judged_samples=0,
+        weight_lr=1e-4,
+        scale_step=1.0,
+        range_samples=8,
+    ),
+}
 
 
 def recipe(name: str | Recipe, preset: str = "paper", **knobs) -> Recipe:
     """A recipe by name, as the paper or the released code has it, with knobs of the caller's own.
-
-    The presets differ for ``"hdrq"`` alone.
 
     Raises:
         ValueError: an unknown name, preset or knob, or a knob out of range.
@@ -131,7 +170,7 @@ def recipe(name: str | Recipe, preset: str = "paper", **knobs) -> Recipe:
     else:
         checks.choice("recipe", name, NAMES)
         checks.choice("preset", preset, PRESETS)
-        base = _OFFICIAL if (name, preset) == ("hdrq", "official") else _RECIPES[name]
+        base = (_OFFICIAL if preset == "official" else _PAPER)[name]
     knobs = current_names(knobs)
     known = tuple(f.name for f in fields(Recipe) if f.name != "name")
     for knob in knobs:

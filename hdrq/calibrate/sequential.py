@@ -26,6 +26,7 @@ from hdrq.checkpoint.workdir import Workdir
 from hdrq.quantizers.layers import QuantizedLayer, quantized_layers
 from hdrq.quantizers.modules import ActivationQuantizer
 
+PARTS = ("weights", "activations")
 LossRow = tuple[str, int, float]  # the unit, the iteration, the reconstruction loss
 
 
@@ -72,6 +73,10 @@ class Fitted:
 class Method(Protocol):
     """How one unit is quantized."""
 
+    @property
+    def fits(self) -> Sequence[str]:
+        """Which of :data:`PARTS` it fits; a unit that it is given has no others."""
+
     def fit(self, unit: Unit, journal: Journal) -> Fitted:
         """Leave the unit quantized, for good."""
 
@@ -84,13 +89,15 @@ class Journal:
     """Where a method notes how far it is: losses for whoever watches, its state for whoever resumes.
 
     Args:
-        names: the units, in order.
+        units: how many there are, through all walks.
+        part: what is added to a unit's name in losses, where a walk fits a part of it.
         progress: is told of every step that is noted; None for nobody.
         workdir: the work folder; None for none.
         every: iterations between two states that are kept inside a unit; 0 for none.
     """
 
-    names: Sequence[str]
+    units: int
+    part: str = ""
     progress: Callable[[Step], None] | None = None
     workdir: Workdir | None = None
     every: int = 0
@@ -98,9 +105,9 @@ class Journal:
 
     def note(self, unit: Unit, iteration: int, iterations: int, loss: float) -> None:
         """The loss after so many iterations."""
-        self.losses.append((unit.name, iteration, loss))
+        self.losses.append((unit.name + self.part, iteration, loss))
         if self.progress is not None:
-            self.progress(Step(unit.name, unit.index, len(self.names), iteration, iterations, loss))
+            self.progress(Step(unit.name + self.part, unit.index, self.units, iteration, iterations, loss))
 
     def keep(self, unit: Unit, tensors: Mapping[str, torch.Tensor], iteration: int, loss_before: float) -> None:
         """Keep the state of a unit that is not finished."""
@@ -144,6 +151,8 @@ def walk(
     progress: Callable[[Step], None] | None = None,
     workdir: Workdir | None = None,
     checkpoint_every: int = 0,
+    walks: tuple[int, int] = (0, 1),
+    losses: Sequence[LossRow] = (),
 ) -> tuple[list[BlockReport], list[LossRow]]:
     """Fit every unit of ``model``, in place, in forward order; what is finished already is taken from the work folder.
 
@@ -151,14 +160,19 @@ def walk(
         full: the model in full precision.
         model: a copy of it with quantizers.
         names: the units (:func:`hdrq.prepare.units.find_blocks`).
+        walks: the number of this walk among how many over the same units. Units are numbered through all of them.
+        losses: those that earlier walks noted.
 
     Returns:
-        A report of each unit that had something to fit, and the losses that were noted.
+        A report of each unit that had something to fit, and the losses that were noted, the earlier ones first.
     """
     nodes = trace(full, list(names), representative(full, names, batches[0]))
     check_replay(full, nodes, batches)
     in_full, behind_quantized = (Activations(m, nodes, batches, cache) for m in (full, model))
-    journal = Journal([node.name for node in nodes], progress, workdir, checkpoint_every if workdir else 0)
+    number, count = walks
+    part = f": {method.fits[0]}" if count > 1 else ""
+    every = checkpoint_every if workdir else 0
+    journal = Journal(count * len(nodes), part, progress, workdir, every, list(losses))
     fitted_before: set[int] = set()
     reports = []
     for index, node in enumerate(nodes):
@@ -167,13 +181,15 @@ def walk(
         quantized = behind_quantized.inputs(index) if node.needs else inputs
         target = in_full.run(index, inputs)[node.outputs.main]
 
-        layers, activations = _unfitted(model, node.name, fitted_before)
+        layers, activations = _unfitted(model, node.name, fitted_before, method.fits)
         if layers or activations:
             module, reference = model.get_submodule(node.name), full.get_submodule(node.name)
             own = replace(node, inputs=behind_quantized.layout(index))
-            unit = Unit(index, own, module, reference, layers, activations, quantized, inputs, target)
-            losses = _fit(unit, method, journal)
-            reports.append(BlockReport(node.name, **losses, seconds=time.perf_counter() - began))
+            unit = Unit(
+                number * len(nodes) + index, own, module, reference, layers, activations, quantized, inputs, target
+            )
+            before_and_after = _fit(unit, method, journal)
+            reports.append(BlockReport(node.name + part, **before_and_after, seconds=time.perf_counter() - began))
 
         behind_quantized.run(index, quantized)
         for activations_of in (in_full, behind_quantized):
@@ -193,7 +209,7 @@ def _fit(unit: Unit, method: Method, journal: Journal) -> dict[str, float]:
 
 
 def _unfitted(
-    model: nn.Module, name: str, fitted: set[int]
+    model: nn.Module, name: str, fitted: set[int], parts: Sequence[str]
 ) -> tuple[list[QuantizedLayer], dict[str, ActivationQuantizer]]:
     """The quantizers of a unit that no earlier unit has fitted: a shared layer is fitted once. ``fitted`` grows."""
     layers = [
@@ -203,5 +219,7 @@ def _unfitted(
     ]
     modules = model.get_submodule(name).named_modules(prefix=name)
     activations = {n: q for n, q in modules if isinstance(q, ActivationQuantizer) and id(q) not in fitted}
+    layers = layers if "weights" in parts else []
+    activations = activations if "activations" in parts else {}
     fitted |= {id(layer.latent) for layer in layers} | {id(q) for q in activations.values()}
     return layers, activations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -11,18 +13,43 @@ from hdrq.prepare.observe import observe
 from hdrq.quantizers.layers import CONVOLUTIONS, weighted_layers
 
 
-def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, axis: int) -> torch.Tensor:
-    """``mean over batch and positions of Σ_channels (output − target)²``, the channels along ``axis``.
+def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, axis: int, norm: float = 2.0) -> torch.Tensor:
+    """``mean over batch and positions of Σ_channels |output − target|^norm``, the channels along ``axis``.
 
     Half types are widened to float32 first.
     """
-    return (output.float() - target.float()).square().sum(dim=axis).mean()
+    difference = output.float() - target.float()
+    powers = difference.square() if norm == 2 else difference.abs().pow(norm)
+    return powers.sum(dim=axis).mean()
 
 
-def unit_loss(unit: Unit, inputs: list[torch.Tensor], target: torch.Tensor, axis: int) -> torch.Tensor:
-    """The loss of a unit as it is, on rows of its inputs and of its target; ``axis`` as :func:`channel_axis` has it."""
-    leaf, output = _main_output(unit, inputs)
-    return reconstruction_loss(output, leaf.tensor(target), axis)
+@dataclass(frozen=True)
+class UnitLoss:
+    """The loss of a unit as it is.
+
+    Args:
+        axis: of the channels of its output (:func:`channel_axis`).
+        norm: the exponent.
+    """
+
+    unit: Unit
+    axis: int
+    norm: float = 2.0
+
+    def __call__(self, inputs: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+        """On rows of its inputs and of its target."""
+        leaf, output = _main_output(self.unit, inputs)
+        return reconstruction_loss(output, leaf.tensor(target), self.axis, self.norm)
+
+    @torch.no_grad()
+    def measured(self, samples: torch.Tensor, batch_size: int) -> float:
+        """Behind the quantized prefix, on the samples of these numbers."""
+        total = 0.0
+        for index in samples.split(batch_size):
+            rows = (*self.unit.quantized, self.unit.target)
+            *inputs, target = (each.gather(index).to(each.device) for each in rows)
+            total += float(self(inputs, target)) * len(index)
+        return total / len(samples)
 
 
 @torch.no_grad()
@@ -53,16 +80,6 @@ def channel_axis(unit: Unit) -> int:
     if own in alike or not alike:
         return own if 0 <= own != leaf.axis else default
     return alike[-1]
-
-
-@torch.no_grad()
-def measured_loss(unit: Unit, samples: torch.Tensor, batch_size: int, axis: int) -> float:
-    """The loss of a unit as it is, behind the quantized prefix, on the samples of these numbers."""
-    total = 0.0
-    for index in samples.split(batch_size):
-        *inputs, target = (rows.gather(index).to(rows.device) for rows in (*unit.quantized, unit.target))
-        total += float(unit_loss(unit, inputs, target, axis)) * len(index)
-    return total / len(samples)
 
 
 def _main_output(unit: Unit, inputs: list[torch.Tensor]) -> tuple[Leaf, torch.Tensor]:

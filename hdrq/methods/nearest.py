@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from hdrq.calibrate.sequential import Fitted, Journal, Unit
-from hdrq.methods.loss import channel_axis, measured_loss
+from hdrq.calibrate.sequential import PARTS, Fitted, Journal, Unit
+from hdrq.methods.loss import UnitLoss, channel_axis
 from hdrq.quantizers.layers import quantized_layers
 
 MEASURED, BATCH = 256, 32  # samples that the loss is measured on, and how many at a time
@@ -24,11 +24,13 @@ def round_to_nearest(model: nn.Module) -> nn.Module:
 class Nearest:
     """The method that learns nothing; :func:`round_to_nearest` gives the same bits without a walk."""
 
+    fits = PARTS
+
     def fit(self, unit: Unit, journal: Journal) -> Fitted:
         """Round the weights of a unit. Its quantizers round them while it runs, so its loss is the same before."""
         for layer in unit.layers:
             layer.settle()
-        loss = measured_loss(unit, torch.arange(min(MEASURED, unit.count)), BATCH, channel_axis(unit))
+        loss = UnitLoss(unit, channel_axis(unit)).measured(torch.arange(min(MEASURED, unit.count)), BATCH)
         tensors = {layer.name: layer.latent.detach() for layer in unit.layers}
         return Fitted(tensors, {"loss_before": loss, "loss_after": loss})
 

@@ -28,7 +28,7 @@ from hdrq.methods.reconstruct.method import Reconstruction
 from hdrq.prepare.attention import quantized_operands
 from hdrq.prepare.float_model import check_module, device_of, prepare_float
 from hdrq.prepare.prepared import prepare
-from hdrq.quantizers.layers import quantized_layers
+from hdrq.quantizers.layers import input_quantizers, quantized_layers
 from hdrq.quantizers.provenance import set_origin
 from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
@@ -137,21 +137,28 @@ def quantize(
     report = RunReport(plan.name, nearest=errors(), attention=quantized_operands(quantized))
     if learns:
         weights = {} if source is None or plan.distance == 0 else source_weights(source, quantized, batches)
-        method = Reconstruction(plan, weights, seed, graph)
         store = Cache(device_of(full), cache, cache_bytes, None if folder is None else folder.path)
+        walks = plan.walks()
         with without_caches(full, quantized), bars() if progress is True else nullcontext(progress or None) as show:
             try:
-                report.blocks, report.losses = walk(
-                    full,
-                    quantized,
-                    units,
-                    batches,
-                    method,
-                    store,
-                    progress=show,
-                    workdir=folder,
-                    checkpoint_every=checkpoint_every,
-                )
+                for number, part in enumerate(walks):
+                    for quantizer in input_quantizers(quantized).values():
+                        quantizer.mode = "float" if part.activation_walk else "round"
+                    method = Reconstruction(part, weights, seed, graph)
+                    reports, report.losses = walk(
+                        full,
+                        quantized,
+                        units,
+                        batches,
+                        method,
+                        store,
+                        progress=show,
+                        workdir=folder,
+                        checkpoint_every=checkpoint_every,
+                        walks=(number, len(walks)),
+                        losses=report.losses,
+                    )
+                    report.blocks += reports
             except DivergenceError as error:
                 error.model = round_to_nearest(quantized)
                 raise

@@ -12,7 +12,7 @@ import hdrq
 from hdrq.calibrate.cache import Cache
 from hdrq.calibrate.data import calibration_calls, first_samples, run_all
 from hdrq.calibrate.ranges import attach_quantizers
-from hdrq.calibrate.sequential import Fitted, walk
+from hdrq.calibrate.sequential import PARTS, Fitted, walk
 from hdrq.calibrate.trace import trace
 from hdrq.methods.nearest import Nearest
 from hdrq.methods.post_training import fold
@@ -23,6 +23,8 @@ from hdrq.recipes import recipe
 
 class Recorder:
     """A method that rounds, and keeps the units that it was given."""
+
+    fits = PARTS
 
     def __init__(self):
         self.units = []
@@ -91,6 +93,8 @@ def test_a_shared_layer_is_fitted_once():
 def test_what_a_method_returns_is_what_a_resumed_walk_restores(tmp_path):
     class Half:
         """Scales the latents by one half: no rounding rule does that by itself."""
+
+        fits = PARTS
 
         def fit(self, unit, journal):
             for layer in unit.layers:

@@ -262,7 +262,7 @@ def test_presets_are_the_tables():
 
 def test_baselines_are_the_table():
     brecq, qdrop = recipe("brecq"), recipe("qdrop")
-    assert brecq.learns == qdrop.learns == "rounding" and recipe("brecq", "official") == brecq
+    assert brecq.learns == qdrop.learns == "rounding"
     assert (brecq.input_keep, brecq.activation_keep, qdrop.input_keep, qdrop.activation_keep) == (1, 1, 0.5, 0.5)
     assert {(r.fake_quant_fraction, r.distance, r.activation_lr) for r in (brecq, qdrop)} == {(1, 0, 4e-5)}
 
@@ -363,7 +363,7 @@ def test_model_of_two_tensors():
             ValueError,
             'fake_quant_fraction must be 1 and distance 0 where learns="rounding"',
         ),
-        ({"learns": "bits"}, ValueError, "learns must be one of 'weights', 'rounding', got 'bits'"),
+        ({"learns": "bits"}, ValueError, "learns must be one of 'weights', 'rounding', 'activations', got 'bits'"),
         ({"beta_end": 0.5}, ValueError, "beta_end must be finite and in"),
         ({"checkpoint_every": -1}, ValueError, "checkpoint_every must be in"),
         ({"held_out": CALIBRATION[:0]}, ValueError, "held_out must have at least one sample, got none"),

@@ -16,7 +16,7 @@ from hdrq.calibrate.cache import batches
 from hdrq.calibrate.progress import LOG_EVERY
 from hdrq.calibrate.sequential import Unit
 from hdrq.errors import DivergenceError
-from hdrq.methods.loss import channel_axis, measured_loss, unit_loss
+from hdrq.methods.loss import UnitLoss, channel_axis
 from hdrq.methods.reconstruct.graph import Graph
 from hdrq.methods.reconstruct.memory import kept_memory
 from hdrq.methods.reconstruct.parameters import Parameters
@@ -52,7 +52,8 @@ class Learner:
     ) -> None:
         self.unit, self.recipe, self.source, self.graph = unit, recipe, source, graph
         self.device = unit.target.device
-        self.weights, self.axis = unit.weights, channel_axis(unit)
+        self.weights = unit.weights
+        self.loss = UnitLoss(unit, channel_axis(unit), recipe.norm if recipe.learns == "activations" else 2.0)
         self._give_streams(seed)
         learned_from, self.judged = _parts(unit.count, recipe.judged_samples)
         size = min(recipe.batch_size, len(learned_from))
@@ -149,7 +150,7 @@ class Learner:
         count = len(self.unit.quantized)
         full = inputs[count:] or inputs
         mixed = [self._mixed(*each) for each in zip(inputs[:count], full, self.mixes, strict=True)]
-        return unit_loss(self.unit, mixed, target, self.axis)
+        return self.loss(mixed, target)
 
     def _quantize_weights(self) -> tuple[list[torch.Tensor], torch.Tensor | float]:
         """The quantized weights of this step, layer by layer, and what is added to the reconstruction loss.
@@ -192,8 +193,8 @@ class Learner:
         return self.step if self.graph is False or self.device.type != "cuda" else Graph(self.step, self.graph is True)
 
     def _phase(self, iteration: int) -> str:
-        if self.recipe.learns == "rounding":
-            return "adaround"
+        if self.recipe.learns != "weights":
+            return "adaround" if self.recipe.learns == "rounding" else "round"
         last = round(self.recipe.fake_quant_fraction * self.recipe.iterations)
         return "noise" if iteration < self.recipe.iterations - last else "round"
 
@@ -251,7 +252,7 @@ class Learner:
             activation.mode, activation.keep = "round", 1.0
         rounded = [layer.weight_quantizer.rounded(layer.latent) for layer in self.weights]
         with substituted(self.quantizers, rounded):
-            loss = measured_loss(self.unit, self.judged, self.recipe.batch_size, self.axis)
+            loss = self.loss.measured(self.judged, self.recipe.batch_size)
         objective = loss + self._distance()
         if not objective >= self.best.objective:  # the first is kept, even if it is NaN
             tensors = {name: p.detach().clone() for name, p in self.parameters.by_name.items()}

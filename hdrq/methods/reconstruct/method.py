@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from hdrq.calibrate.sequential import Fitted, Journal, Unit
+from hdrq.calibrate.sequential import PARTS, Fitted, Journal, Unit
 from hdrq.errors import DivergenceError
 from hdrq.methods.reconstruct.learner import Learner
 from hdrq.recipes import Recipe
@@ -29,6 +29,13 @@ class Reconstruction:
     source_weights: Mapping[str, torch.Tensor]
     seed: int
     graph: bool | str = "auto"
+
+    @property
+    def fits(self) -> tuple[str, ...]:
+        """What is learned of a unit: its weights, its activations, or both."""
+        if self.recipe.learns == "activations":
+            return ("activations",)
+        return ("weights",) if self.recipe.activation_walk else PARTS
 
     def fit(self, unit: Unit, journal: Journal) -> Fitted:
         """Learn a unit, from where an earlier run stopped if there was one, and leave it in its best state.
