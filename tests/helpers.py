@@ -83,7 +83,7 @@ CASES = list(itertools.product(SHAPES, RANGES[1:3])) + [(((6, 3, 3, 3), 0), r) f
 
 
 def assert_sums_close(got: torch.Tensor, want: torch.Tensor, terms: torch.Tensor, axis: int | None) -> None:
-    """Each channel's sum within 1e-6 of ``want``, relative to the magnitudes of its own ``terms``, as contract 2 says."""
+    """Each channel's sum within 1e-6 of ``want``, relative to the magnitudes of its own ``terms``: contract 2."""
     rows = (terms[None] if axis is None else terms.movedim(axis, 0))[..., None]
     magnitude = rows.double().abs().flatten(1).sum(1)
     wrong = (got.double() - want.double()).abs() > 1e-6 * magnitude

@@ -66,9 +66,7 @@ def test_backends_agree_with_the_reference(backend, affine, dtype, shaped, quant
     assert_same_bits(grad_x, grad_x_ref)
     each = [None if t is None else torch.tensor(per_element(x, t, axis)) for t in (s, z)]
     # An element that is a channel of its own has its term for its sum.
-    _, _, terms = run(
-        "reference", x.flatten(), each[0], qmin, qmax, grad.flatten(), each[1], **options | {"axis": 0}
-    )
+    _, _, terms = run("reference", x.flatten(), each[0], qmin, qmax, grad.flatten(), each[1], **options | {"axis": 0})
     assert_sums_close(grad_s, grad_s_ref, terms.reshape(shape), axis)
 
 

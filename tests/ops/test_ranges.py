@@ -156,7 +156,7 @@ def test_channels_of_a_layer_are_ranked_by_their_tables(backend, grid, far):
 @pytest.mark.parametrize("kind", kinds(1))
 @pytest.mark.parametrize("backend", backend_params(only=("cpp",)))
 def test_zero_points_are_ranked_by_few_points(backend, kind, count, monkeypatch):
-    """Of the elements, and of a table: one of a quarter of its bins, which ranks worse, since all pairs take seconds."""
+    """Of the elements, and of a table: a quarter of its bins, which ranks worse, since all pairs take seconds."""
     monkeypatch.setattr(ranges, "BINS", ranges.BINS // 4)
     x = kinds(count)[kind]
     grid = (0, 15)
