@@ -58,12 +58,17 @@ def tiling(x: torch.Tensor, axis: int | None) -> Tiling:
     return Tiling(x.numel(), inner, channels, "long", min(BLOCK, 1 << (inner.bit_length() - 1)))
 
 
+def row_block(length: int) -> int:
+    """The tile of a row that has tiles of its own: a shorter one where the row is short."""
+    return max(SHORTEST, min(BLOCK, triton.next_power_of_2(length)))
+
+
 def drops(threshold: int) -> bool:
     """Whether a threshold leaves any element as it is."""
     return threshold < KEEP_ALL
 
 
-def launch(kernel, programs: int, x: torch.Tensor, *args, block=BLOCK, per_thread=PER_THREAD, **constants) -> None:
+def launch(kernel, programs: int, x: torch.Tensor, *args, block: int, per_thread=PER_THREAD, **constants) -> None:
     """Run ``kernel`` on the device of ``x``. Here, once for all, it is compiled without fused multiply-adds."""
     warps = max(1, block // (per_thread * warp_size(x.device)))
     with torch.cuda.device_of(x):

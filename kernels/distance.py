@@ -31,7 +31,7 @@ def source_distance(w, w_src) -> torch.Tensor:
         return w.new_zeros((), dtype=torch.float32)
     t = tiling(w, None)
     squares = torch.empty(t.count, dtype=torch.float32, device=w.device)
-    launch(source_distance_kernel, t.count, w, squares, w, w_src, t.numel)
+    launch(source_distance_kernel, t.count, w, squares, w, w_src, t.numel, block=t.block)
     return squares.sum(dtype=torch.float64).sqrt().float()
 
 
@@ -40,5 +40,6 @@ def source_distance_backward(grad, distance, w, w_src) -> torch.Tensor:
     grad_w = torch.empty_like(w)
     if w.numel() > 0:
         t = tiling(w, None)
-        launch(source_distance_backward_kernel, t.count, w, grad_w, grad, distance, w, w_src, t.numel)
+        args = (grad_w, grad, distance, w, w_src, t.numel)
+        launch(source_distance_backward_kernel, t.count, w, *args, block=t.block)
     return grad_w

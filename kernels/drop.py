@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from hdrq.kernels import _lang as lang
-from hdrq.kernels._launch import BLOCK, launch
+from hdrq.kernels._launch import launch, tiling
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -32,13 +32,15 @@ def drop_mix_backward_kernel(grad_a, grad_b, grad, threshold, rng, numel, BLOCK:
 def drop_mix(a, b, threshold, rng) -> torch.Tensor:
     y = torch.empty_like(a)
     if a.numel() > 0:
-        launch(drop_mix_kernel, triton.cdiv(a.numel(), BLOCK), a, y, a, b, threshold, rng, a.numel())
+        t = tiling(a, None)
+        launch(drop_mix_kernel, t.count, a, y, a, b, threshold, rng, t.numel, block=t.block)
     return y
 
 
 def drop_mix_backward(grad, threshold, rng) -> tuple[torch.Tensor, torch.Tensor]:
     grad_a, grad_b = torch.empty_like(grad), torch.empty_like(grad)
     if grad.numel() > 0:
-        args = (grad_a, grad_b, grad, threshold, rng, grad.numel())
-        launch(drop_mix_backward_kernel, triton.cdiv(grad.numel(), BLOCK), grad, *args)
+        t = tiling(grad, None)
+        args = (grad_a, grad_b, grad, threshold, rng, t.numel)
+        launch(drop_mix_backward_kernel, t.count, grad, *args, block=t.block)
     return grad_a, grad_b

@@ -11,7 +11,7 @@ import triton.language as tl
 from hdrq.backends.eager import packing
 from hdrq.backends.eager.merging import cosines, kept
 from hdrq.kernels import _lang as lang
-from hdrq.kernels._launch import BLOCK, launch, tiling
+from hdrq.kernels._launch import launch, tiling
 
 PROGRAMS = 1024  # of one draw, each over its share of the tiles: bounds the sums kept, and the grid
 GROUP = 32  # fast draws that one program scores: their sums stay in its registers
@@ -288,8 +288,9 @@ def merge(
     # Filled on the device: a copy of a list from the host would wait for the device, and could not be captured.
     lam = torch.stack([torch.full((), w, dtype=torch.float32, device=rng.device) for w in weights])
     if channels > 0:
+        t = tiling(merged_scale, None)
         args = (merged_scale, merged_zero, scales, zeros, lam, channels)
-        launch(merged_grid_kernel, triton.cdiv(channels, BLOCK), rng, *args, MODELS=models)
+        launch(merged_grid_kernel, t.count, rng, *args, MODELS=models, block=t.block)
     if result.numel() == 0:
         similarity = _cosines(lam.new_zeros((draws, 1, 3, models), dtype=torch.float64))
         return merged, merged_scale, merged_zero, similarity, kept(similarity, select)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from hdrq.kernels import _lang as lang
-from hdrq.kernels._launch import BLOCK, SHORTEST, launch, operand
+from hdrq.kernels._launch import launch, operand, row_block
 
 CANDIDATES = 64  # that are scored on a tile while it is in registers
 
@@ -82,14 +82,9 @@ def range_table_kernel(table, x, origin, factor, length, parts, BINS: tl.constex
     tl.atomic_add(cell + 1, (position % WIDTH).to(tl.int64), mask=live, sem="relaxed")
 
 
-def _block(length: int) -> int:
-    """The tile of a row: a shorter one where the row is short."""
-    return max(SHORTEST, min(BLOCK, triton.next_power_of_2(length)))
-
-
 def range_errors(x, weights, scale, low, high, unit, norm) -> torch.Tensor:
     x = operand(x)
-    (rows, length), candidates, block = x.shape, scale.shape[1], _block(x.shape[1])
+    (rows, length), candidates, block = x.shape, scale.shape[1], row_block(x.shape[1])
     parts = triton.cdiv(length, block)
     sums = torch.empty((rows, parts, candidates), dtype=torch.float32, device=x.device)
     programs = rows * parts * triton.cdiv(candidates, CANDIDATES)
@@ -100,7 +95,7 @@ def range_errors(x, weights, scale, low, high, unit, norm) -> torch.Tensor:
 
 def range_table(x, origin, factor, bins) -> torch.Tensor:
     x = operand(x)
-    (rows, length), block = x.shape, _block(x.shape[1])
+    (rows, length), block = x.shape, row_block(x.shape[1])
     table = torch.zeros((rows, bins, 2), dtype=torch.int64, device=x.device)
     parts = triton.cdiv(length, block)
     launch(range_table_kernel, rows * parts, x, table, x, origin, factor, length, parts, BINS=bins, block=block)

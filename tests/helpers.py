@@ -82,6 +82,14 @@ RANGES = [(-2, 1), (-8, 7), (0, 15), (-128, 127), (0, 255)]
 CASES = list(itertools.product(SHAPES, RANGES[1:3])) + [(((6, 3, 3, 3), 0), r) for r in RANGES]
 
 
+def assert_sums_close(got: torch.Tensor, want: torch.Tensor, terms: torch.Tensor, axis: int | None) -> None:
+    """Each channel's sum within 1e-6 of ``want``, relative to the magnitudes of its own ``terms``: contract 2."""
+    rows = (terms[None] if axis is None else terms.movedim(axis, 0))[..., None]
+    magnitude = rows.double().abs().flatten(1).sum(1)
+    wrong = (got.double() - want.double()).abs() > 1e-6 * magnitude
+    assert not wrong.any(), (got[wrong], want[wrong], magnitude[wrong])
+
+
 def state(model):
     """A copy of the state of a model."""
     return {name: value.clone() for name, value in model.state_dict().items()}

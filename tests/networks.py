@@ -35,6 +35,13 @@ def learn(model=None, calibration=CALIBRATION, **options):
     return hdrq.quantize(model or net(), calibration, **{"bits": "W3A3", "iterations": 6, "distance": 0, **options})
 
 
+def error(model, reference):
+    """Mean squared error of the outputs, relative to their variance, on data held out."""
+    with torch.no_grad():
+        want = reference(HELD_OUT)
+        return float((model(HELD_OUT) - want).square().mean() / want.var())
+
+
 SAMPLES = torch.randn((48, 3, 6, 6), generator=torch.Generator().manual_seed(0))
 
 
@@ -104,3 +111,20 @@ class Block(nn.Module):
 
 def blocks_net():
     return lively(nn.Sequential(SamePad(3, 4, 2), nn.ReLU(), Block(), Block(), nn.Flatten(), nn.Linear(256, 3)))
+
+
+class Checkpointed(nn.Module):
+    """Two layers that are computed anew during the backward pass, or under a decorator."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.wrap = wrap
+
+    def inner(self, x):
+        return x + self.second(self.first(x).relu())
+
+    def forward(self, x):
+        return self.wrap(self.inner, x)

@@ -1,8 +1,12 @@
-"""Recipes: knobs by their old names work for one release, and warn."""
+"""Recipes: their tables, the knobs that change them, and old names, which work for one release and warn."""
+
+from dataclasses import replace
 
 import pytest
+from helpers import same, state
+from networks import learn
 
-from hdrq.recipes import recipe
+from hdrq.recipes import Recipe, recipe
 
 
 @pytest.mark.parametrize(
@@ -14,3 +18,47 @@ def test_a_knob_of_the_first_house_works_and_warns(old, new, value):
         assert getattr(recipe("hdrq", **{old: value}), new) == value
     with pytest.raises(ValueError, match=f"{new} must be given once, got {old} too, which is its old name"):
         recipe("hdrq", **{old: value, new: value})
+
+
+def test_presets_are_the_tables():
+    paper, official = recipe("hdrq"), recipe("hdrq", "official")
+    assert (paper.noise, paper.noise_activations, paper.weight_lr) == ("uniform", False, 1e-3)
+    assert (official.noise, official.noise_activations, official.weight_lr) == ("empirical", True, 1e-4)
+    for plan, tail in ((paper, 3500), (official, 4000)):
+        assert (
+            plan.iterations == 20_000
+            and round(plan.fake_quant_fraction * plan.iterations) == tail
+            and plan.distance == 5e-2
+        )
+    assert recipe("rtn").iterations == 0
+
+
+def test_baselines_are_the_table():
+    brecq, qdrop = recipe("brecq"), recipe("qdrop")
+    assert brecq.learns == qdrop.learns == "rounding"
+    assert (brecq.input_keep, brecq.activation_keep, qdrop.input_keep, qdrop.activation_keep) == (1, 1, 0.5, 0.5)
+    assert {(r.fake_quant_fraction, r.distance, r.activation_lr) for r in (brecq, qdrop)} == {(1, 0, 4e-5)}
+
+
+def test_official_presets_are_the_released_codes():
+    hdrq_, qdrop, brecq = (recipe(name, "official") for name in ("hdrq", "qdrop", "brecq"))
+    assert (hdrq_.batch_size, hdrq_.range_samples, hdrq_.judged_samples) == (1, 8, 0)
+    assert all(r.affine_weights and r.per_channel and r.batch_size == 32 for r in (qdrop, brecq))
+    assert (qdrop.range_samples, qdrop.input_keep, qdrop.activation_walk) == (256, 0.5, 0)
+    assert (brecq.activation_walk, brecq.activation_lr, brecq.input_keep) == (0.25, 4e-4, 1)
+    assert recipe("rtn", "official") == recipe("rtn")
+
+
+def test_hdrq_without_noise_and_distance_is_qdrops_loop():
+    hdrq_, qdrop = recipe("hdrq", fake_quant_fraction=1, distance=0), recipe("qdrop", learns="weights")
+    same_rates = {"weight_schedule": "cosine", "warmup": hdrq_.warmup}
+    assert replace(hdrq_, name="qdrop") == replace(qdrop, **same_rates)
+    states = [state(learn(recipe=r, iterations=6)) for r in (hdrq_, replace(qdrop, **same_rates))]
+    assert same(*states)
+
+
+def test_recipe_given_is_taken_with_knobs():
+    plan = recipe(Recipe("own", iterations=7), fake_quant_fraction=1.0)
+    assert (plan.name, plan.iterations, plan.fake_quant_fraction) == ("own", 7, 1.0)
+    model = learn(recipe=Recipe("own", distance=0.0))
+    assert model.hdrq_origin["recipe"]["name"] == "own" and model.hdrq_origin["recipe"]["iterations"] == 6

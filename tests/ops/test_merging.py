@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_bits, backend_params, device_of
+from helpers import MISSING, assert_same_bits, backend_params, device_of
 from oracle import contract
 
 import hdrq
@@ -119,7 +119,7 @@ def test_mixed_ranges_layouts_and_zero_points_have_the_bits_of_the_contract(back
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.2, 0.8), (1.0, 0.0), (0.5, 0.3, 0.2), (0.4, 0.3, 0.2, 0.1)])
 def test_fast_codes_have_the_bits_of_the_contract(backend, weights):
     codes, deltas = models(len(weights), (5, 7), -4, 3, 0)
-    result = run(backend, codes, deltas, -4, 3, weights=weights, draws=70, axis=0, mode="fast")
+    result = run(backend, codes, deltas, -4, 3, weights=weights, draws=10, axis=0, mode="fast")
     lam = [f32(w) for w in weights]
     for e in range(35):
         own, integers = [d[e // 7].numpy() for d in deltas], [int(c.flatten()[e]) for c in codes]
@@ -132,9 +132,9 @@ def test_fast_codes_have_the_bits_of_the_contract(backend, weights):
 @pytest.mark.parametrize(("noise", "select"), [("all", "mean-cosine"), ("odd", "official"), ("none", "first")])
 @pytest.mark.parametrize("weights", [(0.3, 0.7), (0.2, 0.5, 0.3)])
 def test_fast_and_packed_agree_with_the_reference(backend, weights, noise, select):
-    codes, deltas = models(len(weights), (9, 133), -8, 7, 0)
+    codes, deltas = models(len(weights), (3, 133), -8, 7, 0)  # rows that begin within a byte and within a tile
     options = {"axis": 0, "weights": weights, "select": select, "mode": "fast", "draws": 3, "noise": noise}
-    packing = {"packed": True, "shape": (9, 133)}
+    packing = {"packed": True, "shape": (3, 133)}
     packed = [hdrq.ops.pack(c) for c in codes]
     got, want = (run(b, packed, deltas, -8, 7, **options, **packing) for b in (backend, "reference"))
     for part in ("codes", "scale", "draw", "zero_point"):  # similarity is a sum
@@ -179,14 +179,15 @@ def test_fast_draws_are_distributed_as_exact_ones(deltas, weights):
     assert chi2.max() < 20
 
 
-@pytest.mark.parametrize("backend", backend_params(only=("torch", "cpp")))
-def test_draws_that_are_as_good_are_told_apart_alike(backend):
+@pytest.mark.skipif(MISSING["cpp"] is not None, reason=f"cpp: {MISSING['cpp']}")
+def test_draws_that_are_as_good_are_told_apart_alike():
     """2 bits, equal scales: many draws tie, and sums are known to their rounding only."""
     for seed in range(60):
         codes, _ = models(2, (3 + 5 * seed,), -2, 1, None, seed)
         scales = [torch.tensor([0.3])] * 2
-        got, want = (run(b, codes, scales, -2, 1, draws=30) for b in (backend, "reference"))
-        assert_same_bits(got.draw, want.draw)
+        want, *others = (run(b, codes, scales, -2, 1, draws=30).draw for b in ("reference", "torch", "cpp"))
+        for got in others:
+            assert_same_bits(got, want)
 
 
 def test_fast_draws_spread_as_exact_ones():
