@@ -49,7 +49,7 @@ def place_quantizers(
     a block quantizes what it reads besides, for all its branches, so that a residual is quantized too, unless
 
     - a norm reads it first: it is the residual stream of a pre-norm transformer, whose outliers a few bits cannot hold;
-    - a layer reads its values mixed with others, in a concatenation say, and needs a quantizer for the mixture;
+    - a layer reads its values mixed, in a concatenation with others or averaged, and needs a quantizer for the mixture;
     - a layer that reads its values has other bits, or is kept in float.
 
     Then the layers inside quantize what they read. A layer that reads nothing but values of one quantizer, through

@@ -39,6 +39,11 @@ KEEPING = {  # operations of ATen whose results hold elements of their operands 
     *("replication_pad3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
     *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
 }
+AVERAGING = {  # whose results are averages of few elements of their operands
+    *("mean", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "_adaptive_avg_pool2d"),
+    *("_adaptive_avg_pool3d", "mkldnn_adaptive_avg_pool2d", "upsample_linear1d", "upsample_bilinear2d"),
+    *("upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+}
 FILLING = {"constant_pad_nd": 2, "masked_fill": 2, "index_fill": 3, "clamp_min": 1}  # likewise if this argument is 0
 FILLED = {"zeros": None, "zeros_like": None, "new_zeros": None, "zero": None, "fill": 1, "full": 1, "full_like": 1}
 FILLED |= {"new_full": 2, "scalar_tensor": 0}  # hold nothing else than that argument, or zeros
@@ -48,8 +53,8 @@ NORMS = {"rsqrt", "sqrt", "var", "var_mean", "std", "std_mean"}  # besides those
 class Values(NamedTuple):
     """Where the elements of a tensor come from."""
 
-    sources: frozenset[str]  # modules: elements are those of their quantized inputs, as they are
-    whole: bool  # every element is one of those, or zero
+    sources: frozenset[str]  # modules: elements are those of their quantized inputs, or averages of few
+    whole: bool  # every element is one of those as it is, or zero
 
 
 OTHER = Values(frozenset(), False)
@@ -89,7 +94,8 @@ class Flow(TorchDispatchMode):
 
     def identity(self, x: torch.Tensor) -> tuple:
         """Equal for views of the same elements, as long as nothing is written to them."""
-        self._keep(x)
+        if not self._keep(x) or x.is_nested:
+            return id(x), x.dtype
         number = storage_of(x)
         return number, self._writes[number], x.dtype, x.storage_offset(), _extent(x)
 
@@ -162,12 +168,13 @@ def _result(name: str, args: tuple, operands: list[Values]) -> Values:
     """The values of what an operation returns or writes."""
     place = FILLED.get(name, FILLING.get(name))
     filling = args[place] if place is not None and place < len(args) else 0
-    if isinstance(filling, torch.Tensor) or filling == 0:
-        if name in FILLED:
-            return OTHER if isinstance(filling, torch.Tensor) else ZEROS
-        if operands and (name in KEEPING or name in FILLING):
-            return joined(operands)
-    return OTHER
+    if name in FILLED:
+        return ZEROS if not isinstance(filling, torch.Tensor) and filling == 0 else OTHER
+    if not operands or name not in KEEPING | FILLING.keys() | AVERAGING:
+        return OTHER
+    values = joined(operands)
+    zeros = isinstance(filling, torch.Tensor) or filling == 0  # a tensor is one of the operands
+    return values if name not in AVERAGING and zeros else Values(values.sources, False)
 
 
 def _written(func: Any, args: tuple, kwargs: dict) -> list[torch.Tensor]:
