@@ -166,7 +166,7 @@ def test_a_layer_in_float_reads_what_nobody_has_quantized():
         seen = {}
         for name in "ab":
             layer = quantized[2][0].get_submodule(name)
-            layer.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0]}))
+            layer.register_forward_pre_hook(lambda m, args, name=name, seen=seen: seen.update({name: args[0]}))
         quantized(data(4, 3, 8, 8, seed=1))
         assert len(seen["a"].unique()) > 100 and len(seen["b"].unique()) <= 16
 
