@@ -27,7 +27,7 @@ from hdrq.backends.info import facts
 from hdrq.benchmarks.bench_noise import official as official_noise
 from hdrq.benchmarks.harness import pinned
 from hdrq.calibrate.cache import Cache
-from hdrq.calibrate.data import Call, run_all
+from hdrq.calibrate.data import Call
 from hdrq.calibrate.ranges import attach_quantizers
 from hdrq.calibrate.sequential import Unit
 from hdrq.calibrate.trace import trace
@@ -137,7 +137,7 @@ def steps(name: str, samples: int, device: str) -> dict:
     plan = recipe("hdrq", "official", iterations=10_000, batch_size=samples)
     quantized, plain, theirs = (copy.deepcopy(model) for _ in range(3))
     call = Call((x,), {})
-    attach_quantizers(quantized, run_all([call]), run_all([call]), {"*": "W4A4"}, plan, ["0"])
+    attach_quantizers(quantized, [call], {"*": "W4A4"}, plan, ["0"])
     (node,) = trace(model, ["0"], call)
     cache = Cache(x.device, "device", None)
     rows = [cache.rows(samples, x.shape[1:], x.dtype) for _ in range(3)]

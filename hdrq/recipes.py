@@ -61,9 +61,8 @@ class Recipe:
     norm: float = 2.4  # exponent of the range search
     candidates: int = 100  # clip thresholds of the range search
     range_samples: int = 128  # calibration samples that the scales of activations are searched on
-    activation_placement: str = (
-        "qdrop"  # of activations' quantizers: "input" of layers; "qdrop", what blocks read besides
-    )
+    activation_placement: str = "qdrop"  # of quantizers: where layers read ("input"), and where blocks read, unless a
+    # norm or a concatenation reads that first ("qdrop") or always ("block"): hdrq.calibrate.placement
     attention: bool = (
         True  # quantize q, k, v and softmax too, where they are modules' (hdrq.prepare.attention says which)
     )
@@ -80,7 +79,7 @@ class Recipe:
         checks.integer("range_samples", self.range_samples, 1, 2**31)
         checks.choice("learns", self.learns, LEARNS)
         checks.choice("noise", self.noise, ("uniform", "empirical"))
-        checks.choice("activation_placement", self.activation_placement, ("input", "qdrop"))
+        checks.choice("activation_placement", self.activation_placement, ("input", "qdrop", "block"))
         checks.choice("weight_schedule", self.weight_schedule, ("cosine", "constant"))
         checks.choice("beta_schedule", self.beta_schedule, ("linear", "cosine"))
         for name in ("noise_activations", "attention", "per_channel", "affine_weights"):

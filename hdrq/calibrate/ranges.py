@@ -2,97 +2,84 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from hdrq import checks, ops
+from hdrq.calibrate.data import Call, run_all
+from hdrq.calibrate.placement import place_quantizers
 from hdrq.prepare.observe import observe
 from hdrq.quantizers.attach import attach_input_quantizer, first_tensor
-from hdrq.quantizers.bits import BitWidths, bit_policy, bits_around, integer_range
-from hdrq.quantizers.layers import TRANSPOSED, output_axis, shared_weights, weighted_layers
+from hdrq.quantizers.bits import BitWidths, integer_range
+from hdrq.quantizers.layers import TRANSPOSED, output_axis
 from hdrq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from hdrq.recipes import Recipe
 
-SAMPLED = 2**20  # elements of an input, of each call, that its scale is searched on
+SAMPLED = 2**20  # elements of what a module reads, of all samples together, that its scale is searched on
 
 
 @torch.no_grad()
 def attach_quantizers(
-    model: nn.Module, run, example, bits, plan: Recipe, blocks: Sequence[str], operands: Sequence[str] = ()
-) -> None:
-    """Give every layer that ``run(model)`` reaches quantizers for its weight and for its input, in place.
+    model: nn.Module,
+    calls: Sequence[Call],
+    bits: str | Mapping[str, str],
+    plan: Recipe,
+    blocks: Sequence[str],
+    operands: Sequence[str] = (),
+    seed: int = 0,
+) -> dict[str, str]:
+    """Give every layer that the calls reach quantizers for its weight and for its input, in place.
 
-    Inputs are quantized where they are read, once for all that read the same tensor (q, k and v). With
-    ``activation_placement="qdrop"`` blocks quantize what they read too, for all their branches, so that a residual is
-    quantized. Scales are searched: a weight's on the weight, an input's on what is read in ``run``. An input that is
-    nowhere negative is quantized unsigned. Another is quantized signed, or with a zero point where that lowers the
-    error by a tenth: the range of integers is then ``[qmin − z, qmax − z]``. Operands have the bits of the layers
-    nearest around them.
+    Where inputs are quantized, by layers or by blocks, says :func:`hdrq.calibrate.placement.place_quantizers`. Scales
+    are searched: a weight's on the weight, an input's on what is read while everything is in full precision. That is
+    measured sample by sample, so that neither batches nor their order of sums have a say: of each sample elements are
+    drawn at random, one of each stretch of equal length, and the smallest and the largest of all samples are added
+    where elements were left out. An input that is nowhere negative is quantized unsigned. Another is quantized signed,
+    or with a zero point where that lowers the error by a tenth: the range of integers is then ``[qmin − z, qmax − z]``.
+    Operands have the bits of the layers nearest around them.
 
     Args:
-        run, example: run the model on the samples that scales are searched on, and on one.
+        calls: the model's calls with the samples that scales are searched on.
         blocks: :func:`hdrq.prepare.units.find_blocks`.
         operands: more modules to quantize the inputs of (:func:`hdrq.prepare.attention.expose_operands`).
+        seed: of the draw of elements.
+
+    Returns:
+        For each block, where what it reads is quantized: at the ``"block"``, or at its ``"layers"``.
 
     Raises:
-        ValueError: a layer cannot be quantized; the message names it.
+        ValueError: a layer cannot be quantized, or bits contradict each other; the message names it.
     """
-    weighted = weighted_layers(model)
-    at_blocks = [b for b in blocks if plan.activation_placement == "qdrop" and not _runs_its_children(model, b)]
-    reads = _first_reads(model, example, list(dict.fromkeys([*at_blocks, *weighted, *operands])))
-    layers = {name: weighted[name] for name in reads if name in weighted}
-    if not layers:
-        raise ValueError("model must run at least one convolution or linear layer on calibration, got none")
-    policy = bit_policy(list(layers), bits, shared_weights(layers))
-    _attach_to_weights(layers, policy, plan)
-    owners = _input_owners(reads, policy)
-    widths = {owner: width for owner, width in owners.values()}
-    samples = _read_samples(model, run, list(widths))
+    placement = place_quantizers(model, run_all(list(calls)), bits, plan.activation_placement, blocks, operands)
+    weights = _weight_quantizers(model, placement.layers, plan)
+    widths = {owner: width for owner, width in placement.inputs.values()}
+    samples = _read_samples(model, calls, list(widths), seed)
     quantizers = {name: _search_activation(name, samples[name], width, plan) for name, width in widths.items()}
-    for name, (owner, _) in owners.items():
+    for name, quantizer in weights.items():
+        parametrize.register_parametrization(model.get_submodule(name), "weight", quantizer)
+    for name, (owner, _) in placement.inputs.items():
         attach_input_quantizer(model.get_submodule(name), quantizers[owner])
+    return placement.blocks
 
 
-def _runs_its_children(model: nn.Module, name: str) -> bool:
-    """Whether a module is a container that may call each child in turn: a quantizer among them would be called too."""
-    return isinstance(model.get_submodule(name), nn.Sequential | nn.ModuleList | nn.ModuleDict)
-
-
-def _attach_to_weights(layers: Mapping[str, Any], policy: Mapping[str, BitWidths | None], plan: Recipe) -> None:
-    """Give each layer a quantizer for its weight; layers that share a weight share the quantizer of the first."""
+def _weight_quantizers(
+    model: nn.Module, policy: Mapping[str, BitWidths | None], plan: Recipe
+) -> dict[str, WeightQuantizer]:
+    """A quantizer for the weight of each layer; layers that share a weight share the quantizer of the first."""
+    quantizers: dict[str, WeightQuantizer] = {}
     tied: dict[int, WeightQuantizer] = {}
-    for name, layer in layers.items():
-        widths = policy[name]
+    for name, widths in policy.items():
         if widths is not None:
+            layer: Any = model.get_submodule(name)
             weight = id(layer.weight)
             if weight not in tied:
                 tied[weight] = _search_weight(name, layer, widths, plan)
-            parametrize.register_parametrization(layer, "weight", tied[weight])
-
-
-def _input_owners(
-    reads: Mapping[str, list[_Read]], policy: Mapping[str, BitWidths | None]
-) -> dict[str, tuple[str, int]]:
-    """For each module whose input is quantized: the module whose quantizer that is, and its bits.
-
-    Modules that read the same tensors at the same bits share the quantizer of the first of them. A module inside a
-    block that reads what the block reads has none: the block's quantizer serves it.
-    """
-    first_of: dict[tuple, str] = {}
-    owners: dict[str, tuple[str, int]] = {}
-    for name, read in reads.items():
-        widths = bits_around(name, policy)
-        if widths is None or not read[0].floating:
-            continue
-        if any(name.startswith(f"{o}.") and reads[o][0] == read[0] for o in first_of.values()):
-            continue
-        owners[name] = first_of.setdefault((widths.activation, *read), name), widths.activation
-    return owners
+            quantizers[name] = tied[weight]
+    return quantizers
 
 
 def _search_weight(name: str, layer: Any, bits: BitWidths, plan: Recipe) -> WeightQuantizer:
@@ -133,46 +120,51 @@ def _error(x: torch.Tensor, scale: torch.Tensor, qmin: int, qmax: int, plan: Rec
     return float((ops.fake_quantize(x, scale, qmin, qmax) - x).abs().double().pow(plan.norm).sum())
 
 
-def _reading(model: nn.Module, run, names: list[str], see) -> None:
-    """Call ``see(name, tensor)`` with the first tensor that each module is called with, while ``run(model)``."""
+def _read_samples(model: nn.Module, calls: Sequence[Call], names: list[str], seed: int) -> dict[str, torch.Tensor]:
+    """Elements of what modules read, few enough to keep for all of them.
 
-    def note(name, module, args, kwargs) -> None:
-        see(name, first_tensor(args, kwargs, name))
-
-    observe(model, run, before=note, names=names)
-
-
-class _Read(NamedTuple):
-    """A tensor that was read, by a number of its own: equal if it was the very same tensor."""
-
-    number: int
-    floating: bool
-
-
-def _first_reads(model: nn.Module, example, names: list[str]) -> dict[str, list[_Read]]:
-    """What modules read at each of their calls, in execution order."""
-    alive: dict[int, tuple[weakref.ref, int]] = {}  # an address may be used again: by whom, the reference says
-    seen: dict[str, list[_Read]] = {}
-
-    def see(name: str, x: torch.Tensor) -> None:
-        reference, number = alive.get(id(x), (None, -1))
-        if reference is None or reference() is not x:
-            number = sum(map(len, seen.values()))
-            alive[id(x)] = weakref.ref(x), number
-        seen.setdefault(name, []).append(_Read(number, x.is_floating_point()))
-
-    _reading(model, example, names, see)
-    return seen
+    Each sample runs by itself. A model that cannot do that, or does not reach the same modules then, is run as the
+    calls are.
+    """
+    count = sum(call.size for call in calls)
+    alone = (call.at(torch.tensor([k])) for call in calls for k in range(call.size))
+    try:
+        samples = _sampled(model, alone, names, max(1, SAMPLED // count), seed)
+    except Exception:  # whatever the model raises
+        samples = {}
+    if samples.keys() != set(names):
+        samples = _sampled(model, calls, names, max(1, SAMPLED // len(calls)), seed)
+    return samples
 
 
-def _read_samples(model: nn.Module, run, names: list[str]) -> dict[str, torch.Tensor]:
-    """Of what modules read, evenly spaced elements, few enough to keep for all of them, and the extremes."""
+def _sampled(
+    model: nn.Module, calls: Iterable[Call], names: list[str], count: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """Of each tensor that modules read ``count`` elements, and the extremes of all where that is not all of them."""
+    generator = torch.Generator().manual_seed(seed)
     seen: dict[str, list[torch.Tensor]] = {}
+    extremes: dict[str, torch.Tensor] = {}
+    cut: set[str] = set()
 
-    def keep(name, x):
-        flat = x.detach().flatten()
-        few = flat[:: max(1, flat.numel() // SAMPLED)]
-        seen.setdefault(name, []).append(torch.cat([few, *(v.reshape(1) for v in torch.aminmax(flat))]))
+    def keep(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        flat = first_tensor(args, kwargs, name).detach().flatten()
+        if flat.numel() > count:
+            cut.add(name)
+            drawn = flat[_drawn(flat.numel(), count, generator).to(flat.device)]
+        else:
+            drawn = flat.clone()
+        seen.setdefault(name, []).append(drawn)
+        if flat.numel():
+            found = torch.stack(torch.aminmax(flat))
+            extremes[name] = torch.stack(torch.aminmax(torch.cat([extremes.get(name, found), found])))
 
-    _reading(model, run, names, keep)
-    return {name: torch.cat(parts) for name, parts in seen.items()}
+    for call in calls:
+        observe(model, call, before=keep, names=names)
+    return {name: torch.cat([*parts, *([extremes[name]] if name in cut else [])]) for name, parts in seen.items()}
+
+
+def _drawn(length: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """``count`` places among ``length``, in order: one at random in each of as many stretches of equal length."""
+    start = torch.arange(count, dtype=torch.float64)
+    place = (start + torch.rand(count, dtype=torch.float64, generator=generator)) * (length / count)
+    return place.long().clamp_(max=length - 1)

@@ -40,6 +40,9 @@ class RunReport:
     seconds: float = 0.0
     peak_memory: dict[str, int] = field(default_factory=dict)  # bytes, of the process and of the device
     attention: dict[str, list[str]] = field(default_factory=dict)  # quantized operands: q, k, v, softmax
+    placement: dict[str, str] = field(
+        default_factory=dict
+    )  # blocks: what they read is quantized at "block" or "layers"
     cache_peak: dict[str, int] = field(default_factory=dict)  # bytes of blocks' inputs and targets, for each tier
 
 

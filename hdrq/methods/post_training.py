@@ -128,13 +128,13 @@ def quantize(
     example = run_all(first_samples(batches, plan.range_samples))
     ready = prepare(model, run_all(batches[:1]), example, bits, blocks=blocks, attention=plan.attention)
     full, quantized, units = ready.full, ready.quantized, ready.units
-    ranged = run_all(first_samples(batches, plan.range_samples))
-    attach_quantizers(quantized, ranged, example, bits, plan, units, ready.operands)
+    ranged = first_samples(batches, plan.range_samples)
+    placement = attach_quantizers(quantized, ranged, bits, plan, units, ready.operands, seed)
 
     def errors() -> dict[str, float]:
         return {} if checked is None else accumulated_errors(quantized, full, checked, units)
 
-    report = RunReport(plan.name, nearest=errors(), attention=quantized_operands(quantized))
+    report = RunReport(plan.name, nearest=errors(), attention=quantized_operands(quantized), placement=placement)
     if learns:
         weights = {} if source is None or plan.distance == 0 else source_weights(source, quantized, batches)
         store = Cache(device_of(full), cache, cache_bytes, None if folder is None else folder.path)

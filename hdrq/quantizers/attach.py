@@ -11,12 +11,14 @@ from torch import nn
 from hdrq import tree
 from hdrq.quantizers.modules import ActivationQuantizer
 
+PLAIN = (torch.Tensor, bool, int, float, str, type(None))  # arguments that hold no tensor inside
+
 
 def attach_input_quantizer(module: nn.Module, quantizer: ActivationQuantizer) -> None:
     """Quantize the first tensor that a module is called with, wherever it is among the arguments.
 
     That is the first argument that is a tensor, else the first tensor of floating point inside lists, tuples, dicts and
-    dataclasses.
+    dataclasses. Wherever the same tensor stands again, it is quantized too.
     """
     module.input_quantizer = quantizer
     module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
@@ -24,12 +26,22 @@ def attach_input_quantizer(module: nn.Module, quantizer: ActivationQuantizer) ->
 
 def _quantize_input(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     read = first_tensor(args, kwargs)
-    quantized = module.input_quantizer(read)
-    if any(read is x for x in (*args, *kwargs.values())):
-        given = tuple(quantized if x is read else x for x in args)
-        return given, {key: quantized if x is read else x for key, x in kwargs.items()}
-    values, spec = tree.flatten((args, dict(kwargs)))
-    return tree.unflatten([quantized if x is read else x for x in values], spec)
+    return with_tensor(args, kwargs, read, module.input_quantizer(read))
+
+
+def with_tensor(args: tuple, kwargs: dict, old: torch.Tensor, new: torch.Tensor) -> tuple[tuple, dict]:
+    """The arguments of a call with one tensor in the place of another, wherever that stands."""
+    return tuple(_replaced(x, old, new) for x in args), {key: _replaced(x, old, new) for key, x in kwargs.items()}
+
+
+def _replaced(value: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
+    """An argument with the new tensor; itself if the old one is not in it, so that a module may go on writing to it."""
+    if value is old:
+        return new
+    if isinstance(value, PLAIN):
+        return value
+    values, spec = tree.flatten(value)
+    return tree.unflatten([new if x is old else x for x in values], spec) if any(x is old for x in values) else value
 
 
 def first_tensor(args: tuple, kwargs: Mapping, name: str = "a module to be quantized") -> torch.Tensor:

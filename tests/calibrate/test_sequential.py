@@ -45,7 +45,7 @@ def walked(method, model=None, data=CALIBRATION):
     quantized = copy.deepcopy(full)
     example, plan = run_all(first_samples(calls, 1)), recipe("rtn")
     units = find_blocks(full, example)
-    attach_quantizers(quantized, run_all(first_samples(calls, plan.range_samples)), example, "W3A3", plan, units)
+    attach_quantizers(quantized, first_samples(calls, plan.range_samples), "W3A3", plan, units)
     return quantized, full, walk(full, quantized, units, calls, method, Cache(torch.device("cpu")))
 
 
@@ -84,8 +84,7 @@ def test_a_shared_layer_is_fitted_once():
     model = Twice().eval()
     calls = calibration_calls(torch.randn(8, 4))
     quantized = copy.deepcopy(model).requires_grad_(False)
-    run = run_all(calls)
-    attach_quantizers(quantized, run, run, {"*": "W4A4"}, recipe("rtn"), ["first", "second"])
+    attach_quantizers(quantized, calls, {"*": "W4A4"}, recipe("rtn"), ["first", "second"])
     walk(model, quantized, ["first", "second"], calls, method, Cache(torch.device("cpu")))
     assert [[layer.name for layer in unit.layers] for unit in method.units] == [["first"], []]
 
@@ -112,11 +111,10 @@ def test_what_a_method_returns_is_what_a_resumed_walk_restores(tmp_path):
     pytest.importorskip("safetensors")
     calls = calibration_calls(CALIBRATION)
     full, plan = fold(net(), CALIBRATION), recipe("rtn")
-    run = run_all(calls)
     results = []
     for method, resume in ((Half(), False), (Half(), True)):
         quantized = copy.deepcopy(full)
-        attach_quantizers(quantized, run, run, "W3A3", plan, ["0", "3"])
+        attach_quantizers(quantized, calls, "W3A3", plan, ["0", "3"])
         walk(
             full,
             quantized,
