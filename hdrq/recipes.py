@@ -14,6 +14,17 @@ PRESETS = ("paper", "official")
 LEARNS = ("weights", "rounding", "activations")
 RENAMED = {"tail": "fake_quant_fraction", "placement": "activation_placement"}  # accepted for one release
 
+BOOLEANS = (
+    "noise_activations",
+    "range_union",
+    "quantize_input",
+    "affine_activations",
+    "learn_outputs",
+    "attention",
+    "per_channel",
+    "affine_weights",
+)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -61,6 +72,10 @@ class Recipe:
     norm: float = 2.4  # exponent of the range search
     candidates: int = 100  # clip thresholds of the range search
     range_samples: int = 128  # calibration samples that the scales of activations are searched on
+    range_union: bool = False  # a search on each of those samples, of which the widest range is taken
+    quantize_input: bool = True  # quantize what the model itself is called with
+    affine_activations: bool = True  # zero points of activations that take both signs, where they lower the error
+    learn_outputs: bool = False  # what a block reads is quantized and learned by the block that returns it
     activation_placement: str = "qdrop"  # of quantizers: where layers read ("input"), and where blocks read, unless a
     # norm or a concatenation reads that first ("qdrop") or always ("block"): hdrq.calibrate.placement
     attention: bool = (
@@ -82,7 +97,7 @@ class Recipe:
         checks.choice("activation_placement", self.activation_placement, ("input", "qdrop", "block"))
         checks.choice("weight_schedule", self.weight_schedule, ("cosine", "constant"))
         checks.choice("beta_schedule", self.beta_schedule, ("linear", "cosine"))
-        for name in ("noise_activations", "attention", "per_channel", "affine_weights"):
+        for name in BOOLEANS:
             checks.choice(name, getattr(self, name), (False, True))
         for name in ("fake_quant_fraction", "warmup", "rounding_warmup", "input_keep", "activation_keep"):
             checks.real(name, getattr(self, name), 0.0, 1.0)
@@ -154,6 +169,10 @@ _OFFICIAL = {
         weight_lr=1e-4,
         scale_step=1.0,
         range_samples=8,
+        range_union=True,
+        quantize_input=False,
+        affine_activations=False,
+        learn_outputs=True,
     ),
 }
 

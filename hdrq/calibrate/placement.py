@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from hdrq import tree
 from hdrq.checks import listed
 from hdrq.prepare.flow import Flow, Values
 from hdrq.prepare.observe import hooks
@@ -30,7 +31,7 @@ class _Read(NamedTuple):
     """A tensor that a module read."""
 
     identity: tuple
-    floating: bool
+    quantizes: bool  # floating point, and no input of the model that stays as it is
     values: Values  # of the quantizers outside the module
 
 
@@ -40,6 +41,7 @@ def place_quantizers(
     run: Callable,
     bits: str | Mapping[str, str],
     mode: str,
+    quantize_input: bool,
     blocks: Sequence[str],
     operands: Sequence[str] = (),
 ) -> Placement:
@@ -59,6 +61,7 @@ def place_quantizers(
     Args:
         run: ``run(model)`` runs the model, which has no quantizers yet, on samples that reach all that is quantized.
         mode: :attr:`hdrq.recipes.Recipe.activation_placement`.
+        quantize_input: whether layers and blocks quantize a tensor that the model itself is called with.
         blocks: :func:`hdrq.prepare.units.find_blocks`.
         operands: more modules to quantize the inputs of (:func:`hdrq.prepare.attention.expose_operands`).
 
@@ -69,7 +72,7 @@ def place_quantizers(
     inner = [b for b in blocks if b not in weighted]
     placed = [b for b in inner if mode != "input" and not _runs_its_children(model, b)]
     while True:
-        reads, normalized = _run(model, run, placed, list(weighted), operands)
+        reads, normalized = _run(model, run, placed, list(weighted), operands, quantize_input)
         layers = {name: weighted[name] for name in reads if name in weighted}
         if not layers:
             raise ValueError("model must run at least one convolution or linear layer on calibration, got none")
@@ -109,7 +112,7 @@ def _activation_bits(
     widths: dict[str, int | None] = {}
     for name, read in reads.items():
         own = policy[name] if name in policy else bits_around(name, policy)
-        widths[name] = None if own is None or not read[0].floating else own.activation
+        widths[name] = None if own is None or not read[0].quantizes else own.activation
     conflict = _widen(widths, {name: read for name, read in reads.items() if name not in placed})
     given: set[str] = set()
     for name in policy:
@@ -163,22 +166,35 @@ def _misplaced(
 
 
 def _run(
-    model: nn.Module, run: Callable, blocks: Sequence[str], layers: Sequence[str], operands: Sequence[str]
+    model: nn.Module,
+    run: Callable,
+    blocks: Sequence[str],
+    layers: Sequence[str],
+    operands: Sequence[str],
+    quantize_input: bool,
 ) -> tuple[dict[str, list[_Read]], set[str]]:
     """What modules read at each of their calls, in execution order, as if blocks and operands quantized their inputs;
     and the blocks whose input a norm reads first.
     """
     reads: dict[str, list[_Read]] = {}
     flow = Flow()
+    unquantized: set[tuple] = set()
+
+    def called(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not quantize_input:
+            unquantized.update(flow.identity(x) for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+
+    def quantizes(x: torch.Tensor) -> bool:
+        return x.is_floating_point() and flow.identity(x) not in unquantized
 
     def see(name: str, x: torch.Tensor) -> None:
-        reads.setdefault(name, []).append(_Read(flow.identity(x), x.is_floating_point(), flow.values(x)))
+        reads.setdefault(name, []).append(_Read(flow.identity(x), quantizes(x), flow.values(x)))
 
-    def enter(name: str, quantizes: bool) -> Callable:
+    def enter(name: str, is_layer: bool) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             x = first_tensor(args, kwargs, name)
             see(name, x)
-            if not quantizes or not x.is_floating_point():
+            if is_layer or not quantizes(x):
                 return None
             quantized = x.clone()
             flow.mark(quantized, name)
@@ -196,11 +212,11 @@ def _run(
             if isinstance(x, torch.Tensor):
                 flow.norm(x)
 
-    handles = []
+    handles = [model.register_forward_pre_hook(called, with_kwargs=True, prepend=True)]
     names = dict.fromkeys([*blocks, *layers, *operands])
     for name in names:
         module = model.get_submodule(name)
-        hook = enter(name, name not in layers)
+        hook = enter(name, name in layers)
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         if name in blocks:
             handles.append(module.register_forward_hook(leave))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hdrq import checks, ops
-from hdrq.calibrate.data import Call, run_all
+from hdrq.calibrate.data import Call, first_samples, run_all
 from hdrq.calibrate.placement import place_quantizers
 from hdrq.prepare.observe import observe
 from hdrq.quantizers.attach import attach_input_quantizer, first_tensor
@@ -43,7 +44,7 @@ def attach_quantizers(
     Operands have the bits of the layers nearest around them.
 
     Args:
-        calls: the model's calls with the samples that scales are searched on.
+        calls: the model's calls, with samples that reach all of it; scales are searched on ``range_samples`` of them.
         blocks: :func:`hdrq.prepare.units.find_blocks`.
         operands: more modules to quantize the inputs of (:func:`hdrq.prepare.attention.expose_operands`).
         seed: of the draw of elements.
@@ -54,10 +55,11 @@ def attach_quantizers(
     Raises:
         ValueError: a layer cannot be quantized, or bits contradict each other; the message names it.
     """
-    placement = place_quantizers(model, run_all(list(calls)), bits, plan.activation_placement, blocks, operands)
+    where = (plan.activation_placement, plan.quantize_input)
+    placement = place_quantizers(model, run_all(list(calls)), bits, *where, blocks, operands)
     weights = _weight_quantizers(model, placement.layers, plan)
     widths = {owner: width for owner, width in placement.inputs.values()}
-    samples = _read_samples(model, calls, list(widths), seed)
+    samples = _read_samples(model, first_samples(list(calls), plan.range_samples), list(widths), seed)
     quantizers = {name: _search_activation(name, samples[name], width, plan) for name, width in widths.items()}
     for name, quantizer in weights.items():
         parametrize.register_parametrization(model.get_submodule(name), "weight", quantizer)
@@ -101,13 +103,18 @@ def _search_weight(name: str, layer: Any, bits: BitWidths, plan: Recipe) -> Weig
     return WeightQuantizer(ops.search_scale(weight, qmin, qmax, **options), qmin, qmax, axis)
 
 
-def _search_activation(name: str, x: torch.Tensor, bits: int, plan: Recipe) -> ActivationQuantizer:
+def _search_activation(name: str, sampled: _Sampled, bits: int, plan: Recipe) -> ActivationQuantizer:
+    x = sampled.joined
     checks.finite(f"input of {name}", x)
     options: Any = {"norm": plan.norm, "candidates": plan.candidates}
     signed = bool((x < 0).any())
     qmin, qmax = integer_range(bits, signed)
-    scale = ops.search_scale(x, qmin, qmax, **options)
-    if signed and bits < 16:  # a range of 16 bits fits as it is only
+    if plan.range_union:
+        scales = [ops.search_scale(part, qmin, qmax, **options) for part in sampled.parts if part.any()]
+        scale = torch.stack(scales).amax(0) if scales else ops.search_scale(x, qmin, qmax, **options)
+    else:
+        scale = ops.search_scale(x, qmin, qmax, **options)
+    if signed and plan.affine_activations and bits < 16:  # a range of 16 bits fits as it is only
         low, high = integer_range(bits, signed=False)
         affine, zero_point = ops.search_affine(x, low, high, **options)
         shift = int(zero_point)
@@ -120,11 +127,39 @@ def _error(x: torch.Tensor, scale: torch.Tensor, qmin: int, qmax: int, plan: Rec
     return float((ops.fake_quantize(x, scale, qmin, qmax) - x).abs().double().pow(plan.norm).sum())
 
 
-def _read_samples(model: nn.Module, calls: Sequence[Call], names: list[str], seed: int) -> dict[str, torch.Tensor]:
+@dataclass
+class _Sampled:
+    """Elements of what a module read."""
+
+    parts: list[torch.Tensor] = field(default_factory=list)  # of each sample, or of each call
+    extremes: torch.Tensor | None = None  # the smallest and the largest of all
+    cut: bool = False  # whether elements were left out
+
+    @property
+    def joined(self) -> torch.Tensor:
+        """All of them, and the extremes where they may be missing."""
+        return torch.cat([*self.parts, *([self.extremes] if self.cut and self.extremes is not None else [])])
+
+    def add(self, x: torch.Tensor, count: int, generator: torch.Generator) -> None:
+        """At most ``count`` elements of a tensor, drawn at random."""
+        flat = x.detach().flatten()
+        self.cut |= flat.numel() > count
+        places = _drawn(flat.numel(), count, generator).to(flat.device) if flat.numel() > count else slice(None)
+        self.parts.append(flat[places].clone())
+        if flat.numel():
+            found = torch.stack(torch.aminmax(flat))
+            known = [] if self.extremes is None else [self.extremes]
+            self.extremes = torch.stack(torch.aminmax(torch.cat([*known, found])))
+
+
+def _read_samples(model: nn.Module, calls: Sequence[Call], names: list[str], seed: int) -> dict[str, _Sampled]:
     """Elements of what modules read, few enough to keep for all of them.
 
     Each sample runs by itself. A model that cannot do that, or does not reach the same modules then, is run as the
     calls are.
+
+    Raises:
+        ValueError: the calls do not reach a module.
     """
     count = sum(call.size for call in calls)
     alone = (call.at(torch.tensor([k])) for call in calls for k in range(call.size))
@@ -134,33 +169,24 @@ def _read_samples(model: nn.Module, calls: Sequence[Call], names: list[str], see
         samples = {}
     if samples.keys() != set(names):
         samples = _sampled(model, calls, names, max(1, SAMPLED // len(calls)), seed)
+    if missing := [name for name in names if name not in samples]:
+        raise ValueError(
+            f"range_samples must be as many as reach every quantizer, got {count}, which do not reach "
+            f"{checks.listed(missing)}"
+        )
     return samples
 
 
-def _sampled(
-    model: nn.Module, calls: Iterable[Call], names: list[str], count: int, seed: int
-) -> dict[str, torch.Tensor]:
-    """Of each tensor that modules read ``count`` elements, and the extremes of all where that is not all of them."""
+def _sampled(model: nn.Module, calls: Iterable[Call], names: list[str], count: int, seed: int) -> dict[str, _Sampled]:
     generator = torch.Generator().manual_seed(seed)
-    seen: dict[str, list[torch.Tensor]] = {}
-    extremes: dict[str, torch.Tensor] = {}
-    cut: set[str] = set()
+    samples: dict[str, _Sampled] = {}
 
     def keep(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        flat = first_tensor(args, kwargs, name).detach().flatten()
-        if flat.numel() > count:
-            cut.add(name)
-            drawn = flat[_drawn(flat.numel(), count, generator).to(flat.device)]
-        else:
-            drawn = flat.clone()
-        seen.setdefault(name, []).append(drawn)
-        if flat.numel():
-            found = torch.stack(torch.aminmax(flat))
-            extremes[name] = torch.stack(torch.aminmax(torch.cat([extremes.get(name, found), found])))
+        samples.setdefault(name, _Sampled()).add(first_tensor(args, kwargs, name), count, generator)
 
     for call in calls:
         observe(model, call, before=keep, names=names)
-    return {name: torch.cat([*parts, *([extremes[name]] if name in cut else [])]) for name, parts in seen.items()}
+    return samples
 
 
 def _drawn(length: int, count: int, generator: torch.Generator) -> torch.Tensor:

@@ -26,7 +26,7 @@ from hdrq.checkpoint.workdir import Workdir
 from hdrq.quantizers.layers import QuantizedLayer, quantized_layers
 from hdrq.quantizers.modules import ActivationQuantizer
 
-PARTS = ("weights", "activations")
+PARTS = ("weights", "activations")  # "outputs" too: quantizers of what later units read, in place of those of inputs
 LossRow = tuple[str, int, float]  # the unit, the iteration, the reconstruction loss
 
 
@@ -43,6 +43,12 @@ class Unit:
     quantized: list[Rows]  # its inputs behind the quantized prefix
     full: list[Rows]  # its inputs in full precision
     target: Rows  # its output in full precision
+    output: ActivationQuantizer | None = (
+        None  # later units read its output through this alone; where outputs are fitted
+    )
+    entry: ActivationQuantizer | None = (
+        None  # it quantizes its first input; an earlier unit has fitted it as its output
+    )
 
     @property
     def name(self) -> str:
@@ -181,13 +187,19 @@ def walk(
         quantized = behind_quantized.inputs(index) if node.needs else inputs
         target = in_full.run(index, inputs)[node.outputs.main]
 
+        module, reference = model.get_submodule(node.name), full.get_submodule(node.name)
+        output = entry = None
+        if "outputs" in method.fits:
+            output, entry = _reader(model, nodes, index), _entry(module)
+            entry = entry if id(entry) in fitted_before and node.needs else None
         layers, activations = _unfitted(model, node.name, fitted_before, method.fits)
+        if output is not None:
+            activations[f"{node.name}.output_quantizer"] = output
+            fitted_before.add(id(output))
         if layers or activations:
-            module, reference = model.get_submodule(node.name), full.get_submodule(node.name)
-            own = replace(node, inputs=behind_quantized.layout(index))
-            unit = Unit(
-                number * len(nodes) + index, own, module, reference, layers, activations, quantized, inputs, target
-            )
+            place, placed = number * len(nodes) + index, replace(node, inputs=behind_quantized.layout(index))
+            rows = (quantized, inputs, target)
+            unit = Unit(place, placed, module, reference, layers, activations, *rows, output=output, entry=entry)
             before_and_after = _fit(unit, method, journal)
             reports.append(BlockReport(node.name + part, **before_and_after, seconds=time.perf_counter() - began))
 
@@ -195,6 +207,25 @@ def walk(
         for activations_of in (in_full, behind_quantized):
             activations_of.forget(index)
     return reports, journal.losses
+
+
+def _entry(module: nn.Module) -> ActivationQuantizer | None:
+    """The quantizer of what a unit reads."""
+    return getattr(module, "input_quantizer", None)
+
+
+def _reader(model: nn.Module, nodes: Sequence[Node], index: int) -> ActivationQuantizer | None:
+    """The quantizer through which alone later units read what a unit returns; None where there is no such one."""
+    main = (index, nodes[index].outputs.main)
+    found: dict[int, ActivationQuantizer] = {}
+    for node in nodes[index + 1 :]:
+        if index in node.needs:
+            quantizer = _entry(model.get_submodule(node.name))
+            places = [place for place, read in enumerate(node.reads or ()) if read == main]
+            if quantizer is None or places != [0]:
+                return None
+            found[id(quantizer)] = quantizer
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def _fit(unit: Unit, method: Method, journal: Journal) -> dict[str, float]:

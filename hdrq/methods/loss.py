@@ -25,7 +25,7 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, axis: int, n
 
 @dataclass(frozen=True)
 class UnitLoss:
-    """The loss of a unit as it is.
+    """The loss of a unit as it is, its output behind ``unit.output`` if that is there.
 
     Args:
         axis: of the channels of its output (:func:`channel_axis`).
@@ -39,6 +39,8 @@ class UnitLoss:
     def __call__(self, inputs: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
         """On rows of its inputs and of its target."""
         leaf, output = _main_output(self.unit, inputs)
+        if self.unit.output is not None:
+            output = self.unit.output(output)
         return reconstruction_loss(output, leaf.tensor(target), self.axis, self.norm)
 
     @torch.no_grad()

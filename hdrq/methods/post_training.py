@@ -33,6 +33,8 @@ from hdrq.quantizers.provenance import set_origin
 from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
 
+REACHING = 128  # samples, at least, that say which modules of a model are reached
+
 
 @torch.inference_mode(False)
 @torch.enable_grad()
@@ -125,11 +127,10 @@ def quantize(
         folder = Workdir(workdir, fingerprint(model, source, data_hash(batches), plan, bits, seed, blocks), resume)
 
     began = time.perf_counter()
-    example = run_all(first_samples(batches, plan.range_samples))
-    ready = prepare(model, run_all(batches[:1]), example, bits, blocks=blocks, attention=plan.attention)
+    reaching = first_samples(batches, max(plan.range_samples, REACHING))
+    ready = prepare(model, run_all(batches[:1]), run_all(reaching), bits, blocks=blocks, attention=plan.attention)
     full, quantized, units = ready.full, ready.quantized, ready.units
-    ranged = first_samples(batches, plan.range_samples)
-    placement = attach_quantizers(quantized, ranged, bits, plan, units, ready.operands, seed)
+    placement = attach_quantizers(quantized, reaching, bits, plan, units, ready.operands, seed)
 
     def errors() -> dict[str, float]:
         return {} if checked is None else accumulated_errors(quantized, full, checked, units)

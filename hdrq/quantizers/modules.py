@@ -246,3 +246,12 @@ class ActivationQuantizer(Quantizer):
     """The quantizer of a layer's input. While a block is reconstructed it leaves each element as it is with
     probability ``1 − keep`` (QDrop, Wei et al., ICLR 2022); the mask draws from the stream of the noise.
     """
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Inside the block, everything passes as it is."""
+        mode, self.mode = self.mode, "float"
+        try:
+            yield
+        finally:
+            self.mode = mode

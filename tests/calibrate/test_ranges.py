@@ -49,7 +49,8 @@ def test_weights_are_in_full_precision_while_activations_are_measured():
 def test_extremes_are_added_once_and_only_where_elements_are_left_out(monkeypatch):
     model, calls = nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 2)).eval(), calibration_calls(data(32, 4, 8).split(5))
     monkeypatch.setattr(ranges, "SAMPLED", 32 * 16)
-    samples = ranges._read_samples(model, calls, ["0", "1"], seed=0)
+    read = ranges._read_samples(model, calls, ["0", "1"], seed=0)
+    samples = {name: sampled.joined for name, sampled in read.items()}
     assert len(samples["0"]) == 32 * 16 + 2 and len(samples["1"]) == 32 * 4 * 2
     assert torch.equal(samples["0"][-2:], torch.stack(torch.aminmax(data(32, 4, 8))))
 

@@ -99,7 +99,8 @@ def test_every_parameter_is_the_oracles(chosen, monkeypatch):
 
     monkeypatch.setattr(post_training, "Reconstruction", Watched)
     learns_weights = name == "hdrq"
-    knobs = KNOBS | ({"source": source, "fake_quant_fraction": 0.4} if learns_weights else {})
+    own = {"source": source, "fake_quant_fraction": 0.4, "learn_outputs": False} if learns_weights else {}
+    knobs = KNOBS | own
     named = {"bits": {"*": "W3A3"}, "blocks": ["left", "right", "block"]}
     if preset == "affine":
         preset, knobs = "paper", knobs | {"affine_weights": True, "per_channel": True}

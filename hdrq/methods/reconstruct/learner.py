@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -147,10 +148,13 @@ class Learner:
 
     def _reconstruction_loss(self, batch: list[torch.Tensor]) -> torch.Tensor:
         *inputs, target = batch
-        count = len(self.unit.quantized)
-        full = inputs[count:] or inputs
-        mixed = [self._mixed(*each) for each in zip(inputs[:count], full, self.mixes, strict=True)]
-        return self.loss(mixed, target)
+        count, entry = len(self.unit.quantized), self.unit.entry
+        quantized, full = inputs[:count], inputs[count:] or inputs
+        if entry is not None:  # full precision stays so in the mix
+            quantized = [entry(quantized[0]), *quantized[1:]]
+        mixed = [self._mixed(*each) for each in zip(quantized, full, self.mixes, strict=True)]
+        with nullcontext() if entry is None else entry.passing():
+            return self.loss(mixed, target)
 
     def _quantize_weights(self) -> tuple[list[torch.Tensor], torch.Tensor | float]:
         """The quantized weights of this step, layer by layer, and what is added to the reconstruction loss.

@@ -35,7 +35,9 @@ class Reconstruction:
         """What is learned of a unit: its weights, its activations, or both."""
         if self.recipe.learns == "activations":
             return ("activations",)
-        return ("weights",) if self.recipe.activation_walk else PARTS
+        if self.recipe.activation_walk:
+            return ("weights",)
+        return (*PARTS, "outputs") if self.recipe.learn_outputs else PARTS
 
     def fit(self, unit: Unit, journal: Journal) -> Fitted:
         """Learn a unit, from where an earlier run stopped if there was one, and leave it in its best state.
