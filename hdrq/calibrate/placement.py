@@ -158,9 +158,7 @@ def _misplaced(
     for name, read in reads.items():
         sources = _sources(read)
         other_bits = any(widths[source] != widths[name] for source in sources)
-        if served[name]:
-            leaving |= {name}.intersection(placed)
-        elif mode != "block" or other_bits:
+        if not served[name] and (mode != "block" or other_bits):
             leaving |= sources.intersection(placed)
     return leaving
 

@@ -233,3 +233,24 @@ def test_every_argument_that_is_the_tensor_is_quantized():
     assert report_of(quantized).placement == {"self_attn": "block"}
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True), 2).eval()
     assert set(report_of(hdrq.quantize(model, x, "rtn")).placement.values()) == {"layers"}
+
+
+def test_a_block_has_the_bits_of_what_reads_its_values_and_hands_them_on():
+    """The first layer that runs reads something else; the second block reads nothing but the first one's values."""
+
+    def other_first(block, x):
+        return F.relu(block.a(F.gelu(x)) + block.b(x))
+
+    quantized = hdrq.quantize(network(other_first), data(8, 3, 8, 8), "rtn", bits={"2.*.a": "W8A6", "*": "W8A4"})
+    assert {n: q.qmax for n, q in input_quantizers(quantized).items() if n in ("2.0", "2.1")} == {"2.0": 15, "2.1": 15}
+
+    class Pooled(TwoLayers):
+        def forward(self, x):
+            self.compute(self, x)
+            return F.max_pool2d(x, 3, 1, 1)
+
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*(Pooled(behind(lambda x: x), 8, 8) for _ in range(2)))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), blocks, nn.Flatten(), nn.Linear(512, 3)).eval()
+    quantized = hdrq.quantize(model, data(8, 3, 8, 8), "rtn", bits={"*": "W8A4"})
+    assert list(input_quantizers(quantized)) == ["0", "1.0"]

@@ -106,3 +106,35 @@ def test_a_container_has_no_quantizer_among_the_children_that_it_calls():
     quantized = hdrq.quantize(model, data(9, 6), "rtn", bits={"*": "W8A8"})
     assert {*input_quantizers(quantized)} == {"0.0", "0.2", "1.0", "1.2"}
     assert [len(block) for block in quantized] == [3, 3]
+
+
+class Writes(nn.Module):
+    """A block that reads a list and a tensor, and writes to a dict of its caller's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, others, log):
+        log["calls"] = log.get("calls", 0) + 1
+        assert others[0] is x
+        return F.relu(self.a(x) + self.b(others[0]))
+
+
+class Caller(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList([Writes(), Writes()]), nn.Linear(6, 3)
+
+    def forward(self, x):
+        log = {}
+        for block in self.blocks:
+            x = block(x, [x], log)
+        assert log["calls"] == 2
+        return self.head(x)
+
+
+def test_the_tensor_is_quantized_in_containers_too_and_other_arguments_stay_what_they_are():
+    quantized = hdrq.quantize(lively(Caller()), data(20, 6), "rtn", bits={"*": "W8A4"})
+    assert list(input_quantizers(quantized)) == ["blocks.0", "blocks.1", "head"]
+    quantized(data(3, 6))
