@@ -207,5 +207,11 @@ def listed(items: Iterable[str]) -> str:
     return "; ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
 
 
+def plain(text: str) -> str:
+    """A text on one line, every control character as an escape: a hostile file's names must not steer the terminal."""
+    joined = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in joined)
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

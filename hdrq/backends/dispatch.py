@@ -51,6 +51,17 @@ def use_backend(name: str) -> Iterator[None]:
         yield
 
 
+def of_process() -> str | None:
+    """The backend that ``HDRQ_BACKEND`` names for the whole process; None where it is not set.
+
+    Raises:
+        BackendError: it is not available here.
+    """
+    if _of_process is not None:
+        _require(_of_process)
+    return _of_process
+
+
 def forced() -> str | None:
     """The backend of the innermost :func:`use_backend` around this; None outside of all."""
     return _forced.get()

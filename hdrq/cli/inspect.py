@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from hdrq.cli.terminal import console, plain, refuse
+from hdrq.cli.terminal import console
 
 
 def inspect(
@@ -18,19 +17,12 @@ def inspect(
 ) -> None:
     """Print layers, bits and sizes of a quantized model, and check every hash."""
     from hdrq.checkpoint.inspection import contents
-    from hdrq.report.tables import contents_table
+    from hdrq.report.tables import contents_table, shown
 
-    try:
-        found = contents(file)
-    except (ValueError, OSError) as error:
-        refuse(error)
+    found = contents(file)
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
         return
     console.print(contents_table(found))
     for name, value in found.facts.items():
-        console.print(
-            f"[bold]{escape(plain(str(name))):>14}[/bold]  {escape(plain(str(value)))}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.print(f"[bold]{shown(name):>14}[/bold]  {shown(value)}", highlight=False, soft_wrap=True)
