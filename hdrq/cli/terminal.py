@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from contextlib import suppress
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -26,12 +27,12 @@ class Commands(TyperGroup):
     With ``HDRQ_TRACEBACK`` in the environment the traceback is shown in place of that line.
     """
 
-    def main(self, *args, standalone_mode: bool = True, **extra):
-        if not standalone_mode or os.environ.get("HDRQ_TRACEBACK"):
-            return super().main(*args, standalone_mode=standalone_mode, **extra)
+    def main(self, *args: Any, **options: Any) -> Any:
+        if not options.get("standalone_mode", True) or os.environ.get("HDRQ_TRACEBACK"):
+            return super().main(*args, **options)
         before, warnings.formatwarning = warnings.formatwarning, _warning
         try:
-            status = super().main(*args, standalone_mode=False, **extra) or 0
+            status = super().main(*args, **{**options, "standalone_mode": False}) or 0
             sys.stdout.flush()
         except typer.Abort:
             status = 1
@@ -46,11 +47,11 @@ class Commands(TyperGroup):
         sys.exit(status)
 
 
-def _line(error: Exception) -> str:
+def _line(error: Any) -> str:
     if hasattr(error, "format_message"):  # the options were wrong
         return plain(error.format_message())
-    named = isinstance(error, OSError) and error.strerror and error.filename is None
-    text = plain(error.strerror if named else str(error))[:LONGEST]
+    whole = isinstance(error, OSError) and error.strerror and error.filename is None  # a message without "[Errno 28]"
+    text = plain(error.strerror if whole else str(error))[:LONGEST]
     if isinstance(error, ImportError):
         return f'{text}; pip install "hdrq[demo]" brings what commands need'
     if isinstance(error, OURS) and text:
@@ -58,7 +59,7 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}; HDRQ_TRACEBACK=1 shows where"
 
 
-def _warning(message, *_) -> str:
+def _warning(message: Any, *_: Any, **__: Any) -> str:
     return f"hdrq: warning: {plain(str(message))[:LONGEST]}\n"
 
 
