@@ -54,8 +54,8 @@ def choice(name: str, value: Any, choices: tuple) -> Any:
 def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> torch.Tensor:
     """``value`` as a tensor of one of ``dtypes``, on ``device`` where one is given (that of ``x``)."""
     if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
-        wanted = " or ".join(_short(d) for d in dtypes)
-        got = _short(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+        wanted = " or ".join(short(d) for d in dtypes)
+        got = short(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a tensor of {wanted}, got {got}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device}, where x is, got {value.device}")
@@ -213,5 +213,6 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in joined)
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")

@@ -19,6 +19,7 @@ from hdrq.calibrate.ranges import attach_quantizers
 from hdrq.calibrate.replay import without_caches
 from hdrq.calibrate.report import RunReport, peak_memory, set_report
 from hdrq.calibrate.sequential import walk
+from hdrq.checkpoint.saving import check_storable
 from hdrq.checkpoint.workdir import Workdir, fingerprint, state_hash
 from hdrq.checks import listed
 from hdrq.errors import DivergenceError
@@ -121,13 +122,20 @@ def quantize(
     if learns and plan.distance > 0 and source is None:
         raise ValueError("source must be the model before its adaptation where distance > 0, got None; or distance=0")
     folder = None
+    states = {"model": state_hash(model.state_dict()), "calibration": data_hash(batches)}
+    if source is not None:
+        states["source"] = state_hash(source.state_dict())
     if workdir is not None:
-        folder = Workdir(workdir, fingerprint(model, source, data_hash(batches), plan, bits, seed, blocks), resume)
+        check_storable(model)
+        folder = Workdir(workdir, fingerprint(model, states, plan, bits, seed, blocks), resume)
 
     began = time.perf_counter()
     example = run_all(first_samples(batches, plan.range_samples))
-    ready = prepare(model, run_all(batches[:1]), example, bits, blocks=blocks, attention=plan.attention)
+    first = run_all(batches[:1], "model must run on calibration")
+    ready = prepare(model, first, example, bits, blocks=blocks, attention=plan.attention)
     full, quantized, units = ready.full, ready.quantized, ready.units
+    if checked is not None:
+        run_all(first_samples(checked, 1), "model must run on held_out")(full)
     ranged = run_all(first_samples(batches, plan.range_samples))
     attach_quantizers(quantized, ranged, example, bits, plan, units, ready.operands)
 
@@ -160,9 +168,6 @@ def quantize(
     report.errors = errors() if learns else report.nearest
     report.seconds, report.peak_memory = time.perf_counter() - began, peak_memory(device_of(full))
     policy = bits if isinstance(bits, str) else dict(bits)
-    states = {"model": state_hash(model.state_dict())}
-    if source is not None:
-        states["source"] = state_hash(source.state_dict())
     set_origin(
         quantized,
         {"folded": ready.folded, "recipe": asdict(plan), "bits": policy, "seed": seed, "fingerprints": states},
@@ -173,12 +178,12 @@ def quantize(
 
 def fold(model: nn.Module, example) -> nn.Module:
     """The model, in full precision, that :func:`quantize` starts from; ``example`` is data that it runs on."""
-    return prepare_float(model, run_all(calibration_calls(example)[:1]))[0]
+    return prepare_float(model, run_all(calibration_calls(example, "example")[:1], "model must run on example"))[0]
 
 
 def source_weights(source: nn.Module, model: nn.Module, batches: list[Call]) -> dict[str, torch.Tensor]:
     """The source's weight, its own BatchNorm folded, for each quantized layer of a model: in float32."""
-    full, _ = prepare_float(source, run_all(batches[:1]), "source")
+    full, _ = prepare_float(source, run_all(batches[:1], "source must run on calibration"), "source")
     modules = dict(full.named_modules())
     weights, wrong = {}, []
     for name, layer in quantized_layers(model).items():
