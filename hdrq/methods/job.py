@@ -93,7 +93,8 @@ class Run:
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """The settings of a YAML file."""
-
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"config must be a file of settings, got {path}, which is none")
     try:
         settings = _yaml(Path(path).read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError, RecursionError) as error:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from helpers import same, state
 from networks import CALIBRATION, learn, net
 
