@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from hdrq.prepare.coverage import Coverage
+
 try:
     import resource
 except ImportError:  # Windows has no such module
@@ -40,6 +42,7 @@ class RunReport:
     seconds: float = 0.0
     peak_memory: dict[str, int] = field(default_factory=dict)  # bytes, of the process and of the device
     attention: dict[str, list[str]] = field(default_factory=dict)  # quantized operands: q, k, v, softmax
+    coverage: Coverage | None = None  # what share of the model is quantized
     cache_peak: dict[str, int] = field(default_factory=dict)  # bytes of blocks' inputs and targets, for each tier
 
 

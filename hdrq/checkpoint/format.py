@@ -62,8 +62,10 @@ class Reader:
 
     ``manifest`` has tables ``weights`` (by layer: range, axis, shape), ``inputs`` (by module: range), ``shared``
     (modules whose input quantizer is another's), ``folded``, ``attention``
-    (:func:`hdrq.prepare.attention.operand_table`) and ``sha256``, and says how the model was made. ``specs`` has the
-    dtype and shape of every tensor.
+    (:func:`hdrq.prepare.attention.operand_table`) and ``sha256``, and says how the model was made: ``recipe``,
+    ``bits``, ``seed``, ``fingerprints``, ``architecture`` and ``coverage`` (:class:`hdrq.prepare.coverage.Coverage`:
+    what share of parameters and multiply-adds is quantized), or ``merge`` and ``models``. Files of earlier versions
+    lack some of these. ``specs`` has the dtype and shape of every tensor.
 
     Raises:
         FileNotFoundError: no such file.

@@ -12,6 +12,7 @@ import torch
 from hdrq import checks
 from hdrq.checkpoint.format import Reader, packs
 from hdrq.ops.packing import unpack
+from hdrq.prepare.coverage import Coverage
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
         facts |= {"recipe": recipe.get("name"), "bits": manifest.get("bits"), "seed": manifest.get("seed")}
     if isinstance(fingerprints, dict):
         facts |= {f"{name} (SHA-256)": value for name, value in fingerprints.items()}
+    if share := Coverage.of_dict(manifest.get("coverage")):
+        facts["quantized"] = str(share)
     if isinstance(manifest.get("models"), list):
         facts |= {"merge of": f"{len(manifest['models'])} models", "merged by": manifest.get("merge")}
     return facts

@@ -62,6 +62,7 @@ def quantize(
     if ablate:
         return
     (report,) = reports.values()
+    console.print(f"quantized: {report.coverage}", highlight=False, soft_wrap=True)
     memory = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in report.peak_memory.items())
     console.print(f"{report.seconds:.0f} s; peak memory: {memory or 'unknown'}", highlight=False)
     if plan.workdir is not None and report.losses:

@@ -27,6 +27,7 @@ from hdrq.evaluate.metrics import accumulated_errors
 from hdrq.methods.nearest import round_to_nearest
 from hdrq.methods.reconstruct.method import Reconstruction
 from hdrq.prepare.attention import quantized_operands
+from hdrq.prepare.coverage import coverage, warn_of_float
 from hdrq.prepare.float_model import check_module, device_of, prepare_float
 from hdrq.prepare.prepared import prepare
 from hdrq.quantizers.layers import quantized_layers
@@ -130,19 +131,22 @@ def quantize(
         folder = Workdir(workdir, fingerprint(model, states, plan, bits, seed, blocks), resume)
 
     began = time.perf_counter()
-    example = run_all(first_samples(batches, plan.range_samples))
+    few = first_samples(batches, plan.range_samples)
+    example = run_all(few)
     first = run_all(batches[:1], "model must run on calibration")
     ready = prepare(model, first, example, bits, blocks=blocks, attention=plan.attention)
     full, quantized, units = ready.full, ready.quantized, ready.units
     if checked is not None:
         run_all(first_samples(checked, 1), "model must run on held_out")(full)
-    ranged = run_all(first_samples(batches, plan.range_samples))
+    ranged = run_all(few)
     attach_quantizers(quantized, ranged, example, bits, plan, units, ready.operands)
+    share = coverage(quantized, full, example, sum(call.size for call in few))
+    warn_of_float(quantized, full, share, bits)
 
     def errors() -> dict[str, float]:
         return {} if checked is None else accumulated_errors(quantized, full, checked, units)
 
-    report = RunReport(plan.name, nearest=errors(), attention=quantized_operands(quantized))
+    report = RunReport(plan.name, nearest=errors(), attention=quantized_operands(quantized), coverage=share)
     if learns:
         weights = {} if source is None or plan.distance == 0 else source_weights(source, quantized, batches)
         method = Reconstruction(plan, weights, seed, graph)
@@ -168,10 +172,8 @@ def quantize(
     report.errors = errors() if learns else report.nearest
     report.seconds, report.peak_memory = time.perf_counter() - began, peak_memory(device_of(full))
     policy = bits if isinstance(bits, str) else dict(bits)
-    set_origin(
-        quantized,
-        {"folded": ready.folded, "recipe": asdict(plan), "bits": policy, "seed": seed, "fingerprints": states},
-    )
+    how = {"folded": ready.folded, "recipe": asdict(plan), "bits": policy, "seed": seed, "fingerprints": states}
+    set_origin(quantized, {**how, "coverage": share.as_dict()})
     set_report(quantized, report)
     return quantized
 
