@@ -72,6 +72,7 @@ def quantize(
     Args:
         model: in evaluation mode; it is left as it was. Weights in half precision are learned in float32.
         calibration: a tensor, or an iterable of batches: each a tensor, a tuple or a dict of the model's arguments.
+            A batch is moved to the model's device while it runs, so the whole may be larger than a GPU.
         recipe: ``"hdrq"``, ``"qdrop"``, ``"brecq"``, ``"rtn"`` (round to nearest), or a :class:`hdrq.recipes.Recipe`.
         bits: ``"W4A4"``, with 8 bits for the first and the last layer; or patterns of layer names,
             ``{"stem": "W8A8", "head": "float", "*": "W4A4"}``, of which the first that matches decides.
@@ -79,7 +80,9 @@ def quantize(
             (:func:`hdrq.prepare.units.find_blocks`).
         source: the model before its adaptation; needed where the recipe has a distance.
         preset: ``"paper"`` or ``"official"``.
-        seed: of the batches, the noise and the drops: the same seed gives the same bits on the same machine.
+        seed: of the batches, the noise and the drops. The same seed gives the same bits on the same processor with the
+            same number of threads; on CUDA it does where ``torch.backends.cudnn.deterministic`` is True and the model
+            has no operation that PyTorch calls nondeterministic.
         iterations: for each block; None for the recipe's.
         held_out: data like ``calibration``; the report then has each block's accumulated error on it.
         cache: where inputs and targets of blocks lie: ``"auto"``, ``"device"``, ``"host"`` or ``"disk"``.
