@@ -65,7 +65,7 @@ class Graph:
             self.possible = False
             warnings.warn(f"the step runs without a CUDA graph: {error}", stacklevel=2)
             return
-        if any("graph is empty" in str(warning.message) for warning in said):
+        if any("graph is empty" in str(warning.message).lower() for warning in said):
             raise RuntimeError(
                 f"a CUDA graph of the step on {self.device} must hold its kernels, got none; graph=False"
             )
