@@ -189,4 +189,8 @@ def _missing_triton() -> str | None:
         return 'triton is not installed; pip install "hdrq[triton]"'
     if not torch.cuda.is_available() and not _interpreting():
         return "no CUDA or ROCm device (TRITON_INTERPRET=1 interprets the kernels on CPU tensors)"
+    try:
+        importlib.import_module(PACKAGES["triton"])  # refuses a triton that is too old
+    except ImportError as error:
+        return str(error)
     return None

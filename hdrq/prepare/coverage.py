@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from hdrq import checks
 from hdrq.prepare.attention import quantized_operands
@@ -22,12 +21,16 @@ aten = torch.ops.aten
 FEW = 0.9  # share of the parameters below which a warning names what stays in full precision
 
 
-def _recurrent(x, *weights, **_) -> int:
+def _recurrent(x, *weights) -> int:
     return 2 * x[0] * x[1] * sum(prod(w) for w in weights if len(w) == 2)
 
 
+def _attention(q, k, v) -> int:
+    return 2 * prod(q[:3]) * k[2] * (q[3] + v[3])
+
+
 FORMULAS = {  # of operations that PyTorch's counter does not know, from their shapes: two for each multiply-add
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: _attention(q, k, v),
     aten.mkldnn_rnn_layer: lambda x, inner, hidden, *_, **__: _recurrent(x, inner, hidden),
     aten._cudnn_rnn: lambda x, weights, *_, **__: _recurrent(x, *weights),
     aten._trilinear: lambda x, weight, *_, **__: 2 * x[0] * prod(weight),
@@ -88,6 +91,8 @@ def _weights(quantized: nn.Module, full: nn.Module) -> dict[int, nn.Parameter]:
 
 @torch.no_grad()
 def _macs(quantized: nn.Module, full: nn.Module, run: Callable) -> tuple[int, int]:
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
     layers, attentions = quantized_layers(quantized), quantized_operands(quantized)
     spent = dict.fromkeys((*layers, *attentions), 0)  # in a layer, or in an attention outside of its layers
     running: list[tuple[str, int]] = []  # and what the counter said when it began
