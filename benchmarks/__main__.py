@@ -40,11 +40,17 @@ def main(arguments: list[str] | None = None, prog: str = "python -m hdrq.benchma
     return 1 if result.failures else 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line, as the other commands say it."""
+        self.exit(2, f"hdrq: {message}; {self.prog} --help lists what there is\n")
+
+
 # Plain argparse, not typer: it takes several values after one option, and is there where only torch and triton are.
 def _parser(prog: str) -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     known = families()
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog, description="Verify the ops, then time them beside a copy, the eager formula and torch.compile."
     )
     add = parser.add_argument

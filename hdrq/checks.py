@@ -54,8 +54,8 @@ def choice(name: str, value: Any, choices: tuple) -> Any:
 def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> torch.Tensor:
     """``value`` as a tensor of one of ``dtypes``, on ``device`` where one is given (that of ``x``)."""
     if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
-        wanted = " or ".join(_short(d) for d in dtypes)
-        got = _short(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+        wanted = " or ".join(short(d) for d in dtypes)
+        got = short(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a tensor of {wanted}, got {got}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device}, where x is, got {value.device}")
@@ -207,5 +207,12 @@ def listed(items: Iterable[str]) -> str:
     return "; ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
 
 
-def _short(dtype: torch.dtype) -> str:
+def plain(text: str) -> str:
+    """A text on one line, every control character as an escape: a hostile file's names must not steer the terminal."""
+    joined = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in joined)
+
+
+def short(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")

@@ -5,3 +5,13 @@ how a tensor is cut into tiles; a family's module holds its kernels, which only 
 here reads a device value on the host: a scale that is not positive and finite becomes NaN, and so does what depends
 on it.
 """
+
+import triton
+
+OLDEST = (3, 6)  # with triton.knobs, and the functions of triton.language that the kernels call
+
+if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+    raise ImportError(
+        f"triton must be {'.'.join(map(str, OLDEST))} or newer for the kernels, got {triton.__version__}, "
+        "which an older torch brings along; install a torch that brings a newer one"
+    )

@@ -51,6 +51,17 @@ def use_backend(name: str) -> Iterator[None]:
         yield
 
 
+def of_process() -> str | None:
+    """The backend that ``HDRQ_BACKEND`` names for the whole process; None where it is not set.
+
+    Raises:
+        BackendError: it is not available here.
+    """
+    if _of_process is not None:
+        _require(_of_process)
+    return _of_process
+
+
 def forced() -> str | None:
     """The backend of the innermost :func:`use_backend` around this; None outside of all."""
     return _forced.get()
@@ -178,4 +189,8 @@ def _missing_triton() -> str | None:
         return 'triton is not installed; pip install "hdrq[triton]"'
     if not torch.cuda.is_available() and not _interpreting():
         return "no CUDA or ROCm device (TRITON_INTERPRET=1 interprets the kernels on CPU tensors)"
+    try:
+        importlib.import_module(PACKAGES["triton"])  # refuses a triton that is too old
+    except ImportError as error:
+        return str(error)
     return None

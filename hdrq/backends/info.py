@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hdrq._version import __version__
-from hdrq.backends.dispatch import FAMILIES, available_backends, chosen
+from hdrq.backends.dispatch import FAMILIES, available_backends, chosen, of_process
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors")
 FEATURES = ("avx2", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")
@@ -26,9 +26,11 @@ def facts() -> dict[str, str]:
             result[name] = "not installed"
     for name, missing in available_backends().items():
         result[f"backend {name}"] = missing or "available"
+    everywhere = of_process()
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
-        result[f"runs on {device}"] = ", ".join(f"{family}: {chosen(family, device)}" for family in FAMILIES)
+        by_family = ", ".join(f"{family}: {chosen(family, device)}" for family in FAMILIES)
+        result[f"runs on {device}"] = f"{everywhere} (HDRQ_BACKEND)" if everywhere else by_family
     result["processor"] = _processor()
     result["processor features"] = " ".join(_features()) or "none of those looked for"
     if importlib.util.find_spec("hdrq._C"):

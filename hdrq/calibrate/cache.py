@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from hdrq import checks
 
 TIERS = ("device", "host", "disk")
 UNKNOWN_FREE = 4 << 30  # bytes of the host's memory that count as free where the system does not say, as on Windows
+MEMINFO = Path("/proc/meminfo")  # Linux's, in kB
 AHEAD = 2  # batches that are gathered while a step runs
 
 
@@ -137,11 +139,18 @@ def batches(sources: Sequence[Rows], indices: torch.Tensor) -> Iterator[list[tor
 
 
 def _half_of_free(device: torch.device) -> dict[str, int]:
-    if hasattr(os, "sysconf"):
-        free, total = "SC_AVPHYS_PAGES", "SC_PHYS_PAGES"
-        pages = free if free in os.sysconf_names else total  # macOS does not say what is free
-        host = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") // 2
-    else:
-        host = UNKNOWN_FREE // 2
+    host = _free_on_host() // 2
     own = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else host
     return {"device": own, "host": host}
+
+
+def _free_on_host() -> int:
+    """Bytes that programs can have without swapping. Linux says so; free pages leave out what its file cache holds."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = MEMINFO.read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    if not hasattr(os, "sysconf"):
+        return UNKNOWN_FREE
+    free, total = "SC_AVPHYS_PAGES", "SC_PHYS_PAGES"
+    pages = free if free in os.sysconf_names else total  # macOS does not say what is free
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hdrq import checks
 from hdrq.checkpoint.workdir import state_hash
 
 SAMPLES, BYTES = 2**14, 2**33  # read, at most, past the length that an iterable says it has
@@ -27,11 +28,29 @@ class Call:
     kwargs: Mapping
 
     def __call__(self, module: nn.Module):
-        return module(*self.args, **self.kwargs)
+        """What the module returns; the tensors are moved to where its parameters are, and not kept there."""
+        device = next((p.device for p in module.parameters()), None)
+        call = self if device is None else self.to(device)
+        return module(*call.args, **call.kwargs)
+
+    def to(self, device: torch.device) -> Call:
+        """The call with its tensors on a device."""
+
+        def moved(value):
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        return Call(tuple(map(moved, self.args)), {key: moved(value) for key, value in self.kwargs.items()})
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, torch.Tensor)]
+
+    def __str__(self) -> str:
+        def form(value) -> str:
+            tensor = isinstance(value, torch.Tensor)
+            return f"{tuple(value.shape)} {checks.short(value.dtype)}" if tensor else type(value).__name__
+
+        return ", ".join([*map(form, self.args), *(f"{key}={form(value)}" for key, value in self.kwargs.items())])
 
     @property
     def size(self) -> int:
@@ -134,12 +153,31 @@ def spans(batches: list[Call]) -> Iterator[tuple[int, int]]:
         start += call.size
 
 
-def run_all(batches: list[Call]) -> Callable:
-    """A function that runs a model on all batches, and returns the outputs."""
+def run_all(batches: list[Call], what: str = "") -> Callable:
+    """A function that runs a model on all batches, and returns the outputs.
+
+    Args:
+        what: begins the message about an error that the model raises when it is run for the first time, such as
+            ``"model must run on calibration"``; the data's shapes follow. Empty: the error is the model's own.
+    """
+    tried = not what
 
     @torch.no_grad()
     def run(model: nn.Module) -> list:
-        return [call(model) for call in batches]
+        nonlocal tried
+        first, tried = not tried, True
+        outputs = []
+        for call in batches:
+            try:
+                outputs.append(call(model))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if not first:
+                    raise
+                reason = " ".join(str(error).split())[:500]
+                raise ValueError(f"{what}, got {type(error).__name__} from model({call}): {reason}") from error
+        return outputs
 
     return run
 

@@ -119,14 +119,18 @@ def _files(path: Path) -> list[Path]:
 
 def _loader(resize, crop, mean, std) -> Callable[[Sequence[Path]], torch.Tensor]:
     checks.integer("crop", crop, 1, checks.integer("resize", resize, 1, 2**15))
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"mean and std must be 3 numbers each, std positive, got {list(mean)} and {list(std)}")
-    mean, std = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
+    try:
+        means, stds = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
+        right = bool(means.isfinite().all() and stds.isfinite().all() and (stds > 0).all())
+    except (TypeError, ValueError, RuntimeError):
+        right = False
+    if not right:
+        raise ValueError(f"mean and std must be 3 numbers each, std positive, got {mean!r:.100} and {std!r:.100}")
 
     def load(files: Sequence[Path]) -> torch.Tensor:
         pixels = np.stack([_image(file, resize, crop) for file in files])
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float()
-        return x.div_(255).sub_(mean).div_(std)
+        return x.div_(255).sub_(means).div_(stds)
 
     return load
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from hdrq.checks import plain
+
 LOG_EVERY = 50  # iterations between two readings of the loss: each waits for the device
 
 
@@ -34,7 +36,7 @@ def bars(description: str = "") -> Iterator[Callable[[Step], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as shown:
         total = shown.add_task(description or "blocks")
         block = shown.add_task("")
@@ -43,7 +45,7 @@ def bars(description: str = "") -> Iterator[Callable[[Step], None] | None]:
             done = step.index * step.iterations + step.iteration
             title = f"{description} block {step.index + 1} of {step.blocks}".strip()
             shown.update(total, total=step.blocks * step.iterations, completed=done, description=title)
-            text = f"{step.block}, loss {step.loss:.3g}"
+            text = f"{plain(step.block)}, loss {step.loss:.3g}"
             shown.update(block, total=step.iterations, completed=step.iteration, description=text)
 
         yield show

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from hdrq.prepare.coverage import Coverage
+
 try:
     import resource
 except ImportError:  # Windows has no such module
@@ -42,7 +44,8 @@ class RunReport:
     attention: dict[str, list[str]] = field(default_factory=dict)  # quantized operands: q, k, v, softmax
     placement: dict[str, str] = field(
         default_factory=dict
-    )  # blocks: what they read is quantized at "block" or "layers"
+    )  # of blocks: their input is quantized at "block" or "layers"
+    coverage: Coverage | None = None  # what share of the model is quantized
     cache_peak: dict[str, int] = field(default_factory=dict)  # bytes of blocks' inputs and targets, for each tier
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 
@@ -23,8 +24,8 @@ def factory(text: str) -> Callable[..., nn.Module]:
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ValueError(f"model must be in a module that can be imported, got {text!r}: {error}") from error
+    except (Exception, SystemExit) as error:  # the module is the user's, and may do anything
+        raise ValueError(f"model must be in a module that can be imported, got {text!r}: {_said(error)}") from error
     if not callable(found):
         raise ValueError(f"model must name a function of {module}, got {name!r}, which it does not have")
     return found
@@ -35,9 +36,19 @@ def build(text: str, **arguments) -> nn.Module:
 
     Raises:
         TypeError: it makes something else.
-        ValueError: there is no such factory.
+        ValueError: there is no such factory, or it raises an error.
     """
-    model = factory(text)(**arguments)
+    make = factory(text)
+    try:
+        model = make(**arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"model must be made by {text} of {dict(arguments)}, got {_said(error)}") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a factory of a torch.nn.Module, got one of {type(model).__name__}")
     return model
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -71,6 +71,22 @@ def output_path(path: str | os.PathLike, name: str = "out") -> Path:
     return target
 
 
+def output_folder(path: str | os.PathLike, name: str = "out") -> Path:
+    """A folder to write to, which need not exist yet: nothing is made, so that bad input leaves nothing behind.
+
+    Raises:
+        ValueError: a file is there, or in the place of a folder above.
+        PermissionError: it cannot be written to, or not be made.
+    """
+    folder = Path(path)
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise ValueError(f"{name} must be a folder, or a new one in a folder, got {str(path)!r}, where {there} is none")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{name} must be a folder that can be written to, got {str(path)!r}")
+    return folder
+
+
 @contextmanager
 def disk_with_room(path: str | os.PathLike) -> Iterator[None]:
     """Name ``path`` in the message of any error while it is written."""

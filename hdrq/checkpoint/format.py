@@ -22,6 +22,7 @@ from hdrq.checkpoint.files import disk_with_room, replacing
 from hdrq.prepare.attention import OPERANDS
 
 FORMAT = 2
+LONGEST_HEADER = 100_000_000  # bytes, in any reader of safetensors
 # The keys of a manifest that say what the file holds; the rest says how the model was made.
 TABLES = ("format", "hdrq", "weights", "tied", "inputs", "shared", "attention", "sha256")
 DTYPES = {
@@ -63,8 +64,10 @@ class Reader:
     affine: with zero points), ``tied`` (layers whose weight is another's;
     files of older versions lack it, and hold that weight under both names), ``inputs`` (by module: range), ``shared``
     (modules whose input quantizer is another's), ``folded``, ``attention``
-    (:func:`hdrq.prepare.attention.operand_table`) and ``sha256``, and says how the model was made. ``specs`` has the
-    dtype and shape of every tensor.
+    (:func:`hdrq.prepare.attention.operand_table`) and ``sha256``, and says how the model was made: ``recipe``,
+    ``bits``, ``seed``, ``fingerprints``, ``architecture`` and ``coverage`` (:class:`hdrq.prepare.coverage.Coverage`:
+    what share of parameters and multiply-adds is quantized), or ``merge`` and ``models``. Files of earlier versions
+    lack some of these. ``specs`` has the dtype and shape of every tensor.
 
     Raises:
         FileNotFoundError: no such file.
@@ -75,13 +78,22 @@ class Reader:
         self.path = os.fspath(path)
         if os.path.isdir(path):
             raise ValueError(f"path must be a file that hdrq.save wrote, got the folder {self.path!r}")
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait
+            raise ValueError(
+                f"path must be a file that hdrq.save wrote, got {self.path!r}, a device, a pipe or a socket"
+            )
         with ExitStack() as stack, _refusing(self.path):
-            self._file = stack.enter_context(safe_open(path, framework="pt"))
-            metadata = self._file.metadata() or {}
-            self.manifest = _manifest(metadata.get("hdrq"), metadata.get("sha256"))
-            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
-            self.specs = {n: (_dtype(n, s.get_dtype()), tuple(s.get_shape())) for n, s in slices.items()}
+            with safe_open(path, framework="pt") as mapped:  # checks the header against the file
+                metadata = mapped.metadata() or {}
+                self.manifest = _manifest(metadata.get("hdrq"), metadata.get("sha256"))
+                slices = {name: mapped.get_slice(name) for name in mapped.keys()}  # noqa: SIM118
+                self.specs = {n: (_dtype(n, s.get_dtype()), tuple(s.get_shape())) for n, s in slices.items()}
             _check(self.manifest, self.specs)
+            # What is mapped ends the process where another shortens the file, so tensors are read.
+            self._file = stack.enter_context(open(path, "rb"))
+            length = int.from_bytes(self._file.read(8), "little")
+            header = json.loads(self._file.read(length))
+            self._places = {name: 8 + length + header[name]["data_offsets"][0] for name in self.specs}
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Reader:
@@ -102,7 +114,11 @@ class Reader:
             ValueError: it is not what was written.
         """
         with _refusing(self.path):
-            value = self._file.get_tensor(name).clone()
+            dtype, shape = self.specs[name]
+            value = torch.empty(shape, dtype=dtype)
+            self._file.seek(self._places[name])
+            if value.numel() and self._file.readinto(_bytes(value)) != value.nbytes:
+                raise ValueError(f"tensor {name} ends before its last byte")
             if _hash(value) != self.manifest["sha256"][name]:
                 raise ValueError(f"tensor {name} has another hash than it was written with")
             return value
@@ -133,6 +149,10 @@ class Writer:
         for name, (dtype, shape) in self.specs.items():
             self._places[name] = (end, end := end + prod(shape) * dtype.itemsize)
         _check(json.loads(self._text()), self.specs)
+        if len(self._header()) > LONGEST_HEADER:
+            raise ValueError(
+                f"header must be of at most {LONGEST_HEADER:,} bytes to be read, got {len(self._header()):,}"
+            )
 
     def __enter__(self) -> Writer:
         with ExitStack() as stack:

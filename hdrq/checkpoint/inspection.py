@@ -7,7 +7,12 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from hdrq.checkpoint.format import Reader
+import torch
+
+from hdrq import checks
+from hdrq.checkpoint.format import Reader, packs
+from hdrq.ops.packing import unpack
+from hdrq.prepare.coverage import Coverage
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Contents:
     size: int  # bytes of the file
     other: int  # bytes of what is not quantized: biases, norms, buffers
     facts: dict[str, Any]  # how it was made
+    problems: tuple[str, ...]  # what loading or merging it would refuse: broken scales, codes out of range, NaN
 
     @property
     def full(self) -> int:
@@ -51,9 +57,8 @@ def contents(path: str | os.PathLike) -> Contents:
     """
     with Reader(path) as file:
         sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in file.specs.items()}
-        for name in file.specs:
-            file.tensor(name)  # checks its hash
         manifest = file.manifest
+        problems = tuple(filter(None, (_problem(manifest, name, file.tensor(name)) for name in file.specs)))
         inputs = {**manifest["inputs"], **{n: manifest["inputs"][o] for n, o in manifest["shared"].items()}}
         layers = []
         for name, facts in manifest["weights"].items():
@@ -68,9 +73,28 @@ def contents(path: str | os.PathLike) -> Contents:
                     4 * prod(facts["shape"]),
                 )
             )
-        found = Contents(tuple(layers), file.size, sum(sizes.values()), _facts(manifest))
+        found = Contents(tuple(layers), file.size, sum(sizes.values()), _facts(manifest), problems)
         found.facts["size"] = f"{found.size:,} bytes, {found.size / max(found.full, 1):.1%} of float32"
         return found
+
+
+def _problem(manifest: dict[str, Any], name: str, value: torch.Tensor) -> str:
+    """What is wrong with the values of a tensor, whose hash is right; empty if nothing is."""
+    layer, _, kind = name.rpartition(".weight.")
+    module = name.removesuffix(".input.scale")
+    try:
+        if layer in manifest["weights"] and kind == "codes":
+            facts = manifest["weights"][layer]
+            low, high = facts["range"]
+            codes = unpack(value, facts["shape"], signed=low < 0) if packs(low, high) else value
+            checks.code_values(f"codes of {layer}", codes, low, high)
+        elif (layer in manifest["weights"] and kind == "scale") or (module != name and module in manifest["inputs"]):
+            checks.scale_values(name, value)
+        elif value.is_floating_point() and (wrong := int(value.float().isnan().sum())):
+            raise ValueError(f"{name} must hold no NaN, got {wrong} in {value.numel()} elements")
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _bits(bounds: list[int]) -> int:
@@ -89,6 +113,8 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
         facts |= {f"{name} (SHA-256)": value for name, value in fingerprints.items()}
     if manifest["tied"]:
         facts["tied"] = ", ".join(f"{name} to {owner}" for name, owner in manifest["tied"].items())
+    if share := Coverage.of_dict(manifest.get("coverage")):
+        facts["quantized"] = str(share)
     if isinstance(manifest.get("models"), list):
         facts |= {"merge of": f"{len(manifest['models'])} models", "merged by": manifest.get("merge")}
     return facts

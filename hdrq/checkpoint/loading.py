@@ -207,12 +207,19 @@ def load_float(architecture: str, arguments: Mapping, weights: str | None) -> nn
     return model.eval()
 
 
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of floating-point data for a model: that of its first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, and of torch.compile
 IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def read_state(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The tensors of a state: of one file, of an index of shards, or of a folder that holds either.
+
+    Of a ``.bin``, ``.pt`` or ``.pth`` file tensors alone are read, ``torch.load(weights_only=True)``: no code is run.
 
     Raises:
         FileNotFoundError: no such file; a shard that the index names is missing.
@@ -242,7 +249,8 @@ def read_state(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         if path.suffix in (".bin", ".pt", ".pth"):
             state = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-                raise ValueError("it must be a state dict of tensors")
+                held = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+                raise ValueError(f"it must be a state dict of tensors, and holds {held[:200]}")
             return dict(state)
         return load_file(path)
     except FileNotFoundError:
@@ -260,6 +268,8 @@ def read_state(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         pickle.UnpicklingError,
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it is damaged, or holds more than tensors, which is not read because a pickle can run code"
         raise ValueError(
             f"weights must be a safetensors file, a state dict or an index, got {path}: {reason}"
         ) from error

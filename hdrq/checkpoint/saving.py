@@ -10,7 +10,7 @@ from torch import nn
 
 from hdrq import checks
 from hdrq._version import __version__
-from hdrq.checkpoint.format import FORMAT, Writer, packs
+from hdrq.checkpoint.format import FORMAT, NAMES, Writer, packs
 from hdrq.checkpoint.states import plain_state
 from hdrq.ops.packing import pack
 from hdrq.prepare.attention import operand_table
@@ -29,15 +29,39 @@ def save(model: nn.Module, path: str | os.PathLike, *, architecture: str | None 
         architecture: ``"module:factory"``, whose call makes the float model, for the manifest; None for what is known.
 
     Raises:
-        ValueError: the model was not made by :func:`hdrq.quantize`, :func:`hdrq.merge` or :func:`load`.
+        ValueError: the model was not made by :func:`hdrq.quantize`, :func:`hdrq.merge` or :func:`load`; it has a tensor
+            that no file holds (:func:`check_storable`, which :func:`hdrq.quantize` asks first where it has a
+            ``workdir``, and the command line where it has ``--out``).
         OSError: the file cannot be written; what was there stays.
     """
+    check_storable(model)
     manifest, tensors = state_of(model)
     if architecture is not None:
         manifest["architecture"] = {"factory": architecture, "arguments": {}}
     with Writer(path, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, manifest) as file:
         for name, value in tensors.items():
             file.write(name, value)
+
+
+def check_storable(model: nn.Module) -> None:
+    """Whether a file can hold every tensor of a model, in full precision or quantized.
+
+    Raises:
+        ValueError: a dtype that safetensors does not have, or a sparse tensor; the message names it.
+    """
+    if not isinstance(model, nn.Module):
+        return
+    odd = [
+        f"{name} ({checks.short(value.dtype) if value.layout == torch.strided else str(value.layout)})"
+        for name, value in plain_state(model).items()
+        if value.dtype not in NAMES or value.layout != torch.strided
+    ]
+    if odd:
+        kinds = ", ".join(map(checks.short, NAMES))
+        raise ValueError(
+            f"model must have dense tensors of {kinds} to be saved, got {checks.listed(odd)}; convert them, or "
+            "register a buffer with persistent=False"
+        )
 
 
 def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -133,14 +133,17 @@ def _block(index: int) -> str:
 
 def fingerprint(
     model: nn.Module,
-    source: nn.Module | None,
-    calibration: str,
+    states: Mapping[str, str],
     plan: Recipe,
     bits: Any,
     seed: int,
     blocks: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Everything that decides the bits of a run, as text that can be compared; ``calibration`` is the data's hash."""
+    """Everything that decides the bits of a run, as text that can be compared.
+
+    Args:
+        states: hashes of ``"model"`` and ``"calibration"``, and of ``"source"`` where there is one.
+    """
     device = next(v for v in model.state_dict().values() if isinstance(v, torch.Tensor)).device
     return {
         "hdrq": __version__,
@@ -149,19 +152,28 @@ def fingerprint(
         "seed": seed,
         "blocks": blocks if blocks is None else list(blocks),
         "bits": bits if isinstance(bits, str) else dict(bits),
-        "model": state_hash(model.state_dict()),
-        "source": None if source is None else state_hash(source.state_dict()),
-        "calibration": calibration,
+        "source": None,
+        **states,
         **{f"recipe.{key}": value for key, value in asdict(plan).items()},
     }
 
 
-def state_hash(tensors: Mapping[str, torch.Tensor], more: str = "") -> str:
-    """A fingerprint of tensors and their names: 16 hexadecimal digits of a SHA-256."""
+def state_hash(state: Mapping[str, Any], more: str = "") -> str:
+    """A fingerprint of a state dict: 16 hexadecimal digits of a SHA-256 of its names and values.
+
+    Extra state of modules may be any object: numbers, texts and tensors in it count, other objects by their type.
+    """
     digest = hashlib.sha256(more.encode())
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor):
-            continue  # extra state of a module: any object, without bytes of its own
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            value = value.to_dense() if value.layout != torch.strided else value
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping | list | tuple):
+            inside = value if isinstance(value, Mapping) else dict(enumerate(value))
+            digest.update(state_hash({f"{name}[{key!r}]": part for key, part in inside.items()}).encode())
+        else:
+            plain = isinstance(value, str | bytes | int | float | complex | None.__class__)
+            text = f"{name} {value!r}" if plain else f"{name} {type(value).__name__}"
+            digest.update(text.encode())
     return digest.hexdigest()[:16]

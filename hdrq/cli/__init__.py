@@ -1,5 +1,6 @@
 """The command line, one file a command. It parses, shows progress and prints; the work is done elsewhere."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -9,10 +10,11 @@ try:
     import typer
 
     from hdrq.cli import bench, demo, evaluate, info, inspect, merge, parity, quantize
+    from hdrq.cli.terminal import Commands
 except ImportError as error:
     sys.exit(f'hdrq: the command line needs {error.name}; pip install "hdrq[cli]"')
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(info.info)
 app.command()(quantize.quantize)
 app.command()(merge.merge)
@@ -41,3 +43,7 @@ def hdrq(
     ] = False,
 ) -> None:
     """Quantizers for reconstruction loops, and a merge of quantized models that works on their integers."""
+    if os.environ.get("HDRQ_BACKEND"):
+        from hdrq.backends.dispatch import of_process
+
+        of_process()  # refuses a name that is none before any work

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hdrq.cli.terminal import console, errors
@@ -21,24 +18,16 @@ def demo(
 ) -> None:
     """Quantize models adapted to three domains of digits, merge their integers, and compare."""
     from hdrq import checks
+    from hdrq.checkpoint.files import output_folder
+    from hdrq.demo import data
+    from hdrq.demo.run import run, save
     from hdrq.quantizers.bits import BitWidths
+    from hdrq.report.tables import shown, table
 
-    try:
-        BitWidths.parse(bits)
-        checks.integer("seed", seed, 0, 2**63 - 1)
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            if not os.access(out, os.W_OK):
-                raise PermissionError(f"out must be a folder that can be written to, got {out}")
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
-
-    try:
-        from hdrq.demo import data
-        from hdrq.demo.run import run, save
-        from hdrq.report.tables import table
-    except ImportError as error:
-        sys.exit(f'hdrq: the demo needs {error.name}; pip install "hdrq[demo]"')
+    BitWidths.parse(bits)
+    checks.integer("seed", seed, 0, 2**63 - 1)
+    if out is not None:
+        output_folder(out)
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     with Progress(*columns, TimeRemainingColumn(), console=errors) as bars:
@@ -52,5 +41,6 @@ def demo(
         result = run(bits, seed, show)
     console.print(table(result.rows, f"Accuracy (%) on three domains, {bits}, seed {seed}"))
     if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
         save(result, out, bits, seed)
-        console.print(f"table.csv, table.json, figure.png and merged.safetensors are in {escape(str(out))}")
+        console.print(f"table.csv, table.json, figure.png and merged.safetensors are in {shown(out)}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hdrq.cli.terminal import console, refuse
+from hdrq.cli.terminal import console
 
 
 def evaluate(
@@ -25,8 +25,5 @@ def evaluate(
     from hdrq.evaluate.files import evaluate_files
     from hdrq.report.tables import records, table
 
-    try:
-        rows = evaluate_files(files, data, model, device=device, batch_size=batch_size, resize=resize, crop=crop)
-    except (ValueError, TypeError, OSError, RuntimeError, SyntaxError) as error:
-        refuse(error)
+    rows = evaluate_files(files, data, model, device=device, batch_size=batch_size, resize=resize, crop=crop)
     print(json.dumps(records(rows), indent=2)) if as_json else console.print(table(rows, "Accuracy (%)"))

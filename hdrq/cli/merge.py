@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
-from hdrq.cli.terminal import console, errors, refuse
+from hdrq.cli.terminal import console, errors
 
 if TYPE_CHECKING:
     from hdrq.merging.assessment import Readiness
@@ -32,13 +32,16 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print how ready the models are as JSON.")] = False,
 ) -> None:
     """Merge quantized models on their integers: no originals, no data, no training."""
-    from hdrq.checkpoint.files import write_atomically
+    from hdrq.checkpoint.files import output_folder, write_atomically
+    from hdrq.checks import plain
     from hdrq.merging.files import merge_files, readiness
     from hdrq.report.figures import plot_readiness
     from hdrq.report.tables import readiness_table
 
     if (out is None) != dry_run:
-        refuse(ValueError("out must be given, or --dry-run, and not both"))
+        raise ValueError("out must be given, or --dry-run, and not both")
+    if report is not None:
+        output_folder(report, "report")
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -46,32 +49,28 @@ def merge(
     )
     with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bars:
         task = bars.add_task("merging", total=1)
+
+        def show(done: int, total: int, name: str) -> None:
+            bars.update(task, completed=done, total=total, description=plain(name))
+
         options: dict[str, Any] = {"draws": draws, "seed": seed, "noise": noise, "select": select, "mode": mode}
-        options |= {"rule": rule, "extrapolate": extrapolate, "device": device}
-        options["progress"] = lambda done, total, name: bars.update(task, completed=done, total=total, description=name)
-        try:
-            options["weights"] = None if weights is None else _numbers("weights", weights)
-            if report is not None:
-                report.mkdir(parents=True, exist_ok=True)
-            if out is None:
-                found: Readiness | None = readiness(files, **options)
-            else:
-                found = merge_files(files, out, report=report is not None or as_json, **options)
-        except (ValueError, TypeError, OSError, RuntimeError, SyntaxError) as error:
-            refuse(error)
+        options |= {"rule": rule, "extrapolate": extrapolate, "device": device, "progress": show}
+        options["weights"] = None if weights is None else _numbers("weights", weights)
+        if out is None:
+            found: Readiness | None = readiness(files, **options)
+        else:
+            found = merge_files(files, out, report=report is not None or as_json, **options)
     if found is None:
         return
     if report is not None:
-        try:
-            write_atomically(report / "readiness.json", json.dumps(found.as_dict(), indent=2) + "\n")
-            plot_readiness(found, report / "readiness.png")
-        except OSError as error:
-            refuse(error)
+        report.mkdir(parents=True, exist_ok=True)
+        write_atomically(report / "readiness.json", json.dumps(found.as_dict(), indent=2) + "\n")
+        plot_readiness(found, report / "readiness.png")
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
         console.print(readiness_table(found))
-        console.print(found.verdict, highlight=False, markup=False, soft_wrap=True)
+        console.print(plain(found.verdict), highlight=False, markup=False, soft_wrap=True)
     if dry_run and found.verdict.startswith("not ready"):
         raise typer.Exit(1)
 

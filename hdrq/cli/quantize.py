@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hdrq.cli.terminal import console, refuse
+from hdrq.cli.terminal import console
 
 
 def quantize(
@@ -32,6 +31,12 @@ def quantize(
     ] = False,
 ) -> None:
     """Quantize a model from unlabelled data."""
+    from hdrq.calibrate.report import report_of
+    from hdrq.methods import job
+    from hdrq.methods.reconstruct.memory import keep_freed_memory
+    from hdrq.report.figures import write_losses
+    from hdrq.report.tables import errors_table
+
     given = {
         "model": model,
         "weights": weights,
@@ -48,28 +53,16 @@ def quantize(
         "resume": resume,
     }
     options = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
-    try:
-        from hdrq.calibrate.report import report_of
-        from hdrq.methods import job
-        from hdrq.methods.reconstruct.memory import keep_freed_memory
-        from hdrq.report.figures import write_losses
-        from hdrq.report.tables import errors_table
-
-        settings = {} if config is None else job.read_settings(config)
-        plan = job.Run.of({**settings, **options, **dict(job.parse_setting(text) for text in set_ or [])})
-        title = f"Accumulated error: {plan.recipe}, {plan.bits}, seed {plan.seed}"
-        with keep_freed_memory():
-            reports = job.ablate(plan) if ablate else {plan.recipe: report_of(job.execute(plan))}
-    except ImportError as error:
-        sys.exit(f'hdrq: quantize needs {error.name}; pip install "hdrq[cli]"')
-    except (ValueError, TypeError, OSError, RuntimeError, SyntaxError) as error:
-        refuse(error)
-    except FloatingPointError as error:
-        sys.exit(f"hdrq: {error}")
+    settings = {} if config is None else job.read_settings(config)
+    plan = job.Run.of({**settings, **options, **dict(job.parse_setting(text) for text in set_ or [])})
+    title = f"Accumulated error: {plan.recipe}, {plan.bits}, seed {plan.seed}"
+    with keep_freed_memory():
+        reports = job.ablate(plan) if ablate else {plan.recipe: report_of(job.execute(plan))}
     console.print(errors_table(reports, title))
     if ablate:
         return
     (report,) = reports.values()
+    console.print(f"quantized: {report.coverage}", highlight=False, soft_wrap=True)
     memory = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in report.peak_memory.items())
     console.print(f"{report.seconds:.0f} s; peak memory: {memory or 'unknown'}", highlight=False)
     if plan.workdir is not None and report.losses:

@@ -1,25 +1,72 @@
-"""What commands share: the two consoles, and how bad input ends one."""
+"""What commands share: the two consoles, and how an error ends any of them."""
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import NoReturn
+import warnings
+from contextlib import suppress
+from typing import Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
+
+from hdrq.checks import plain
+from hdrq.errors import BackendError
 
 console, errors = Console(), Console(stderr=True)
 
-
-def refuse(error: Exception) -> NoReturn:
-    """One line on stderr, status 2: the input was bad."""
-    print(f"hdrq: {plain(str(error))[:2000]}", file=sys.stderr)
-    raise typer.Exit(2)
+OURS = (ValueError, TypeError, OSError, FloatingPointError, BackendError)  # what hdrq raises, with a message of its own
+LONGEST = 2000  # characters of a message
 
 
-def plain(text: str) -> str:
-    """A text on one line, every control character as an escape: a hostile file's names must not steer the terminal."""
-    joined = " ".join(text.splitlines())
-    safe = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in joined)
-    encoding = sys.stdout.encoding or "utf-8"
-    return safe.encode(encoding, errors="backslashreplace").decode(encoding)
+class Commands(TyperGroup):
+    """Commands of which any error is one line on stderr; bad input ends with status 2, a loss that diverges with 1.
+
+    With ``HDRQ_TRACEBACK`` in the environment the traceback is shown in place of that line.
+    """
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        if not options.get("standalone_mode", True) or os.environ.get("HDRQ_TRACEBACK"):
+            return super().main(*args, **options)
+        before, warnings.formatwarning = warnings.formatwarning, _warning
+        try:
+            status = super().main(*args, **{**options, "standalone_mode": False}) or 0
+            sys.stdout.flush()
+        except typer.Abort:
+            status = 1
+        except BrokenPipeError:
+            status = 1
+        except Exception as error:
+            print(f"hdrq: {_line(error)}", file=sys.stderr)
+            status = 1 if isinstance(error, FloatingPointError) else 2
+        finally:
+            warnings.formatwarning = before
+        _drop_what_cannot_be_written()
+        sys.exit(status)
+
+
+def _line(error: Any) -> str:
+    if hasattr(error, "format_message"):  # the options were wrong
+        return plain(error.format_message())
+    whole = isinstance(error, OSError) and error.strerror and error.filename is None  # a message without "[Errno 28]"
+    text = plain(error.strerror if whole else str(error))[:LONGEST]
+    if isinstance(error, ImportError):
+        return f'{text}; pip install "hdrq[demo]" brings what commands need'
+    if isinstance(error, OURS) and text:
+        return text
+    return f"{type(error).__name__}: {text}; HDRQ_TRACEBACK=1 shows where"
+
+
+def _warning(message: Any, *_: Any, **__: Any) -> str:
+    return f"hdrq: warning: {plain(str(message))[:LONGEST]}\n"
+
+
+def _drop_what_cannot_be_written() -> None:
+    """Where standard output is closed or full, Python would complain once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

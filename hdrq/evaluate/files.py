@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hdrq import checks
 from hdrq.calibrate.images import class_names, load_labelled
-from hdrq.checkpoint.loading import load_either
+from hdrq.checkpoint.loading import float_dtype, load_either
 from hdrq.evaluate.metrics import Row, accuracy_of
 
 
@@ -35,9 +37,15 @@ def evaluate_files(
     classes, rows = class_names(data[0]), []
     for file in files:
         network = load_either(file, model, model_args or {}).to(device)
-        folders = {
-            str(path): accuracy_of(network, load_labelled(path, batch_size=batch_size, classes=classes, **preparation))
-            for path in data
-        }
+        folders = {}
+        for path in data:
+            batches = load_labelled(path, batch_size=batch_size, classes=classes, **preparation)
+            dtype = float_dtype(network)
+            try:
+                folders[str(path)] = accuracy_of(network, ((x.to(dtype), labels) for x, labels in batches))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise ValueError(f"{file} must run on what resize and crop make of images, got {error}") from error
         rows.append(Row(Path(file).name, folders))
     return rows

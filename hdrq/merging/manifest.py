@@ -23,8 +23,9 @@ def merged_manifest(inputs: Inputs, settings: MergeSettings) -> dict[str, Any]:
     origins = [{key: fact for key, fact in source.manifest.items() if key not in TABLES} for source in inputs.sources]
     merge = {**asdict(settings), "weights": list(inputs.weights)}
     origin: dict[str, Any] = {"folded": first["folded"], "merge": merge, "models": origins}
-    if all("architecture" in facts and facts["architecture"] == origins[0]["architecture"] for facts in origins):
-        origin["architecture"] = origins[0]["architecture"]
+    for key in ("architecture", "coverage"):
+        if all(key in facts and facts[key] == origins[0][key] for facts in origins):
+            origin[key] = origins[0][key]
     tables = {key: first[key] for key in TABLES if key in first and key != "sha256"} | {"hdrq": __version__}
     return {**tables, "inputs": merged_ranges(inputs), **origin}
 

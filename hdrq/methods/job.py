@@ -17,13 +17,14 @@ from hdrq.calibrate.images import MEAN, STD, load_data
 from hdrq.calibrate.progress import Step
 from hdrq.calibrate.report import RunReport, report_of
 from hdrq.checkpoint.files import output_path
-from hdrq.checkpoint.format import DTYPES, NAMES
-from hdrq.checkpoint.loading import load_float
-from hdrq.checkpoint.saving import save
-from hdrq.checkpoint.states import tensors_of
+from hdrq.checkpoint.loading import float_dtype, load_float
+from hdrq.checkpoint.saving import check_storable, save
 from hdrq.methods.post_training import quantize
 from hdrq.quantizers.provenance import origin, set_origin
 
+TEXTS = {"model", "data", "out", "weights", "source", "recipe", "preset", "device", "cache", "workdir"}
+# What the manifest has of a run, beside the recipe, bits, seed and architecture that every one has.
+RECORDED = ("preset", "samples", "held_out", "resize", "crop", "mean", "std", "device")
 ABLATION = {
     "as given": {},
     "no distance": {"distance": 0.0},
@@ -78,15 +79,22 @@ class Run:
         for name in ("model", "data"):
             if not given.get(name):
                 raise ValueError(f"{name} must be given, got none")
-            if not isinstance(given[name], str):
+        for name in TEXTS & given.keys():
+            if not isinstance(given[name], str | None.__class__):
                 raise TypeError(f"{name} must be a string, got {type(given[name]).__name__}")
+        for name in ("model_args", "knobs"):
+            if not isinstance(given.get(name, {}), dict) or not all(isinstance(k, str) for k in given.get(name, {})):
+                raise TypeError(f"{name} must be a mapping from names, got {given[name]!r:.100}")
+        if not isinstance(given.get("resume", False), bool):
+            raise TypeError(f"resume must be true or false, got {given['resume']!r:.100}")
         merged = {**given.pop("knobs", {}), **{name: given.pop(name) for name in knobs & given.keys()}}
         return cls(**given, knobs={name: number(value) for name, value in merged.items()})
 
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """The settings of a YAML file."""
-
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"config must be a file of settings, got {path}, which is none")
     try:
         settings = _yaml(Path(path).read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError, RecursionError) as error:
@@ -124,7 +132,10 @@ def number(value: Any) -> Any:
 
 
 def execute(run: Run, progress: Callable[[Step], None] | bool = True) -> nn.Module:
-    """Load, quantize, save. The manifest of the result has every setting, given or not."""
+    """Load, quantize, save. The manifest of the result has every setting that decides its bits, given or not.
+
+    Paths are left out: the same run gives the same file, wherever it lies. Fingerprints say what was read.
+    """
     plan, model, source, samples, held_out = _prepare(run)
     quantized = quantize(
         model,
@@ -143,7 +154,8 @@ def execute(run: Run, progress: Callable[[Step], None] | bool = True) -> nn.Modu
         progress=progress,
     )
     architecture = {"factory": run.model, "arguments": run.model_args}
-    set_origin(quantized, {**origin(quantized), "architecture": architecture, "run": asdict(run)})
+    settings = {name: getattr(run, name) for name in RECORDED}
+    set_origin(quantized, {**origin(quantized), "architecture": architecture, "run": settings})
     if run.out is not None:
         save(quantized, run.out)
     return quantized
@@ -166,16 +178,16 @@ def _prepare(run: Run):
         output_path(run.out)
     share = checks.real("held_out", run.held_out, 0.0, 0.5)
     checks.device(run.device)
+    if run.samples is not None:
+        checks.integer("samples", run.samples, 1, 2**31)
     model = load_float(run.model, run.model_args, run.weights).to(run.device)
     if run.out is not None:
-        odd = [f"{name} ({value.dtype})" for name, value in tensors_of(model).items() if value.dtype not in NAMES]
-        if odd:
-            raise ValueError(f"model must have tensors of {', '.join(DTYPES)} to be saved, got {checks.listed(odd)}")
+        check_storable(model)
     source = None
     if run.source is not None and plan.iterations > 0:
         source = load_float(run.model, run.model_args, run.source).to(run.device)
     data = load_data(run.data, resize=run.resize, crop=run.crop, mean=run.mean, std=run.std, limit=run.samples)
-    data = data.to(run.device)
+    data = data.to(float_dtype(model))
     every = round(1 / share) if share > 0 else 0
     held = torch.arange(len(data)) % every == every - 1 if every else torch.zeros(len(data), dtype=torch.bool)
     return plan, model, source, data[~held], data[held] if held.any() else None

@@ -19,6 +19,7 @@ from hdrq.calibrate.ranges import attach_quantizers
 from hdrq.calibrate.replay import without_caches
 from hdrq.calibrate.report import RunReport, peak_memory, set_report
 from hdrq.calibrate.sequential import walk
+from hdrq.checkpoint.saving import check_storable
 from hdrq.checkpoint.workdir import Workdir, fingerprint, state_hash
 from hdrq.checks import listed
 from hdrq.errors import DivergenceError
@@ -26,6 +27,7 @@ from hdrq.evaluate.metrics import accumulated_errors
 from hdrq.methods.nearest import round_to_nearest
 from hdrq.methods.reconstruct.method import Reconstruction
 from hdrq.prepare.attention import quantized_operands
+from hdrq.prepare.coverage import coverage, warn_of_float
 from hdrq.prepare.float_model import check_module, device_of, prepare_float
 from hdrq.prepare.prepared import prepare
 from hdrq.quantizers.layers import input_quantizers, quantized_layers
@@ -72,6 +74,7 @@ def quantize(
     Args:
         model: in evaluation mode; it is left as it was. Weights in half precision are learned in float32.
         calibration: a tensor, or an iterable of batches: each a tensor, a tuple or a dict of the model's arguments.
+            A batch is moved to the model's device while it runs, so the whole may be larger than a GPU.
         recipe: ``"hdrq"``, ``"qdrop"``, ``"brecq"``, ``"rtn"`` (round to nearest), or a :class:`hdrq.recipes.Recipe`.
         bits: ``"W4A4"``, with 8 bits for the first and the last layer; or patterns of layer names,
             ``{"stem": "W8A8", "head": "float", "*": "W4A4"}``, of which the first that matches decides.
@@ -79,7 +82,9 @@ def quantize(
             (:func:`hdrq.prepare.units.find_blocks`).
         source: the model before its adaptation; needed where the recipe has a distance.
         preset: ``"paper"`` or ``"official"``.
-        seed: of the batches, the noise and the drops: the same seed gives the same bits on the same machine.
+        seed: of the batches, the noise and the drops. The same seed gives the same bits on the same processor with the
+            same number of threads; on CUDA it does where ``torch.backends.cudnn.deterministic`` is True and the model
+            has no operation that PyTorch calls nondeterministic.
         iterations: for each block; None for the recipe's.
         held_out: data like ``calibration``; the report then has each block's accumulated error on it.
         cache: where inputs and targets of blocks lie: ``"auto"``, ``"device"``, ``"host"`` or ``"disk"``.
@@ -123,19 +128,34 @@ def quantize(
     if learns and plan.distance > 0 and source is None:
         raise ValueError("source must be the model before its adaptation where distance > 0, got None; or distance=0")
     folder = None
+    states = {"model": state_hash(model.state_dict()), "calibration": data_hash(batches)}
+    if source is not None:
+        states["source"] = state_hash(source.state_dict())
     if workdir is not None:
-        folder = Workdir(workdir, fingerprint(model, source, data_hash(batches), plan, bits, seed, blocks), resume)
+        check_storable(model)
+        folder = Workdir(workdir, fingerprint(model, states, plan, bits, seed, blocks), resume)
 
     began = time.perf_counter()
     reaching = first_samples(batches, max(plan.range_samples, REACHING))
-    ready = prepare(model, run_all(batches[:1]), run_all(reaching), bits, blocks=blocks, attention=plan.attention)
+    first, example = run_all(batches[:1], "model must run on calibration"), run_all(reaching)
+    ready = prepare(model, first, example, bits, blocks=blocks, attention=plan.attention)
     full, quantized, units = ready.full, ready.quantized, ready.units
+    if checked is not None:
+        run_all(first_samples(checked, 1), "model must run on held_out")(full)
     placement = attach_quantizers(quantized, reaching, bits, plan, units, ready.operands, seed)
+    share = coverage(quantized, full, example, sum(call.size for call in reaching))
+    warn_of_float(quantized, full, share, bits)
 
     def errors() -> dict[str, float]:
         return {} if checked is None else accumulated_errors(quantized, full, checked, units)
 
-    report = RunReport(plan.name, nearest=errors(), attention=quantized_operands(quantized), placement=placement)
+    report = RunReport(
+        plan.name,
+        nearest=errors(),
+        attention=quantized_operands(quantized),
+        placement=placement,
+        coverage=share,
+    )
     if learns:
         weights = {} if source is None or plan.distance == 0 else source_weights(source, quantized, batches)
         store = Cache(device_of(full), cache, cache_bytes, None if folder is None else folder.path)
@@ -168,25 +188,20 @@ def quantize(
     report.errors = errors() if learns else report.nearest
     report.seconds, report.peak_memory = time.perf_counter() - began, peak_memory(device_of(full))
     policy = bits if isinstance(bits, str) else dict(bits)
-    states = {"model": state_hash(model.state_dict())}
-    if source is not None:
-        states["source"] = state_hash(source.state_dict())
-    set_origin(
-        quantized,
-        {"folded": ready.folded, "recipe": asdict(plan), "bits": policy, "seed": seed, "fingerprints": states},
-    )
+    how = {"folded": ready.folded, "recipe": asdict(plan), "bits": policy, "seed": seed, "fingerprints": states}
+    set_origin(quantized, {**how, "coverage": share.as_dict()})
     set_report(quantized, report)
     return quantized
 
 
 def fold(model: nn.Module, example) -> nn.Module:
     """The model, in full precision, that :func:`quantize` starts from; ``example`` is data that it runs on."""
-    return prepare_float(model, run_all(calibration_calls(example)[:1]))[0]
+    return prepare_float(model, run_all(calibration_calls(example, "example")[:1], "model must run on example"))[0]
 
 
 def source_weights(source: nn.Module, model: nn.Module, batches: list[Call]) -> dict[str, torch.Tensor]:
     """The source's weight, its own BatchNorm folded, for each quantized layer of a model: in float32."""
-    full, _ = prepare_float(source, run_all(batches[:1]), "source")
+    full, _ = prepare_float(source, run_all(batches[:1], "source must run on calibration"), "source")
     modules = dict(full.named_modules())
     weights, wrong = {}, []
     for name, layer in quantized_layers(model).items():

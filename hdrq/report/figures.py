@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 from matplotlib import pyplot
 
+from hdrq.checkpoint.files import write_atomically
+from hdrq.checks import plain
 from hdrq.merging.assessment import FAR, TOO_FAR, Readiness
 from hdrq.report.tables import Row
 
+names_as_they_are = matplotlib.rc_context({"text.parse_math": False})  # a layer may be called "$x$"
 
+
+@names_as_they_are
 def write_losses(losses: Sequence[tuple[str, int, float]], path: Path) -> None:
     """A figure: each block's reconstruction loss while it was learned."""
 
     matplotlib.use("Agg")
-
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     for block in dict.fromkeys(name for name, *_ in losses):
         points = [(iteration, loss) for name, iteration, loss in losses if name == block]
-        axes.plot(*zip(*points, strict=True), marker=".", label=block)
+        axes.plot(*zip(*points, strict=True), marker=".", label=_label(block))
     axes.set(xlabel="iteration", ylabel="reconstruction loss", yscale="log")
     axes.legend(fontsize=6, ncols=2)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
+
+
+def _label(name: str) -> str:
+    """A name for a legend, which leaves out what begins with an underscore."""
+    return f" {plain(name)}" if name.startswith("_") else plain(name)
+
+
+def _save(figure, path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
     pyplot.close(figure)
+    write_atomically(path, picture.getvalue())
 
 
+@names_as_they_are
 def plot_readiness(readiness: Readiness, path: Path) -> None:
     """A figure of how well each layer merges: what is ambiguous, scales, distances and the cosines of draws."""
 
     matplotlib.use("Agg")
-
     layers = readiness.layers
     x = range(len(layers))
 
@@ -59,19 +75,18 @@ def plot_readiness(readiness: Readiness, path: Path) -> None:
     cosine.vlines(x, values("lowest_cosine"), values("highest_cosine"), color="C0", linewidth=4, label="draws")
     cosine.plot(x, values("kept_cosine"), "C1_", markersize=10, label="kept")
     cosine.set(ylabel="cosine", ylim=(min(0.5, *values("lowest_cosine")), 1.02))
-    cosine.set_xticks(x, [layer.name for layer in layers], rotation=90, fontsize=7)
+    cosine.set_xticks(x, [plain(layer.name) for layer in layers], rotation=90, fontsize=7)
     for axes in (share, scale, distance, steps, cosine):
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-    figure.suptitle(readiness.verdict, fontsize=10, wrap=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    figure.suptitle(plain(readiness.verdict), fontsize=10, wrap=True)
+    _save(figure, path)
 
 
+@names_as_they_are
 def write_bars(rows: Sequence[Row], path: Path, title: str) -> None:
     """A figure of the accuracies: a group of bars for each domain and one for the harmonic mean."""
 
     matplotlib.use("Agg")
-
     groups = [*rows[0].accuracies, "harmonic mean"]
     width = 0.8 / len(rows)
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
@@ -83,5 +98,4 @@ def write_bars(rows: Sequence[Row], path: Path, title: str) -> None:
     axes.set_ylabel("accuracy (%)")
     axes.set_title(title)
     axes.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    _save(figure, path)

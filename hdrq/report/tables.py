@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,21 +13,28 @@ from rich.markup import escape
 from rich.table import Table
 
 from hdrq.calibrate.report import RunReport
+from hdrq.checkpoint.files import write_atomically
 from hdrq.checkpoint.inspection import Contents
+from hdrq.checks import plain
 from hdrq.evaluate.metrics import Row
 from hdrq.merging.assessment import Readiness
+
+
+def shown(text: object) -> str:
+    """A text of others in what rich prints: no markup, and no control characters."""
+    return escape(plain(str(text)))
 
 
 def table(rows: Sequence[Row], title: str):
     """The rows as a :class:`rich.table.Table`."""
 
-    result = Table(title=title)
+    result = Table(title=shown(title))
     result.add_column("model")
     for domain in rows[0].accuracies:
-        result.add_column(escape(domain), justify="right")
+        result.add_column(shown(domain), justify="right")
     result.add_column("harmonic mean", justify="right", style="bold")
     for row in rows:
-        result.add_row(escape(row.method), *(f"{v:.1f}" for v in row.accuracies.values()), f"{row.harmonic_mean:.1f}")
+        result.add_row(shown(row.method), *(f"{v:.1f}" for v in row.accuracies.values()), f"{row.harmonic_mean:.1f}")
     return result
 
 
@@ -41,12 +49,12 @@ def errors_table(reports: Mapping[str, RunReport], title: str):
     for name, report in reports.items():
         columns[name] = {block: f"{error:.3g}" for block, error in report.errors.items()}
     columns = {name: cells for name, cells in columns.items() if cells}
-    result = Table(title=title)
+    result = Table(title=shown(title))
     result.add_column("block")
     for name in columns:
         result.add_column(name, justify="right")
     for block in dict.fromkeys(block for cells in columns.values() for block in cells):
-        result.add_row(escape(block), *(cells.get(block, "") for cells in columns.values()))
+        result.add_row(shown(block), *(cells.get(block, "") for cells in columns.values()))
     return result
 
 
@@ -59,7 +67,7 @@ def readiness_table(readiness: Readiness):
         result.add_column(name, justify="right")
     for layer in (*readiness.layers, readiness.total):
         result.add_row(
-            escape(layer.name),
+            shown(layer.name),
             f"{layer.elements:,}",
             f"{layer.ambiguous:.1%}",
             f"{layer.ties:.1%}",
@@ -75,12 +83,13 @@ def readiness_table(readiness: Readiness):
 
 def write_rows(rows: Sequence[Row], folder: Path, facts: dict) -> None:
     """``table.csv``, and ``table.json`` with ``facts`` (settings, versions) beside the rows."""
-    with open(folder / "table.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", *rows[0].accuracies, "harmonic_mean"])
-        for row in rows:
-            writer.writerow([row.method, *(f"{v:.2f}" for v in (*row.accuracies.values(), row.harmonic_mean))])
-    (folder / "table.json").write_text(json.dumps({**facts, "rows": records(rows)}, indent=2) + "\n")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["method", *rows[0].accuracies, "harmonic_mean"])
+    for row in rows:
+        writer.writerow([row.method, *(f"{v:.2f}" for v in (*row.accuracies.values(), row.harmonic_mean))])
+    write_atomically(folder / "table.csv", text.getvalue())
+    write_atomically(folder / "table.json", json.dumps({**facts, "rows": records(rows)}, indent=2) + "\n")
 
 
 def records(rows: Sequence[Row]) -> list[dict]:
@@ -101,7 +110,7 @@ def contents_table(found: Contents):
         bits = f"W{layer.bits}" + ("" if layer.input_bits is None else f"A{layer.input_bits}")
         shape = "×".join(map(str, layer.shape))
         share = _share(layer.stored, layer.full)
-        result.add_row(escape(layer.name), shape, bits, f"{layer.scales:,}", f"{layer.stored:,}", share)
+        result.add_row(shown(layer.name), shape, bits, f"{layer.scales:,}", f"{layer.stored:,}", share)
     return result
 
 

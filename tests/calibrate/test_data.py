@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hdrq.calibrate import data
-from hdrq.calibrate.data import calibration_calls, check_call
+from hdrq.calibrate.data import Call, calibration_calls, check_call, run_all
 
 
 def test_scalars_and_single_rows_belong_to_all_samples():
@@ -39,3 +39,27 @@ def test_a_loader_with_labels_is_told_what_a_batch_is():
     (call,) = calibration_calls([(torch.randn(8, 2), torch.ones(8))])
     with pytest.raises(TypeError, match=r"calibration must be .* got model\(Tensor, Tensor\).*images alone"):
         check_call(nn.Linear(2, 2), call)
+
+
+def test_a_call_is_moved_to_the_model_and_kept_where_it_was():
+    """A calibration set may be larger than the device that the model is on."""
+    call = Call((torch.randn(4, 6),), {"flag": True, "scale": torch.tensor(2.0)})
+
+    class Scaled(nn.Linear):
+        def forward(self, x, flag, scale):
+            assert flag and x.device == scale.device == self.weight.device
+            return super().forward(x) * scale
+
+    assert call(Scaled(6, 3)).device.type == "cpu"
+    assert call(Scaled(6, 3).to("meta")).device.type == "meta"  # stands for a GPU
+    assert {t.device.type for t in call.tensors} == {"cpu"}
+
+
+def test_an_error_of_the_first_run_names_the_data():
+    run = run_all([Call((torch.randn(4, 5),), {})], "model must run on calibration")
+    with pytest.raises(
+        ValueError, match=r"model must run on calibration, got RuntimeError from model\(\(4, 5\) float32"
+    ):
+        run(nn.Linear(6, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(nn.Linear(6, 3))  # hooks may raise in later runs

@@ -1,6 +1,7 @@
 """The file: whole or not at all, one tensor at a time, and thousands of altered ones refused."""
 
 import json
+import os
 import random
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("safetensors")
 
 from safetensors import safe_open
 
+from hdrq.checkpoint import format
 from hdrq.checkpoint.format import Reader, Writer, _text_hash
 
 X = torch.randn((16, 5), generator=torch.Generator().manual_seed(0))
@@ -181,3 +183,27 @@ def test_hostile_manifests_that_are_no_table(checkpoint, tmp_path, text):
     entries = json.dumps({**header, "__metadata__": {"hdrq": text, "sha256": "0" * 64}}).encode()
     (tmp_path / "file").write_bytes(len(entries).to_bytes(8, "little") + entries + data[8 + length :])
     assert outcome(tmp_path / "file") is None
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_refused(checkpoint, tmp_path):
+    """Not mapped: reading past the end of a mapped file ends the process."""
+    (tmp_path / "file").write_bytes(checkpoint.read_bytes())
+    with Reader(tmp_path / "file") as file:
+        os.truncate(tmp_path / "file", (tmp_path / "file").stat().st_size // 2)
+        with pytest.raises(ValueError, match=r"got '.*file': tensor .* ends before its last byte"):
+            for name in file.specs:
+                file.tensor(name)
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"got '.*pipe', a device, a pipe or a socket"):
+        Reader(tmp_path / "pipe")
+
+
+def test_a_header_that_no_reader_takes_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(format, "LONGEST_HEADER", 2000)
+    write(tmp_path / "file", tensors())
+    with pytest.raises(ValueError, match="header must be of at most 2,000 bytes to be read, got"):
+        write(tmp_path / "long", tensors(), {**EMPTY, "recipe": "x" * 2000})
+    assert not (tmp_path / "long").exists()

@@ -31,13 +31,28 @@ def test_manifest_says_how_the_model_was_made(tmp_path):
 def test_what_a_file_cannot_hold_is_said_before_anything_is_written(tmp_path):
     model = quantized()
     model.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
-    with pytest.raises(ValueError, match=r"phase must be of F64, .*, got torch.complex128"):
+    with pytest.raises(ValueError, match=r"model must have dense tensors of float64, .*, got phase \(complex128\)"):
+        hdrq.save(model, tmp_path / "model")
+    model.phase = torch.eye(3).to_sparse()
+    with pytest.raises(ValueError, match=r"got phase \(torch.sparse_coo\)"):
         hdrq.save(model, tmp_path / "model")
     other = quantized()
     other.hdrq_origin = {**other.hdrq_origin, "day": object()}
     with pytest.raises(ValueError, match="manifest must be of what JSON has, got object"):
         hdrq.save(other, tmp_path / "model")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2, dtype=torch.complex128), torch.eye(3).to_sparse()])
+def test_what_a_file_cannot_hold_is_said_before_a_run_with_checkpoints(tmp_path, value):
+    model, steps = net(), []
+    model.register_buffer("phase", value)
+    options = {"recipe": "qdrop", "iterations": 2, "progress": steps.append}
+    with pytest.raises(ValueError, match=r"model must have dense tensors of .*, got phase"):
+        hdrq.quantize(model, X, workdir=tmp_path, **options)
+    assert not steps and not any(tmp_path.iterdir())
+    hdrq.quantize(model, X, **options)  # nothing says that this one is to be saved
+    assert steps
 
 
 def test_file_holds_integers_and_no_pickle(path):

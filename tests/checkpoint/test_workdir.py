@@ -9,11 +9,13 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from helpers import same, state
 from networks import CALIBRATION, learn, net
 
 import hdrq
 from hdrq.calibrate.report import report_of
+from hdrq.checkpoint.workdir import state_hash
 
 pytest.importorskip("safetensors")
 
@@ -197,3 +199,13 @@ def test_divergence_keeps_the_last_good_state(tmp_path):
     nearest = learn(recipe="rtn", iterations=0)
     assert same(state(found.model), state(nearest))  # no iteration was good: what was there before
     assert (tmp_path / "current.safetensors").exists()
+
+
+def test_extra_state_that_is_no_tensor_counts_in_a_fingerprint():
+    weight = torch.ones(2)
+    states = [{"w": weight, "x": extra} for extra in (None, 1, 1.5, "1", {"a": [1]}, {"a": [2]}, {"b": [1]}, [weight])]
+    assert len({state_hash(state) for state in states}) == len(states)
+    assert state_hash({"x": {"a": [1, weight]}}) == state_hash({"x": {"a": [1, weight.clone()]}})
+    assert state_hash({"x": object()}) == state_hash({"x": object()})  # an address would differ from run to run
+    sparse = torch.eye(2).to_sparse()
+    assert state_hash({"x": sparse}) != state_hash({"x": sparse * 2})

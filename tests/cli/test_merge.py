@@ -174,3 +174,28 @@ def test_inspect_checks_every_hash(files):
     files[0].write_bytes(data)
     result = call("inspect", files[0])
     assert result.exit_code == 2 and "has another hash than it was written with" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("a.weight.scale", torch.nan, "a.weight.scale must be positive and finite, got nan"),
+        ("b.input.scale", 0.0, "b.input.scale must be positive and finite, got 0.0"),
+        ("b.weight.codes", 0x0F, "codes of b must be in [0, 14], got [0, 15]"),
+        ("gain", torch.nan, "gain must hold no NaN, got 6 in 6 elements"),
+    ],
+)
+def test_inspect_says_which_values_are_broken(files, tmp_path, name, value, problem):
+    with format.Reader(files[0]) as file:
+        manifest, values = file.manifest, {key: file.tensor(key) for key in file.specs}
+        specs = file.specs
+    values[name] = torch.full_like(values[name], value)
+    if name.endswith("codes"):
+        manifest = {**manifest, "weights": {**manifest["weights"], "b": {**manifest["weights"]["b"], "range": [0, 14]}}}
+    with format.Writer(tmp_path / "broken", specs, manifest) as file:
+        for key, tensor in values.items():
+            file.write(key, tensor)
+    table, found = call("inspect", tmp_path / "broken"), call("inspect", tmp_path / "broken", "--json")
+    assert table.exit_code == found.exit_code == 1 and problem in table.stdout
+    assert json.loads(found.stdout)["problems"] == [problem]
+    assert json.loads(call("inspect", files[0], "--json").stdout)["problems"] == []

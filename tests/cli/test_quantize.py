@@ -11,7 +11,7 @@ from torch import nn
 import hdrq
 from hdrq.calibrate.images import MEAN, STD, load_data, load_labelled
 from hdrq.evaluate.metrics import accuracy
-from hdrq.methods.job import Run, parse_setting, read_settings
+from hdrq.methods.job import parse_setting, read_settings
 
 for package in ("typer", "rich", "safetensors", "yaml", "PIL", "matplotlib"):
     pytest.importorskip(package)
@@ -35,6 +35,15 @@ def tiny(width=4):
 
 def number():
     return 3
+
+def half():
+    return tiny().bfloat16()
+
+def missing():
+    import nothing_of_this_name
+
+def strict(width=4):
+    assert width > 12, "twelve or more"
 """
 
 
@@ -178,10 +187,23 @@ def test_yaml_makes_the_same_model_and_options_override_it(place):
 def test_manifest_has_every_default(place):
     assert call(*SETTINGS, **OPTIONS).exit_code == 0
     facts = manifest("q.safetensors")
-    want = Run.of({**OPTIONS, "iterations": 4, "resize": 20, "crop": 16})
-    assert facts["run"] == json.loads(json.dumps({**want.__dict__, "knobs": {"iterations": 4}}))
-    assert {"samples", "held_out", "mean", "cache", "preset"} <= facts["run"].keys()
+    preparation = {"resize": 20, "crop": 16, "mean": list(MEAN), "std": list(STD)}
+    assert facts["run"] == {**preparation, "preset": "paper", "samples": 1024, "held_out": 0.1, "device": "cpu"}
+    assert facts["architecture"] == {"factory": "tinynet:tiny", "arguments": {}}
     assert facts["recipe"]["beta_start"] == 20 and facts["recipe"]["iterations"] == 4
+
+
+def test_the_same_run_gives_the_same_file_wherever_it_lies(place):
+    assert call(*SETTINGS, **OPTIONS).exit_code == 0
+    (place / "elsewhere").mkdir()
+    shutil.copytree(place / "images", place / "elsewhere" / "images")
+    others = {"data": "elsewhere/images", "out": "elsewhere/q.safetensors", "workdir": "elsewhere/work"}
+    assert call("--resume", "--set", "cache=disk", *SETTINGS, **{**OPTIONS, **others}).exit_code == 0
+    assert (place / "q.safetensors").read_bytes() == (place / "elsewhere" / "q.safetensors").read_bytes()
+    assert b"elsewhere" not in (place / "elsewhere" / "q.safetensors").read_bytes()
+    assert call("--set", "samples=8", *SETTINGS, **OPTIONS).exit_code == 0
+    few, all_of_them = manifest("q.safetensors"), manifest("elsewhere/q.safetensors")
+    assert few["fingerprints"]["calibration"] != all_of_them["fingerprints"]["calibration"]
 
 
 def test_ablation_is_a_table(place):
@@ -231,14 +253,57 @@ def test_without_a_terminal_no_bars(place):
         ({"out": "nowhere/q.safetensors"}, "out must be in a folder that exists, got 'nowhere/q.safetensors'"),
         ({"set": "tale=0.2"}, "setting must be one of"),
         ({"set": "tail"}, "set must be name=value, got 'tail'"),
+        (
+            {"model": "tinynet:missing"},
+            "model must be made by tinynet:missing of {}, got ModuleNotFoundError: No module",
+        ),
+        ({"model": "tinynet:strict"}, "got AssertionError: twelve or more"),
+        ({"model": "brokennet:tiny"}, "imported, got 'brokennet:tiny': SyntaxError: invalid syntax"),
+        ({"model": "leavingnet:tiny"}, "imported, got 'leavingnet:tiny': SystemExit: 3"),
+        ({"set": "model_args=5"}, "model_args must be a mapping from names, got 5"),
+        ({"set": "model_args={depth: 3}"}, "got TypeError: tiny() got an unexpected keyword argument 'depth'"),
+        ({"set": "mean=5"}, "mean and std must be 3 numbers each, std positive, got 5 and"),
+        ({"set": "mean=[a, 1, 1]"}, "mean and std must be 3 numbers each, std positive, got ['a', 1, 1] and"),
+        ({"set": "std=[.nan, 1, 1]"}, "mean and std must be 3 numbers each, std positive"),
+        ({"set": "out=5"}, "out must be a string, got int"),
+        ({"set": "resume=maybe"}, "resume must be true or false, got 'maybe'"),
+        ({"set": "samples=0"}, "samples must be in [1, "),
+        (
+            {"data": "wide.npy"},
+            "model must run on calibration, got RuntimeError from model((18, 16, 16, 3) float32): G",
+        ),
+        ({"weights": "code.pth"}, "got code.pth: it is damaged, or holds more than tensors, which is not read because"),
+        ({"weights": "nested.pth"}, "got nested.pth: it must be a state dict of tensors, and holds epoch, model"),
         ({"set": "held_out=0.9"}, "held_out must be finite and in [0, 0.5], got 0.9"),
     ],
 )
 def test_bad_input_is_refused(place, options, message):
     save_file(model(width=5).state_dict(), place / "other.safetensors")
+    (place / "brokennet.py").write_text("def tiny(:")
+    (place / "leavingnet.py").write_text("raise SystemExit(3)")
+    np.save(place / "wide.npy", np.zeros((20, 16, 16, 3), np.float32))
+    torch.save(Code(), place / "code.pth")
+    torch.save({"epoch": 3, "model": model().state_dict()}, place / "nested.pth")
     result = call(*SETTINGS, **{name: value for name, value in {**OPTIONS, **options}.items() if value is not None})
-    assert result.exit_code == 2 and message in result.stderr
-    assert not (place / "q.safetensors").exists()
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+    assert not (place / "q.safetensors").exists() and not (place / "ran").exists()
+
+
+class Code:
+    """A pickle that writes a file when it is read."""
+
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+def test_a_model_in_half_precision_gets_data_in_half_precision(place):
+    options = {"model": "tinynet:half", "data": "images", "recipe": "rtn", "out": "q.safetensors"}
+    result = call(*SETTINGS, **options)
+    assert result.exit_code == 0, result.stderr
+    result = CliRunner().invoke(
+        app, ["evaluate", "--model", "tinynet:half", "q.safetensors", "--data", "images", "--resize=20", "--crop=16"]
+    )
+    assert result.exit_code == 0, result.stderr
 
 
 def test_settings_are_numbers_where_they_look_like_it(place):
@@ -298,6 +363,7 @@ def test_labels_are_those_of_the_first_folder(place):
     [
         ("tinynet.py", "images", "files must be safetensors, got tinynet.py"),
         ("nowhere", "images", "nowhere"),
+        ("w.safetensors", "images", "w.safetensors must run on what resize and crop make of images, got mat1 and mat2"),
         ("w.safetensors", "nowhere", "data must be a folder with a folder for each class, got nowhere"),
         ("w.safetensors", "flat", "data must have every image in the folder of its class, got flat/0.png"),
     ],
@@ -305,5 +371,6 @@ def test_labels_are_those_of_the_first_folder(place):
 def test_evaluate_refuses(place, file, data, message):
     (place / "flat").mkdir()
     shutil.copy(place / "images" / "mug" / "0.png", place / "flat")
-    result = evaluate(file, "--data", data, "--resize", "20", "--crop", "16")
+    crop = "20" if data == "images" else "16"
+    result = evaluate(file, "--data", data, "--resize", "20", "--crop", crop)
     assert result.exit_code == 2 and message in result.stderr

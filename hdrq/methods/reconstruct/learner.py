@@ -194,7 +194,9 @@ class Learner:
         return batches(sources, self.indices[start:])
 
     def _graphed(self) -> Callable:
-        return self.step if self.graph is False or self.device.type != "cuda" else Graph(self.step, self.graph is True)
+        if self.graph is False or self.device.type != "cuda":
+            return self.step
+        return Graph(self.step, self.graph is True, self.device)
 
     def _phase(self, iteration: int) -> str:
         if self.recipe.learns != "weights":

@@ -1,0 +1,138 @@
+"""What share of a model is quantized: of its parameters, and of the multiply-adds of one sample."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from hdrq import checks
+from hdrq.prepare.attention import quantized_operands
+from hdrq.prepare.observe import observe
+from hdrq.quantizers.bits import matches
+from hdrq.quantizers.layers import quantized_layers
+
+aten = torch.ops.aten
+FEW = 0.9  # share of the parameters below which a warning names what stays in full precision
+
+
+def _recurrent(x, *weights) -> int:
+    return 2 * x[0] * x[1] * sum(prod(w) for w in weights if len(w) == 2)
+
+
+def _attention(q, k, v) -> int:
+    return 2 * prod(q[:3]) * k[2] * (q[3] + v[3])
+
+
+FORMULAS = {  # of operations that PyTorch's counter does not know, from their shapes: two for each multiply-add
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: _attention(q, k, v),
+    aten.mkldnn_rnn_layer: lambda x, inner, hidden, *_, **__: _recurrent(x, inner, hidden),
+    aten._cudnn_rnn: lambda x, weights, *_, **__: _recurrent(x, *weights),
+    aten._trilinear: lambda x, weight, *_, **__: 2 * x[0] * prod(weight),
+    aten.mv: lambda matrix, *_, **__: 2 * prod(matrix),
+    aten.addmv: lambda _, matrix, *__, **___: 2 * prod(matrix),
+}
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model is quantized, each as (quantized, all).
+
+    ``parameters`` are numbers that the prepared model holds: a weight that layers share counts once. ``macs`` are the
+    multiply-adds of convolutions, matrix products and attentions for one sample; None where they cannot be counted.
+    Those of a layer are quantized if its weight is, those of ``q·k`` and of ``softmax·v`` if both operands are.
+    """
+
+    parameters: tuple[int, int]
+    macs: tuple[int, int] | None
+
+    def __str__(self) -> str:
+        parts = [f"{_share(*self.parameters)} of {self.parameters[1]:,} parameters"]
+        parts += [] if self.macs is None else [f"{_share(*self.macs)} of {self.macs[1]:,} multiply-adds of a sample"]
+        return ", ".join(parts)
+
+    def as_dict(self) -> dict[str, list[int]]:
+        """For the manifest."""
+        macs = {} if self.macs is None else {"macs": list(self.macs)}
+        return {"parameters": list(self.parameters), **macs}
+
+    @classmethod
+    def of_dict(cls, facts: Any) -> Coverage | None:
+        """What :meth:`as_dict` gave; None for anything else."""
+        pairs = [facts.get(name) for name in ("parameters", "macs")] if isinstance(facts, Mapping) else [None]
+        counts = [p if isinstance(p, list) and [type(n) for n in p] == [int, int] else None for p in pairs]
+        if counts[0] is None:
+            return None
+        return cls((counts[0][0], counts[0][1]), None if counts[1] is None else (counts[1][0], counts[1][1]))
+
+
+def coverage(quantized: nn.Module, full: nn.Module, run: Callable, samples: int) -> Coverage:
+    """How much of ``quantized`` is; ``run(full)`` runs the same model in full precision on so many samples."""
+    weights = _weights(quantized, full)
+    every = sum(p.numel() for p in full.parameters() if p.is_floating_point())
+    try:
+        own, total = _macs(quantized, full, run)
+        macs = own // samples, total // samples
+    except Exception:  # a model may do what no counter understands; that is no reason to refuse it
+        macs = None
+    return Coverage((sum(w.numel() for w in weights.values()), every), macs)
+
+
+def _weights(quantized: nn.Module, full: nn.Module) -> dict[int, nn.Parameter]:
+    """The parameters of ``full`` that are quantized in ``quantized``, by identity: layers may share one."""
+    weights: list[Any] = [full.get_submodule(name).weight for name in quantized_layers(quantized)]
+    return {id(weight): weight for weight in weights}
+
+
+@torch.no_grad()
+def _macs(quantized: nn.Module, full: nn.Module, run: Callable) -> tuple[int, int]:
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
+    layers, attentions = quantized_layers(quantized), quantized_operands(quantized)
+    spent = dict.fromkeys((*layers, *attentions), 0)  # in a layer, or in an attention outside of its layers
+    running: list[tuple[str, int]] = []  # and what the counter said when it began
+
+    def enter(name, module, args, kwargs) -> None:
+        running.append((name, counter.get_total_flops()))
+
+    def leave(name, module, args, kwargs, output) -> None:
+        _, before = running.pop()
+        spent[name] += (own := counter.get_total_flops() - before)
+        if running:
+            spent[running[-1][0]] -= own
+
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        observe(full, run, before=enter, after=leave, names=list(spent))
+    own: float = sum(spent[name] for name in layers)
+    for name, labels in attentions.items():  # its two products are of one size
+        own += spent[name] * (({"q", "k"} <= {*labels}) + ({"softmax", "v"} <= {*labels})) / 2
+    return round(own) // 2, counter.get_total_flops() // 2
+
+
+def warn_of_float(quantized: nn.Module, full: nn.Module, found: Coverage, bits: str | Mapping[str, str]) -> None:
+    """Warn where much stays in full precision that no pattern ``"float"`` of ``bits`` asks for; name the largest."""
+    weights = _weights(quantized, full)
+    kept = [pattern for pattern, text in bits.items() if text == "float"] if isinstance(bits, Mapping) else []
+    left = {
+        name: p.numel()
+        for name, p in full.named_parameters()
+        if p.ndim > 1 and id(p) not in weights and p.is_floating_point() and not any(matches(name, k) for k in kept)
+    }
+    if sum(left.values()) <= (1 - FEW) * found.parameters[1]:
+        return
+    largest = sorted(left, key=lambda name: -left[name])
+    shown = checks.listed(f"{name!r} ({left[name]:,})" for name in largest)
+    warnings.warn(
+        f"{_share(*found.parameters)} of the parameters are quantized; the largest of the others are {shown}, in no "
+        'layer of a known class that calibration reaches; bits={"NAME": "float", …} says that this is meant',
+        stacklevel=5,
+    )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / max(whole, 1):.1%}"
