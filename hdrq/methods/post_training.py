@@ -66,7 +66,8 @@ def quantize(
     BatchNorm is folded. Weights and inputs of every convolution and linear layer get quantizers
     (:func:`hdrq.calibrate.ranges.attach_quantizers` says where), and so do an attention's operands
     (:mod:`hdrq.prepare.attention`). Then, block by block in forward order, what the recipe learns is learned so that
-    the block's output stays that of the full-precision model::
+    the block's output stays that of the full-precision model; what is kept is the block's best state on samples that
+    it does not learn from (``judged_samples``)::
 
         mean over batch and positions of Σ_channels (B_q(x) − B(x))²
           +  λ·Σ_layers ‖W − W_src‖₂  (HDRQ)   or   0.01·Σ (1 − |2h(α) − 1|^β)  (BRECQ, QDrop)
@@ -81,10 +82,11 @@ def quantize(
         blocks: the names of the units of reconstruction, blocks or single layers; None finds blocks
             (:func:`hdrq.prepare.units.find_blocks`).
         source: the model before its adaptation; needed where the recipe has a distance.
-        preset: ``"paper"`` or ``"official"``.
-        seed: of the batches, the noise and the drops. The same seed gives the same bits on the same processor with the
-            same number of threads; on CUDA it does where ``torch.backends.cudnn.deterministic`` is True and the model
-            has no operation that PyTorch calls nondeterministic.
+        preset: ``"paper"``, or ``"official"`` for what the recipe's released code does.
+        seed: of the batches, the noise, the drops and the elements that ranges are searched on. The same seed gives the
+            same bits on the same processor with the same number of threads; on CUDA it does where
+            ``torch.backends.cudnn.deterministic`` is True and the model has no operation that PyTorch calls
+            nondeterministic.
         iterations: for each block; None for the recipe's.
         held_out: data like ``calibration``; the report then has each block's accumulated error on it.
         cache: where inputs and targets of blocks lie: ``"auto"``, ``"device"``, ``"host"`` or ``"disk"``.

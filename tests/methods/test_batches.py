@@ -3,13 +3,14 @@
 import torch
 from networks import learn
 
-from hdrq.methods.reconstruct.learner import Learner, _order
+from hdrq.methods.reconstruct.learner import Learner
+from hdrq.methods.reconstruct.samples import order as order_of
 from hdrq.rng import rng_state
 
 
 def test_each_pass_reads_every_sample_once():
-    order = _order(10, 35, rng_state(0))
-    assert len(order) == 35 and len(_order(10, 0, rng_state(0))) == 0
+    order = order_of(10, 35, rng_state(0))
+    assert len(order) == 35 and len(order_of(10, 0, rng_state(0))) == 0
     passes = order[:30].view(3, 10)
     assert all(torch.equal(each.sort().values, torch.arange(10)) for each in passes)
     assert len(order[30:].unique()) == 5 and not torch.equal(passes[0], passes[1])

@@ -5,19 +5,20 @@ import torch
 from networks import learn, net
 
 from hdrq.calibrate.report import report_of
-from hdrq.methods.reconstruct.learner import Learner, _parts
+from hdrq.methods.reconstruct import samples
+from hdrq.methods.reconstruct.learner import Learner
 from hdrq.methods.reconstruct.parameters import Parameters
 
 
 def test_an_eighth_at_most_is_judged_by():
     for count, judged, expected in ((1024, 32, 32), (96, 32, 12), (96, 5, 5), (7, 32, 0), (96, 0, 0)):
-        learned_from, held = _parts(count, judged)
+        learned_from, held = samples.split(count, judged)
         if expected:
             assert len(held) == expected and sorted([*learned_from.tolist(), *held.tolist()]) == list(range(count))
             assert held[0] == 0 and held.diff().unique().numel() <= 2  # evenly spaced
         else:
             assert torch.equal(learned_from, torch.arange(count)) and torch.equal(held, learned_from)
-    assert len(_parts(1024, 0)[1]) == 256
+    assert len(samples.split(1024, 0)[1]) == 256
 
 
 @pytest.fixture

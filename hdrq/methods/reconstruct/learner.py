@@ -18,6 +18,7 @@ from hdrq.calibrate.progress import LOG_EVERY
 from hdrq.calibrate.sequential import Unit
 from hdrq.errors import DivergenceError
 from hdrq.methods.loss import UnitLoss, channel_axis
+from hdrq.methods.reconstruct import samples
 from hdrq.methods.reconstruct.graph import Graph
 from hdrq.methods.reconstruct.memory import kept_memory
 from hdrq.methods.reconstruct.parameters import Parameters
@@ -25,9 +26,7 @@ from hdrq.methods.reconstruct.schedule import ROUNDING_WEIGHT, schedule
 from hdrq.prepare.observe import observe
 from hdrq.quantizers.modules import Quantizer, substituted
 from hdrq.recipes import Recipe
-from hdrq.rng import rng_state, words
-
-MEASURED = 256  # samples that a unit is judged by, at most, where they are those that it learns from
+from hdrq.rng import rng_state
 
 
 class Best(NamedTuple):
@@ -56,9 +55,9 @@ class Learner:
         self.weights = unit.weights
         self.loss = UnitLoss(unit, channel_axis(unit), recipe.norm if recipe.learns == "activations" else 2.0)
         self._give_streams(seed)
-        learned_from, self.judged = _parts(unit.count, recipe.judged_samples)
+        learned_from, self.judged = samples.split(unit.count, recipe.judged_samples)
         size = min(recipe.batch_size, len(learned_from))
-        order = _order(len(learned_from), recipe.iterations * size, self.last)
+        order = samples.order(len(learned_from), recipe.iterations * size, self.last)
         self.indices = learned_from[order].view(recipe.iterations, size)
         self.schedule = schedule(recipe).to(self.device)
         self.row = self.schedule.new_zeros(self.schedule.shape[1])  # of the schedule, for this iteration
@@ -299,26 +298,3 @@ class Learner:
         self.load(state, good)
         layer = (broken_layers or [name.rpartition(".")[0] for name in broken] or ["none: the loss itself"])[0]
         return DivergenceError(self.unit.name, layer, i + 1, float(loss), good)
-
-
-def _parts(count: int, judged: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The samples that a unit learns from, and those that it is judged by: evenly spaced, at most one in eight.
-
-    Where that is none, it is judged by some that it learns from.
-    """
-    judged = min(judged, count // 8)
-    every = torch.arange(count)
-    if judged == 0:
-        return every, every[:MEASURED]
-    apart = torch.zeros(count, dtype=torch.bool)
-    apart[torch.arange(judged) * count // judged] = True
-    return every[~apart], every[apart]
-
-
-def _order(samples: int, count: int, rng: torch.Tensor) -> torch.Tensor:
-    """Which sample is read when, ``count`` in all: pass after pass over the samples, each in an order of its own."""
-    low, high = (int(word) for word in words(rng.numpy(), 2))
-    generator = torch.Generator().manual_seed(high << 32 | low)
-    passes = -(-count // samples)
-    orders = [torch.randperm(samples, generator=generator) for _ in range(passes)]
-    return torch.cat([torch.empty(0, dtype=torch.int64), *orders])[:count]

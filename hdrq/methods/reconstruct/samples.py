@@ -1,0 +1,36 @@
+"""Which calibration samples a unit learns from, in what order, and which it is judged by."""
+
+from __future__ import annotations
+
+import torch
+
+from hdrq.rng import words
+
+MEASURED = 256  # samples that a unit is judged by, at most, where they are those that it learns from
+
+
+def split(count: int, judged: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The samples that a unit learns from, and those that it is judged by: evenly spaced, at most one in eight.
+
+    Where that is none, it is judged by some that it learns from.
+    """
+    judged = min(judged, count // 8)
+    every = torch.arange(count)
+    if judged == 0:
+        return every, every[:MEASURED]
+    apart = torch.zeros(count, dtype=torch.bool)
+    apart[torch.arange(judged) * count // judged] = True
+    return every[~apart], every[apart]
+
+
+def order(samples: int, count: int, rng: torch.Tensor) -> torch.Tensor:
+    """Which sample is read when, ``count`` in all: pass after pass over the samples, each in an order of its own.
+
+    Args:
+        rng: :func:`hdrq.rng_state`, of whose stream the first two words are the seed.
+    """
+    low, high = (int(word) for word in words(rng.numpy(), 2))
+    generator = torch.Generator().manual_seed(high << 32 | low)
+    passes = -(-count // samples)
+    orders = [torch.randperm(samples, generator=generator) for _ in range(passes)]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *orders])[:count]
