@@ -51,7 +51,7 @@ def test_permissions_are_those_of_the_file_replaced_or_of_the_process(tmp_path):
 
 
 def test_a_disk_that_is_full_at_the_end_is_named(tmp_path, monkeypatch):
-    """What is buffered is written when the file is closed, too: that second error must not take the place of the first."""
+    """Closing a file writes what is buffered, and fails again; the first error, which names the file, stays."""
 
     class Full(io.RawIOBase):
         def writable(self):
