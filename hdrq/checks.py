@@ -40,7 +40,7 @@ def device(name: str) -> torch.device:
         found = torch.device(name)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be one that is here, got {name!r}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device must be one that is here, got {name!r}: {str(error).splitlines()[0]:.150}") from error
     return found
 
 

@@ -46,6 +46,8 @@ def load_data(
         checks.integer("limit", limit, 1, 2**31)
     if not path.exists():
         raise FileNotFoundError(f"data must be a folder or a file, got {path}, which does not exist")
+    if not (path.is_file() or path.is_dir()):
+        raise ValueError(f"data must be a folder or a file, got {path}, a device, a pipe or a socket")
     if path.is_file():
         samples = _tensor(path)
         return samples[_spread(len(samples), limit)]
@@ -144,9 +146,9 @@ def _tensor(path: Path) -> torch.Tensor:
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False)
+            tensors = {path.name: torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))}
         except (EOFError, ValueError, MemoryError, OverflowError, SyntaxError, TypeError) as error:
             raise ValueError(f"data must be an array, got {path}, which cannot be read: {error}") from error
-        tensors = {path.name: torch.from_numpy(array)} if array.dtype != object else {}
     elif path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file

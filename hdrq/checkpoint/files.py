@@ -34,11 +34,15 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     with disk_with_room(path):
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
-        with os.fdopen(handle, "wb") as file:
+        file = os.fdopen(handle, "wb")
+        try:
             yield file
             with disk_with_room(path):
                 file.flush()
                 os.fsync(file.fileno())
+        finally:
+            with suppress(OSError):  # of what was not written an error has spoken already, which names the file
+                file.close()
         with disk_with_room(path):
             if mode is not None:
                 os.chmod(temporary, mode)

@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import nn
 
 from hdrq._version import __version__
-from hdrq.checkpoint.files import write_atomically
+from hdrq.checkpoint.files import output_folder, write_atomically
 from hdrq.checks import listed
 from hdrq.recipes import Recipe
 
@@ -47,7 +47,7 @@ class Workdir:
     """
 
     def __init__(self, path: str | os.PathLike, fingerprint: Mapping[str, Any], resume: bool) -> None:
-        self.path = Path(path)
+        self.path = output_folder(path, "workdir")
         self.path.mkdir(parents=True, exist_ok=True)
         run = self.path / "run.json"
         text = json.dumps(fingerprint, indent=1, sort_keys=True, default=str)

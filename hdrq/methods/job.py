@@ -22,6 +22,7 @@ from hdrq.checkpoint.saving import check_storable, save
 from hdrq.methods.post_training import quantize
 from hdrq.quantizers.provenance import origin, set_origin
 
+DEEPEST = 20  # levels of a YAML file: a parser's time grows with their square
 TEXTS = {"model", "data", "out", "weights", "source", "recipe", "preset", "device", "cache", "workdir"}
 # What the manifest has of a run, beside the recipe, bits, seed and architecture that every one has.
 RECORDED = ("preset", "samples", "held_out", "resize", "crop", "mean", "std", "device")
@@ -118,8 +119,13 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 def _yaml(text: str) -> Any:
     """What a text of YAML holds, without aliases, a few of which can stand for billions of values."""
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-        raise ValueError("it must have no aliases (*name), got one; write the value out")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it must have no aliases (*name), got one; write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"it must have at most {DEEPEST} levels, got more")
     return yaml.safe_load(text)
 
 

@@ -1,5 +1,7 @@
 """Where files may be written, and what is left of what was there."""
 
+import errno
+import io
 import os
 import stat
 
@@ -46,3 +48,23 @@ def test_permissions_are_those_of_the_file_replaced_or_of_the_process(tmp_path):
     finally:
         os.umask(before)
     assert [stat.S_IMODE((tmp_path / n).stat().st_mode) for n in ("private", "fresh")] == [0o600, 0o600]
+
+
+def test_a_disk_that_is_full_at_the_end_is_named(tmp_path, monkeypatch):
+    """Closing a file writes what is buffered, and fails again; the first error, which names the file, stays."""
+
+    class Full(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full(handle, mode):
+        os.close(handle)
+        return io.BufferedWriter(Full())
+
+    monkeypatch.setattr(os, "fdopen", full)
+    with pytest.raises(OSError, match="model must be written to a disk with room, got No space left on device"):
+        write_atomically(tmp_path / "model", b"abc")
+    assert not any(tmp_path.iterdir())

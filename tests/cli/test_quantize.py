@@ -1,6 +1,7 @@
 """``hdrq quantize``: from images on disk to a quantized file, by options, by YAML, and refused with a word why."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -135,6 +136,8 @@ def test_tensors_are_taken_as_they_are(place):
     for name in ("x.npy", "x.safetensors"):
         assert torch.equal(load_data(place / name), x)
         assert torch.equal(load_data(place / name, limit=3), x[[0, 2, 4]])
+    np.save(place / "swapped.npy", x.numpy().astype(">f4"))
+    assert torch.equal(load_data(place / "swapped.npy"), x)
 
 
 def test_data_that_is_none(place):
@@ -273,6 +276,10 @@ def test_without_a_terminal_no_bars(place):
             "model must run on calibration, got RuntimeError from model((18, 16, 16, 3) float32): G",
         ),
         ({"weights": "code.pth"}, "got code.pth: it is damaged, or holds more than tensors, which is not read because"),
+        ({"weights": "short.pth"}, "weights must be a safetensors file, a state dict or an index, got short.pth"),
+        ({"workdir": "w.safetensors"}, "workdir must be a folder, or a new one in a folder, got 'w.safetensors'"),
+        ({"data": "pipe"}, "data must be a folder or a file, got pipe, a device, a pipe or a socket"),
+        ({"data": "text.npy"}, "data must be an array, got text.npy, which cannot be read"),
         ({"weights": "nested.pth"}, "got nested.pth: it must be a state dict of tensors, and holds epoch, model"),
         ({"set": "held_out=0.9"}, "held_out must be finite and in [0, 0.5], got 0.9"),
     ],
@@ -283,6 +290,9 @@ def test_bad_input_is_refused(place, options, message):
     (place / "leavingnet.py").write_text("raise SystemExit(3)")
     np.save(place / "wide.npy", np.zeros((20, 16, 16, 3), np.float32))
     torch.save(Code(), place / "code.pth")
+    (place / "short.pth").write_bytes(b"tiny")
+    np.save(place / "text.npy", np.array(["text"]))
+    os.mkfifo(place / "pipe")
     torch.save({"epoch": 3, "model": model().state_dict()}, place / "nested.pth")
     result = call(*SETTINGS, **{name: value for name, value in {**OPTIONS, **options}.items() if value is not None})
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
@@ -312,7 +322,12 @@ def test_settings_are_numbers_where_they_look_like_it(place):
     ]
     (place / "list.yaml").write_text("- 1")
     (place / "no.yaml").write_text("a: [")
-    for name, message in (("list.yaml", "must be a mapping of settings, got list"), ("no.yaml", "config must be YAML")):
+    (place / "deep.yaml").write_text("a: " + "[" * 100_000)
+    for name, message in (
+        ("list.yaml", "must be a mapping of settings, got list"),
+        ("no.yaml", "config must be YAML"),
+        ("deep.yaml", "config must be YAML, got deep.yaml: it must have at most 20 levels, got more"),
+    ):
         with pytest.raises(ValueError, match=message):
             read_settings(name)
 
