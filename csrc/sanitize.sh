@@ -10,9 +10,13 @@ trap 'rm -rf "$scratch"' EXIT
 # The flags of setup.py that decide bits; fewer optimizations, so that a report names its line.
 flags=(-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -Wno-psabi -Wno-maybe-uninitialized -fPIC -fvisibility=hidden
   -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all)
-read -ra includes <<<"$("$python" -m pybind11 --includes)"
+read -ra includes <<<"-Icsrc $("$python" -m pybind11 --includes)"
 jobs=()
 for source in csrc/*.cpp; do
+  if [[ $source == *avx512* ]] && ! grep -qsw avx512vl /proc/cpuinfo; then  # nothing here can call it: a trap in its place
+    source=$scratch/no_avx512.cpp
+    printf '#include "kernels.h"\nconst hdrq::Kernels& hdrq::avx512_kernels() { __builtin_trap(); }\n' >"$source"
+  fi
   g++ "${flags[@]}" "${includes[@]}" -c "$source" -o "$scratch/$(basename "$source" .cpp).o" &
   jobs+=($!)
 done

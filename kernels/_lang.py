@@ -146,7 +146,9 @@ def pull(grad, distance):
 
 @triton.jit
 def per_element(values, start, i, inner, channels, ROWS: tl.constexpr):
-    """The element's own of ``values``, one a channel. A row is ``inner`` neighbours; row r is of channel r % channels.
+    """Each element's entry of ``values``, which has one for each channel.
+
+    A row is ``inner`` neighbours of one channel; row r is of channel r % channels.
 
     ROWS says how they lie in a tile: "one" value for all; "long" rows, of which a tile touches two at most; "short".
     """

@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hdrq.calibrate.report import report_of
+from hdrq.methods.post_training import fold
+
 
 def images(size=32):
     return torch.randn(6, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -217,3 +220,48 @@ def output(model, data):
     with torch.no_grad():
         result = model(**data[0]) if isinstance(data, list) else model(data)
     return result if isinstance(result, torch.Tensor) else result["logits"]
+
+
+def disagreements(model, quantized, data):
+    """Blocks whose loss, as the loop found it last, is not that of their outputs in the quantized model.
+
+    A loss is a mean over samples and positions of a sum over channels: Σ (y_q − y)² is that, times their number. A
+    block that is called again is left out: its later inputs come from itself, and they change while it learns.
+    """
+    blocks = {block.name: block.loss_after for block in report_of(quantized).blocks}
+    outputs = [_outputs(each, list(blocks), data) for each in (quantized, fold(model, data))]
+    wrong = []
+    for name, loss in blocks.items():
+        if len(outputs[0][name]) > 1:
+            continue
+        got, want = (o[name][0] for o in outputs)
+        squares = float((got.float() - want.float()).square().sum())
+        ratios = [
+            squares / (want.numel() / channels) / loss if loss else float(squares == 0) for channels in want.shape
+        ]
+        if all(abs(ratio - 1) > 1e-3 for ratio in ratios):
+            wrong.append(f"the loss of block {name} must be that of the model, got {loss:.3g} and ratios {ratios}")
+    return wrong
+
+
+def _outputs(model, names, data):
+    """The largest tensor that each block returns, over all samples."""
+    found, handles = {name: [] for name in names}, []
+    for name in names:
+
+        def keep(module, args, output, name=name):
+            found[name].append(max(_tensors(output), key=torch.Tensor.numel).clone())  # what follows may write into it
+
+        handles.append(model.get_submodule(name).register_forward_hook(keep))
+    with torch.no_grad():
+        model(**data[0]) if isinstance(data, list) else model(data)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for each in values for tensor in _tensors(each)]

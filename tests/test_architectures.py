@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from architectures import (
     MODELS,
     built,
+    disagreements,
     images,
     output,
 )
@@ -32,6 +33,7 @@ def test_all_recipes_then_saved_loaded_and_merged(name, tmp_path):
         assert output(each, data).isfinite().all()
         assert not torch.equal(output(each, data), want)
         assert output(each, data).shape == want.shape
+    assert not disagreements(model, quantized[3], data)
     hdrq.save(quantized[3], tmp_path / "model.safetensors")
     loaded = hdrq.load(tmp_path / "model.safetensors", model)
     assert torch.equal(output(loaded, data), output(quantized[3], data))

@@ -63,13 +63,13 @@ def of_process() -> str | None:
 
 
 def forced() -> str | None:
-    """The backend of the innermost :func:`use_backend` around this; None outside of all."""
+    """The backend of the innermost :func:`use_backend` block that is running; None outside of every such block."""
     return _forced.get()
 
 
 @contextmanager
 def forcing(name: str | None) -> Iterator[None]:
-    """:func:`use_backend` of what :func:`forced` returned, which may be None."""
+    """Run every op as where :func:`forced` returned ``name``; None leaves the choice to the device."""
     previous = _forced.get()
     _forced.set(name)
     try:
@@ -124,7 +124,7 @@ def _preferences(device_type: str) -> tuple[str, ...]:
 
 @cache
 def _have_cpp() -> bool:
-    """Whether CPU tensors have the C++ path; says so, once, where they have not."""
+    """Whether CPU tensors run on the C++ path; the first call warns if they do not."""
     missing = _missing_cpp()
     if missing is not None:
         warnings.warn(f"CPU tensors run in plain PyTorch: {missing}", stacklevel=2)

@@ -69,7 +69,7 @@ class Call:
         return Call(tuple(map(pick, self.args)), {key: pick(value) for key, value in self.kwargs.items()})
 
     def check_lengths(self, where: str) -> None:
-        """Refuse tensors of which one has neither one row nor as many as the longest."""
+        """Refuse a call in which some tensor has neither one row nor as many rows as the longest tensor."""
         size = self.size
         for name, value in (*((f"argument {k}", v) for k, v in enumerate(self.args)), *self.kwargs.items()):
             if isinstance(value, torch.Tensor) and value.ndim and len(value) not in (1, size):

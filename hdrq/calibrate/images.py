@@ -92,13 +92,13 @@ def load_labelled(
 
 
 def class_names(path: str | os.PathLike) -> list[str]:
-    """The folders in a folder, in order, but those that are hidden."""
+    """The visible folders in a folder, in order."""
     folders = (f.name for f in Path(path).iterdir() if f.is_dir()) if Path(path).is_dir() else ()
     return sorted(name for name in folders if not name.startswith("."))
 
 
 def _files(path: Path) -> list[Path]:
-    """The images in a folder and those in it, but hidden ones. Linked folders are followed, but no loops."""
+    """The visible images in a folder and below it. Linked folders are read too, unless the link leads back up."""
     files: list[Path] = []
 
     def read(folder: Path, above: frozenset[str]) -> None:

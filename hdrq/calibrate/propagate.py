@@ -79,7 +79,7 @@ class Activations:
 
     @contextmanager
     def _finished(self, k: int, start: int, stop: int) -> Iterator[None]:
-        """Blocks before ``k`` return, at their first call, what they returned; zeros if ``k`` does not need it."""
+        """Inside, the first call of each block before ``k`` returns its known outputs; zeros if ``k`` needs none."""
         blocks = [self.model.get_submodule(node.name) for node in self.nodes[:k]]
         own = [block.__dict__.get("forward") for block in blocks]
         for j, block in enumerate(blocks):

@@ -25,7 +25,7 @@ CLOSE = 1e-3  # relative difference of outputs that counts as the same, half typ
 
 @contextmanager
 def without_caches(*models: nn.Module) -> Iterator[None]:
-    """Decoders of transformers make no key-value cache inside: a replay would attend over an earlier one's keys."""
+    """Inside the block no decoder of transformers fills a key-value cache: a replay would attend to earlier keys."""
     configs = {id(c): c for m in models for x in m.modules() if (c := getattr(x, "config", None)) is not None}
     caching = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
     for config in caching:
@@ -39,7 +39,7 @@ def without_caches(*models: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def representative(model: nn.Module, blocks: Sequence[str], batch: Call) -> Call:
-    """The first sample whose calls have the form of the whole batch's: a mask, say, that an unpadded one has not."""
+    """The first sample that calls blocks in the form of the whole batch: an unpadded one may lack the mask, say."""
     whole = _forms(model, blocks, batch)
     for k in range(min(batch.size, TRIED)):
         sample = batch.at(torch.tensor([k]))
@@ -143,7 +143,7 @@ def _check(name: str, verb: str, layout: Layout, value: Any, size: int) -> None:
 
 
 def _check_same(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Run again, a block returned what it had returned."""
+    """Refuse a block that returns something else when it is run again."""
     if not theirs.is_floating_point():
         return
     finite = theirs.isfinite()
@@ -156,7 +156,7 @@ def _check_same(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether a constant is one. Objects that cannot be compared count as the same: they hold no tensor."""
+    """Whether two values are the same. Objects that cannot be compared count as the same: they hold no tensor."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
     if isinstance(a, bool | int | float | complex | str | None.__class__) or type(a) is not type(b):

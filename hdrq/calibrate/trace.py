@@ -72,7 +72,7 @@ class Layout:
 
     @property
     def main(self) -> int:
-        """Which of the batched leaves a block is reconstructed by: the first of floating point."""
+        """The number of the batched leaf that a block is reconstructed by: the first of floating point."""
         return next(i for i, leaf in enumerate(self.batched) if leaf.dtype.is_floating_point)
 
     def split(self, value: Any) -> list[torch.Tensor]:
@@ -192,7 +192,7 @@ class _Visit:
 
 
 def _grows(name: str, one: _Visit, two: _Visit) -> bool:
-    """Whether anything that a block reads or returns does."""
+    """Whether anything that a block reads or returns grows with the batch."""
     sides = (one.inputs, two.inputs), (one.outputs, two.outputs)
     return any(Layout.of(name, *pair).batched for pair in sides)
 

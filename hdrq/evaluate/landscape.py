@@ -96,6 +96,6 @@ def _losses(models: Sequence[nn.Module], weights: Sequence[tuple[float, ...]], l
 
 
 def _difference(model: nn.Module, other: nn.Module) -> torch.Tensor:
-    """Of the parameters of two models, float64, as one vector."""
+    """The parameters of one model minus those of another: one float64 vector."""
     pairs = zip(model.parameters(), other.parameters(), strict=True)
     return torch.cat([(a.detach().double() - b.detach().double()).flatten() for a, b in pairs])

@@ -182,7 +182,7 @@ def _table(x, low, high, bins) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _coarser(values, weights) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in COARSE points."""
+    """The same points, merged into COARSE."""
     values, weights = (t.view(len(t), COARSE, -1) for t in (values.double(), weights.double()))
     count = weights.sum(2)
     return ((values * weights).sum(2) / count.clamp(min=1)).float(), count.float()

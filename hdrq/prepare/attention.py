@@ -147,7 +147,7 @@ def replace_attention(model: nn.Module, run: Callable) -> None:
 
 @contextmanager
 def _slow_path() -> Iterator[None]:
-    """Every module calls those inside it."""
+    """A forward in which every module calls the modules inside it."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

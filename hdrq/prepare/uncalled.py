@@ -38,7 +38,7 @@ PRODUCTS = {  # operations of ATen that multiply by a matrix, convolve with one,
 
 
 class _Reads(TorchDispatchMode):
-    """The memory that operations read, and the memory that products read as an operand that is no layer's input."""
+    """The memory that operations read, and the memory that products read as operands other than layers' inputs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ def test_learned_rounding_is_well_below_round_to_nearest(recipe):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("recipe", ["hdrq", "qdrop"])
-def test_half_precision_is_learned_in_float32(dtype, recipe):
+def test_half_precision_is_learned_in_float32(dtype, recipe, every_step_kept):
     model = net().to(dtype)
     nearest = learn(model, CALIBRATION.to(dtype), recipe="rtn", iterations=0, bits="W2A4")
     knobs = {"weight_lr": 3e-2, "iterations": 60} if recipe == "qdrop" else {"bias_lr": 1e-4, "iterations": 40}
@@ -43,12 +43,11 @@ def test_half_precision_is_learned_in_float32(dtype, recipe):
         assert torch.equal(quantizer.values(quantizer.codes(layer.latent)).to(dtype), layer.latent)
     want = model(HELD_OUT.to(dtype)).float().detach()
     errors = [float((m(HELD_OUT.to(dtype)).float() - want).square().mean()) for m in (nearest, result)]
-
     assert errors[1] < 0.6 * errors[0]
 
 
 @pytest.mark.parametrize("recipe", ["hdrq", "brecq"])
-def test_biases_are_learned_where_asked_for(recipe):
+def test_biases_are_learned_where_asked_for(recipe, every_step_kept):
     """The mean that coarse weights shift comes back: the loss falls further; without a rate no bias moves."""
     model = net()
     full = fold(model, CALIBRATION)

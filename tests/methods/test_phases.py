@@ -39,7 +39,7 @@ def test_noise_first_then_the_real_quantizer():
 
 
 def test_official_preset_has_noise_on_activations_too():
-    weights, inputs = modes_seen(iterations=20, preset="official")
+    weights, inputs = modes_seen(iterations=20, preset="official", quantize_input=True)
     assert [mode for mode, *_ in weights] == [mode for mode, *_ in inputs] == ["noise"] * 16 + ["round"] * 4
     assert {noise for _, noise, *_ in (*weights, *inputs)} == {"empirical"}
 
