@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import hdrq
 from hdrq.backends import dispatch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -17,7 +18,8 @@ def test_a_triton_that_is_too_old_is_missing(version, missing, monkeypatch):
 
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(dispatch, "_interpreting", lambda: True)
-    monkeypatch.delitem(sys.modules, "hdrq.kernels", raising=False)
+    monkeypatch.setattr(hdrq, "kernels", importlib.import_module("hdrq.kernels"))  # importing it again replaces both
+    monkeypatch.delitem(sys.modules, "hdrq.kernels")
     why = dispatch._missing_triton.__wrapped__()
     if not missing:
         assert why is None
