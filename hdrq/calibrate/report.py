@@ -18,7 +18,7 @@ except ImportError:  # Windows has no such module
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block: its reconstruction loss on the samples that it is judged by, and the seconds it took."""
+    """One block: its reconstruction loss on the first calibration samples, and the seconds it took."""
 
     name: str
     loss_before: float  # rounded to nearest, its inputs quantized

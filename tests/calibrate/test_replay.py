@@ -124,7 +124,7 @@ def test_a_mask_that_the_first_sample_lacks_is_kept_for_the_others():
     model, mask = Net(Masked, drop_full_mask).eval(), torch.ones(32, 4)
     mask[8:, :2] = 0
     batches = [(DATA, mask)]
-    learned = hdrq.quantize(model, batches, "hdrq", judged_samples=0, **OPTIONS, **STILL)  # judged on all samples
+    learned = hdrq.quantize(model, batches, "hdrq", **OPTIONS, **STILL)
     nearest = hdrq.quantize(model, batches, "rtn", bits="W4A4")
     for block in report_of(learned).blocks:
         real = (output(nearest, batches, block.name) - output(model, batches, block.name)).square().sum(-1).mean()

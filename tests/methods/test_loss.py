@@ -44,7 +44,7 @@ def test_channels_are_those_of_the_last_layer(name):
     """The loss of a unit is its mean squared error times the number of its channels."""
     layer, after, shape, channels = UNITS[name]
     unit = Unit(layer, *[after] if after else []).eval()
-    data = torch.randn(7, *shape, generator=torch.Generator().manual_seed(0))
+    data = torch.randn(24, *shape, generator=torch.Generator().manual_seed(0))
     options = {"bits": {"*": "W3A3"}, "iterations": 1, "weight_lr": 0.0, "activation_lr": 0.0, "progress": False}
     result = hdrq.quantize(nn.Sequential(unit).eval(), data, "qdrop", blocks=["0"], **options)
     with torch.no_grad():

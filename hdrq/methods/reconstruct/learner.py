@@ -28,6 +28,8 @@ from hdrq.quantizers.modules import Quantizer, substituted
 from hdrq.recipes import Recipe
 from hdrq.rng import rng_state
 
+AT_ONCE = 32  # samples that a loss is measured on, where a step has fewer
+
 
 class Best(NamedTuple):
     """The state of a unit that was the best when judged."""
@@ -246,22 +248,27 @@ class Learner:
         quiet = sum(self._phase(i) != "noise" for i in range(iterations))
         return {iterations - quarter * quiet // 4 for quarter in range(4)}
 
-    @kept_memory()
     @torch.no_grad()
-    def judge(self, iteration: int) -> float:
-        """The loss of the unit with its weights rounded for good; its state is kept if none before was as good.
+    def judge(self, iteration: int) -> None:
+        """Keep the unit's state if none before was as good on the samples that judge it.
 
         Good is a low ``reconstruction loss + λ Σ ‖W − W_src‖₂``.
         """
-        for activation in self.unit.activations.values():
-            activation.mode, activation.keep = "round", 1.0
-        rounded = [layer.weight_quantizer.rounded(layer.latent) for layer in self.weights]
-        with substituted(self.quantizers, rounded):
-            loss = self.loss.measured(self.judged, self.recipe.batch_size)
+        loss = self.rounded_loss(self.judged)
         objective = loss + self._distance()
         if not objective >= self.best.objective:  # the first is kept, even if it is NaN
             tensors = {name: p.detach().clone() for name, p in self.parameters.by_name.items()}
             self.best = Best(objective, loss, iteration, tensors)
+
+    @kept_memory()
+    @torch.no_grad()
+    def rounded_loss(self, index: torch.Tensor) -> float:
+        """The reconstruction loss on the samples of these numbers, with weights rounded for good."""
+        for activation in self.unit.activations.values():
+            activation.mode, activation.keep = "round", 1.0
+        rounded = [layer.weight_quantizer.rounded(layer.latent) for layer in self.weights]
+        with substituted(self.quantizers, rounded):
+            loss = self.loss.measured(index, max(self.recipe.batch_size, AT_ONCE))
         self._set_modes()
         return loss
 

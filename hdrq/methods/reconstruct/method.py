@@ -12,6 +12,7 @@ import torch
 from hdrq.calibrate.sequential import PARTS, Fitted, Journal, Unit
 from hdrq.errors import DivergenceError
 from hdrq.methods.reconstruct.learner import Learner
+from hdrq.methods.reconstruct.samples import MEASURED
 from hdrq.recipes import Recipe
 
 
@@ -49,12 +50,13 @@ class Reconstruction:
             DivergenceError: a loss is not finite; the unit is left as it last was good.
             ValueError: no weight of the unit has a gradient of the reconstruction loss.
         """
-        learner = self._learner(unit)
+        learner, first = self._learner(unit), torch.arange(min(MEASURED, unit.count))
         if (kept := journal.kept(unit)) is not None:
             tensors, start, before = kept
             learner.load(tensors, start)
         else:
-            start, before = 0, learner.judge(0)
+            start, before = 0, learner.rounded_loss(first)
+            learner.judge(0)
 
         def save(iteration: int) -> None:
             journal.keep(unit, learner.state(), iteration, before)
@@ -69,13 +71,14 @@ class Reconstruction:
         best = learner.best
         if best.iteration == 0:
             warnings.warn(
-                f"block {unit.name or 'model'} is rounded to nearest: learning did not lower its loss of {before:.4g} "
-                "on samples that it did not learn from; lower rates or more calibration samples may help",
+                f"block {unit.name or 'model'} is rounded to nearest: learning did not lower its loss of "
+                f"{best.loss:.4g} on the samples that judge it; lower rates or more calibration samples may help",
                 stacklevel=2,
             )
         learner.parameters.load(best.tensors)
+        after = learner.rounded_loss(first)
         learner.parameters.finish()
-        return Fitted(best.tensors, {"loss_before": before, "loss_after": best.loss})
+        return Fitted(best.tensors, {"loss_before": before, "loss_after": after})
 
     def restore(self, unit: Unit, tensors: Mapping[str, torch.Tensor]) -> None:
         """Leave a unit as learning left it, its random streams too."""

@@ -6,7 +6,7 @@ import torch
 
 from hdrq.rng import words
 
-MEASURED = 256  # samples that a unit is judged by, at most, where they are those that it learns from
+MEASURED = 256  # samples, at most, that a unit's losses are reported on, and judged on where it learns from all
 
 
 def split(count: int, judged: int) -> tuple[torch.Tensor, torch.Tensor]:
