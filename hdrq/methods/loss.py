@@ -13,14 +13,16 @@ from hdrq.prepare.observe import observe
 from hdrq.quantizers.layers import CONVOLUTIONS, weighted_layers
 
 
-def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, axis: int, norm: float = 2.0) -> torch.Tensor:
-    """``mean over batch and positions of Σ_channels |output − target|^norm``, the channels along ``axis``.
+def reconstruction_loss(
+    output: torch.Tensor, target: torch.Tensor, axis: int | None, norm: float = 2.0
+) -> torch.Tensor:
+    """``mean over batch and positions of Σ_channels |output − target|^norm``, the channels along ``axis``, if any.
 
     Half types are widened to float32 first.
     """
     difference = output.float() - target.float()
     powers = difference.square() if norm == 2 else difference.abs().pow(norm)
-    return powers.sum(dim=axis).mean()
+    return (powers if axis is None else powers.sum(dim=axis)).mean()
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class UnitLoss:
     """
 
     unit: Unit
-    axis: int
+    axis: int | None
     norm: float = 2.0
 
     def __call__(self, inputs: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
@@ -55,12 +57,12 @@ class UnitLoss:
 
 
 @torch.no_grad()
-def channel_axis(unit: Unit) -> int:
-    """The axis of a unit's output along which its channels lie.
+def channel_axis(unit: Unit) -> int | None:
+    """The axis of a unit's output along which its channels lie; None where there is none besides the batch.
 
     They are those of the layer that runs last in it: the axis that is as long as that layer's channels, and of several
     the one where the layer has them. Where no axis is as long, as behind a pooling that flattens, it is the axis where
-    the layer has them. A unit without layers has them last in tokens (B, N, C), else along axis 1.
+    the layer has them, else the last.
     """
     found: list[tuple[int, int]] = []  # of each layer that ran: the axis of its channels from the end, and how many
 
@@ -73,15 +75,12 @@ def channel_axis(unit: Unit) -> int:
         return _main_output(unit, [rows.read(0, 1) for rows in unit.quantized])
 
     leaf, output = observe(unit.module, run, after=note, names=weighted_layers(unit.module))
-    shape = output.shape
-    default = output.ndim - 1 if output.ndim == 3 else 1
-    if not found:
-        return default
+    axes = [axis for axis in range(output.ndim) if axis != leaf.axis]
+    if not axes or not found:
+        return None
     own, channels = found[-1][0] + output.ndim, found[-1][1]
-    alike = [axis for axis in range(output.ndim) if axis != leaf.axis and shape[axis] == channels]
-    if own in alike or not alike:
-        return own if 0 <= own != leaf.axis else default
-    return alike[-1]
+    alike = [axis for axis in axes if output.shape[axis] == channels]
+    return own if own in (alike or axes) else (alike or axes)[-1]
 
 
 def _main_output(unit: Unit, inputs: list[torch.Tensor]) -> tuple[Leaf, torch.Tensor]:

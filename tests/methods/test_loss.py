@@ -35,6 +35,8 @@ UNITS = {  # the unit's layer and what follows it; the shape of a sample; the la
     "transposed": (nn.ConvTranspose1d(6, 4, 3, groups=2), None, (6, 9), 4),
     "patches": (nn.Conv2d(6, 5, 2, stride=2), lambda x: x.flatten(2).mT, (6, 8, 8), 5),
     "sequence first": (nn.Linear(6, 5), lambda x: x.permute(0, 2, 1), (7, 6), 5),
+    "one number": (nn.Linear(6, 1), lambda x: x.squeeze(-1), (6,), 1),
+    "pooled": (nn.Conv2d(6, 5, 3), lambda x: x.amax((1, 2)), (6, 8, 9), 7),
     "flattened": (nn.Conv2d(6, 5, 3), lambda x: x.flatten(1), (6, 5, 5), 45),
 }
 
