@@ -7,6 +7,7 @@ from networks import SamePad, blocks_net, data, lively
 from torch import nn
 
 import hdrq
+from hdrq.quantizers.attach import first_tensor
 from hdrq.quantizers.layers import input_quantizers, quantized_layers
 
 
@@ -138,3 +139,11 @@ def test_the_tensor_is_quantized_in_containers_too_and_other_arguments_stay_what
     quantized = hdrq.quantize(lively(Caller()), data(20, 6), "rtn", bits={"*": "W8A4"})
     assert list(input_quantizers(quantized)) == ["blocks.0", "blocks.1", "head"]
     quantized(data(3, 6))
+
+
+def test_integers_and_numbers_inside_containers_are_passed_over():
+    tokens, x = torch.arange(3), torch.rand(3)
+    assert first_tensor(([2, {"tokens": tokens, "x": x}],), {}) is x
+    assert first_tensor(([tokens],), {"y": (x,)}) is x
+    with pytest.raises(ValueError, match="block must be called with a tensor, got list"):
+        first_tensor(([tokens, 2],), {}, "block")

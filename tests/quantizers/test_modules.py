@@ -9,7 +9,7 @@ from networks import SAMPLES, data, quantized
 
 from hdrq import ops
 from hdrq.quantizers.layers import quantized_layers
-from hdrq.quantizers.modules import ActivationQuantizer, Quantizer
+from hdrq.quantizers.modules import ActivationQuantizer, Quantizer, mean_range
 
 
 def test_quantizer_modes():
@@ -184,3 +184,9 @@ def test_a_finished_model_is_exported_with_a_dynamic_batch():
     exported = torch.export.export(model, (SAMPLES[:4],), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
     for count in (4, 7):
         torch.testing.assert_close(exported.module()(SAMPLES[:count]), model(SAMPLES[:count]))
+
+
+@pytest.mark.parametrize("scale", [torch.inf, 0.0, torch.nan, -3.0])
+def test_scales_without_a_positive_finite_mean_are_refused(scale):
+    with pytest.raises(ValueError, match="the mean scale of an input must be positive and finite, got"):
+        mean_range([0.5, 0.5], [scale, 0.0 if scale == 0 else 1.0], [[0, 15], [0, 15]])
