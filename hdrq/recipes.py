@@ -14,17 +14,6 @@ PRESETS = ("paper", "official")
 LEARNS = ("weights", "rounding", "activations")
 RENAMED = {"tail": "fake_quant_fraction", "placement": "activation_placement"}  # accepted for one release
 
-BOOLEANS = (
-    "noise_activations",
-    "range_union",
-    "quantize_input",
-    "affine_activations",
-    "learn_outputs",
-    "attention",
-    "per_channel",
-    "affine_weights",
-)
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -97,8 +86,9 @@ class Recipe:
         checks.choice("activation_placement", self.activation_placement, ("input", "qdrop", "block"))
         checks.choice("weight_schedule", self.weight_schedule, ("cosine", "constant"))
         checks.choice("beta_schedule", self.beta_schedule, ("linear", "cosine"))
-        for name in BOOLEANS:
-            checks.choice(name, getattr(self, name), (False, True))
+        for each in fields(self):
+            if each.type == "bool":
+                checks.choice(each.name, getattr(self, each.name), (False, True))
         for name in ("fake_quant_fraction", "warmup", "rounding_warmup", "input_keep", "activation_keep"):
             checks.real(name, getattr(self, name), 0.0, 1.0)
         checks.real("activation_walk", self.activation_walk, 0.0)

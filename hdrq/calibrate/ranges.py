@@ -26,7 +26,7 @@ SAMPLED = 2**20  # elements of what a module reads, of all samples together, tha
 @torch.no_grad()
 def attach_quantizers(
     model: nn.Module,
-    calls: Sequence[Call],
+    calls: list[Call],
     bits: str | Mapping[str, str],
     plan: Recipe,
     blocks: Sequence[str],
@@ -56,10 +56,10 @@ def attach_quantizers(
         ValueError: a layer cannot be quantized, or bits contradict each other; the message names it.
     """
     where = (plan.activation_placement, plan.quantize_input)
-    placement = place_quantizers(model, run_all(list(calls)), bits, *where, blocks, operands)
+    placement = place_quantizers(model, run_all(calls), bits, *where, blocks, operands)
     weights = _weight_quantizers(model, placement.layers, plan)
     widths = {owner: width for owner, width in placement.inputs.values()}
-    samples = _read_samples(model, first_samples(list(calls), plan.range_samples), list(widths), seed)
+    samples = _read_samples(model, first_samples(calls, plan.range_samples), list(widths), seed)
     quantizers = {name: _search_activation(name, samples[name], width, plan) for name, width in widths.items()}
     for name, quantizer in weights.items():
         parametrize.register_parametrization(model.get_submodule(name), "weight", quantizer)

@@ -60,10 +60,9 @@ def codes_spec(qmin: int, qmax: int, shape: tuple[int, ...]) -> Spec:
 class Reader:
     """A file to read from, in a ``with`` block.
 
-    ``manifest`` has tables ``weights`` (by layer: range, axis, shape, and whether it is
-    affine: with zero points), ``tied`` (layers whose weight is another's;
-    files of older versions lack it, and hold that weight under both names), ``inputs`` (by module: range), ``shared``
-    (modules whose input quantizer is another's), ``folded``, ``attention``
+    ``manifest`` has tables ``weights`` (by layer: range, axis, shape, and ``affine`` where it has zero points),
+    ``tied`` (layers whose weight is another's; files of older versions lack it, and hold that weight under both names),
+    ``inputs`` (by module: range), ``shared`` (modules whose input quantizer is another's), ``folded``, ``attention``
     (:func:`hdrq.prepare.attention.operand_table`) and ``sha256``, and says how the model was made: ``recipe``,
     ``bits``, ``seed``, ``fingerprints``, ``architecture`` and ``coverage`` (:class:`hdrq.prepare.coverage.Coverage`:
     what share of parameters and multiply-adds is quantized), or ``merge`` and ``models``. Files of earlier versions

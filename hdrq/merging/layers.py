@@ -39,8 +39,7 @@ class LayerInputs:
 def merge_layer(layer: LayerInputs, weights: Sequence[float], settings: MergeSettings) -> RuleMerge:
     """The merged codes, as a file has them, with their scale and zero point."""
     if settings.rule == "noise":
-        merged = merge_by_noise(layer, weights, settings)
-        return RuleMerge(merged.codes, merged.scale, merged.zero_point)
+        return RuleMerge.of(merge_by_noise(layer, weights, settings))
     return merge_by_rule(layer, weights, settings.rule)
 
 

@@ -22,6 +22,11 @@ class RuleMerge(NamedTuple):
     scale: torch.Tensor  # float32
     zero_point: torch.Tensor  # float32
 
+    @classmethod
+    def of(cls, merged: ops.MergedTensor) -> RuleMerge:
+        """What :func:`hdrq.ops.merge` returned, without its draws."""
+        return cls(merged.codes, merged.scale, merged.zero_point)
+
 
 def merge_rule(
     codes: Sequence[torch.Tensor],
@@ -66,8 +71,7 @@ def merge_rule(
 
 def _half_even(codes, scales, qmin, qmax, **options) -> RuleMerge:
     unused = rng_state(0, device=codes[0].device)
-    merged = ops.merge(codes, scales, qmin, qmax, unused, noise="none", **options)
-    return RuleMerge(merged.codes, merged.scale, merged.zero_point)
+    return RuleMerge.of(ops.merge(codes, scales, qmin, qmax, unused, noise="none", **options))
 
 
 def _half_up(x: torch.Tensor) -> torch.Tensor:

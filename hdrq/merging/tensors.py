@@ -50,4 +50,4 @@ def _merged_layer(inputs: Inputs, settings: MergeSettings, name: str, report: li
         return merge_layer(layer, inputs.weights, settings)
     merged = merge_by_noise(layer, inputs.weights, settings)
     report.append(layer_readiness(layer, inputs.weights, merged))
-    return RuleMerge(merged.codes, merged.scale, merged.zero_point)
+    return RuleMerge.of(merged)

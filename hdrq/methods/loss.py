@@ -12,6 +12,13 @@ from hdrq.calibrate.trace import Leaf
 from hdrq.prepare.observe import observe
 from hdrq.quantizers.layers import CONVOLUTIONS, weighted_layers
 
+MEASURED, AT_ONCE = 256, 32  # samples that a unit's losses are reported on, at most, and how many are run together
+
+
+def reported_samples(count: int) -> torch.Tensor:
+    """The numbers of the samples, of so many, that the losses in a report are measured on."""
+    return torch.arange(min(MEASURED, count))
+
 
 def reconstruction_loss(
     output: torch.Tensor, target: torch.Tensor, axis: int | None, norm: float = 2.0

@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 from hdrq.calibrate.sequential import PARTS, Fitted, Journal, Unit
-from hdrq.methods.loss import UnitLoss, channel_axis
+from hdrq.methods.loss import AT_ONCE, UnitLoss, channel_axis, reported_samples
 from hdrq.quantizers.layers import quantized_layers
-
-MEASURED, BATCH = 256, 32  # samples that the loss is measured on, and how many at a time
 
 
 def round_to_nearest(model: nn.Module) -> nn.Module:
@@ -30,7 +28,7 @@ class Nearest:
         """Round the weights of a unit. Its quantizers round them while it runs, so its loss is the same before."""
         for layer in unit.layers:
             layer.settle()
-        loss = UnitLoss(unit, channel_axis(unit)).measured(torch.arange(min(MEASURED, unit.count)), BATCH)
+        loss = UnitLoss(unit, channel_axis(unit)).measured(reported_samples(unit.count), AT_ONCE)
         tensors = {layer.name: layer.latent.detach() for layer in unit.layers}
         return Fitted(tensors, {"loss_before": loss, "loss_after": loss})
 

@@ -17,7 +17,7 @@ from hdrq.calibrate.cache import batches
 from hdrq.calibrate.progress import LOG_EVERY
 from hdrq.calibrate.sequential import Unit
 from hdrq.errors import DivergenceError
-from hdrq.methods.loss import UnitLoss, channel_axis
+from hdrq.methods.loss import AT_ONCE, UnitLoss, channel_axis
 from hdrq.methods.reconstruct import samples
 from hdrq.methods.reconstruct.graph import Graph
 from hdrq.methods.reconstruct.memory import kept_memory
@@ -27,8 +27,6 @@ from hdrq.prepare.observe import observe
 from hdrq.quantizers.modules import Quantizer, substituted
 from hdrq.recipes import Recipe
 from hdrq.rng import rng_state
-
-AT_ONCE = 32  # samples that a loss is measured on, where a step has fewer
 
 
 class Best(NamedTuple):
@@ -59,19 +57,20 @@ class Learner:
         self._give_streams(seed)
         learned_from, self.judged = samples.split(unit.count, recipe.judged_samples)
         size = min(recipe.batch_size, len(learned_from))
-        order = samples.order(len(learned_from), recipe.iterations * size, self.last)
+        last = rng_state(seed, (unit.index << 16) + 2**16 - 1)
+        order = samples.order(len(learned_from), recipe.iterations * size, last)
         self.indices = learned_from[order].view(recipe.iterations, size)
         self.schedule = schedule(recipe).to(self.device)
         self.row = self.schedule.new_zeros(self.schedule.shape[1])  # of the schedule, for this iteration
         self.parameters = Parameters(unit, recipe, self.row)
         self.quantizers = [layer.weight_quantizer for layer in self.weights]
-        self.untouched: list[str] = []  # layers that the last reconstruction loss did not reach
         self.phase = self._phase(0)
         self.best = Best(math.inf, math.inf, 0, {})
 
     def _give_streams(self, seed: int) -> None:
-        """Give every quantizer a random stream of its own, every input of the unit one for its mix, and one to the
-        order of samples. A unit has 2¹⁶ streams, of which the last is that of the order.
+        """Give every quantizer a random stream of its own, and every input of the unit one for its mix.
+
+        A unit has 2¹⁶ streams, of which the last is that of the order of samples.
         """
         quantizers: list[Quantizer] = [layer.weight_quantizer for layer in self.weights]
         quantizers += self.unit.activations.values()
@@ -81,7 +80,6 @@ class Learner:
         for quantizer, rng in zip(quantizers, self.rngs, strict=False):
             quantizer.rng = rng
         self.mixes = self.rngs[len(quantizers) :]
-        self.last = rng_state(seed, first + 2**16 - 1)
 
     # --- the loop
 
@@ -93,6 +91,7 @@ class Learner:
 
         Raises:
             DivergenceError: a loss is not finite.
+            ValueError: no weight has a gradient of the reconstruction loss.
         """
         good, state, run = start, self.parameters.state(copy=True), self.step
         iterations, judgements = self.recipe.iterations, self._judgements()
@@ -104,8 +103,6 @@ class Learner:
             self.row.copy_(self.schedule[i])
             error, loss = run(batch)
             done = i + 1
-            if i == start:
-                self._refuse_unreached()
             due = every > 0 and done % every == 0 and done < iterations
             noted, judged = done % LOG_EVERY == 0 or done == iterations, done in judgements
             if due or noted or judged:
@@ -134,7 +131,8 @@ class Learner:
             if error.requires_grad:
                 error.backward()
         reached = [(weight, leaf.grad) for weight, leaf in zip(weights, leaves, strict=True) if leaf.grad is not None]
-        self.untouched = [layer.name for layer, leaf in zip(self.weights, leaves, strict=True) if leaf.grad is None]
+        if self.weights and not reached:
+            raise self._unreached()
         loss = error.detach()
         roots, grads = [weight for weight, _ in reached], [grad for _, grad in reached]
         if isinstance(regularizer, torch.Tensor) and regularizer.requires_grad:
@@ -200,10 +198,15 @@ class Learner:
         return Graph(self.step, self.graph is True, self.device)
 
     def _phase(self, iteration: int) -> str:
-        if self.recipe.learns != "weights":
-            return "adaround" if self.recipe.learns == "rounding" else "round"
-        last = round(self.recipe.fake_quant_fraction * self.recipe.iterations)
-        return "noise" if iteration < self.recipe.iterations - last else "round"
+        if self.recipe.learns == "rounding":
+            return "adaround"
+        return "noise" if iteration < self.recipe.iterations - self._quiet else "round"
+
+    @property
+    def _quiet(self) -> int:
+        """How many iterations, at the end, have no noise in place of rounding."""
+        iterations = self.recipe.iterations
+        return round(self.recipe.fake_quant_fraction * iterations) if self.recipe.learns == "weights" else iterations
 
     def _set_modes(self) -> None:
         for quantizer in self.quantizers:
@@ -231,22 +234,20 @@ class Learner:
         """:meth:`step`, as a run of the unit's module that can be observed."""
         return self.step(batch)
 
-    def _refuse_unreached(self) -> None:
+    def _unreached(self) -> ValueError:
         """A unit of which no weight has a gradient cannot be learned; what the distance alone moves is not meant."""
-        if self.weights and len(self.untouched) == len(self.weights):
-            raise ValueError(
-                f"block {self.unit.name or 'model'} must pass a gradient from its output to its weights, got none for "
-                f"{checks.listed(self.untouched)}: its forward runs under torch.no_grad or inference_mode, or "
-                'checkpoints with use_reentrant=True; take that out, or keep its layers in full precision with "float"'
-            )
+        return ValueError(
+            f"block {self.unit.name or 'model'} must pass a gradient from its output to its weights, got none for "
+            f"{checks.listed(layer.name for layer in self.weights)}: its forward runs under torch.no_grad or "
+            "inference_mode, or checkpoints with use_reentrant=True; take that out, or keep its layers in full "
+            'precision with "float"'
+        )
 
     # --- which state is kept
 
     def _judgements(self) -> set[int]:
         """After how many iterations the unit is judged: at each quarter of those without noise, and at the end."""
-        iterations = self.recipe.iterations
-        quiet = sum(self._phase(i) != "noise" for i in range(iterations))
-        return {iterations - quarter * quiet // 4 for quarter in range(4)}
+        return {self.recipe.iterations - quarter * self._quiet // 4 for quarter in range(4)}
 
     @torch.no_grad()
     def judge(self, iteration: int) -> None:
@@ -268,7 +269,7 @@ class Learner:
             activation.mode, activation.keep = "round", 1.0
         rounded = [layer.weight_quantizer.rounded(layer.latent) for layer in self.weights]
         with substituted(self.quantizers, rounded):
-            loss = self.loss.measured(index, max(self.recipe.batch_size, AT_ONCE))
+            loss = self.loss.measured(index, max(self.recipe.batch_size, AT_ONCE))  # a step may have fewer
         self._set_modes()
         return loss
 

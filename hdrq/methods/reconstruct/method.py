@@ -11,8 +11,8 @@ import torch
 
 from hdrq.calibrate.sequential import PARTS, Fitted, Journal, Unit
 from hdrq.errors import DivergenceError
+from hdrq.methods.loss import reported_samples
 from hdrq.methods.reconstruct.learner import Learner
-from hdrq.methods.reconstruct.samples import MEASURED
 from hdrq.recipes import Recipe
 
 
@@ -50,7 +50,7 @@ class Reconstruction:
             DivergenceError: a loss is not finite; the unit is left as it last was good.
             ValueError: no weight of the unit has a gradient of the reconstruction loss.
         """
-        learner, first = self._learner(unit), torch.arange(min(MEASURED, unit.count))
+        learner, first = self._learner(unit), reported_samples(unit.count)
         if (kept := journal.kept(unit)) is not None:
             tensors, start, before = kept
             learner.load(tensors, start)
@@ -83,7 +83,7 @@ class Reconstruction:
     def restore(self, unit: Unit, tensors: Mapping[str, torch.Tensor]) -> None:
         """Leave a unit as learning left it, its random streams too."""
         learner = self._learner(unit)
-        learner.load(dict(tensors), self.recipe.iterations)
+        learner.load(tensors, self.recipe.iterations)
         learner.parameters.finish()
 
     def _learner(self, unit: Unit) -> Learner:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from hdrq.methods.loss import reported_samples
 from hdrq.rng import words
-
-MEASURED = 256  # samples, at most, that a unit's losses are reported on, and judged on where it learns from all
 
 
 def split(count: int, judged: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The samples that a unit learns from, and those that it is judged by: evenly spaced, at most one in eight.
 
-    Where that is none, it is judged by some that it learns from.
+    Where that is none, it is judged by those that its losses are reported on.
     """
     judged = min(judged, count // 8)
     every = torch.arange(count)
     if judged == 0:
-        return every, every[:MEASURED]
+        return every, reported_samples(count)
     apart = torch.zeros(count, dtype=torch.bool)
     apart[torch.arange(judged) * count // judged] = True
     return every[~apart], every[apart]
