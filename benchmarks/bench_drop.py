@@ -8,7 +8,7 @@ import hdrq
 from hdrq.benchmarks.harness import Bench, Mismatch, Provider, compiled, copies, head, normal, same_as_reference
 
 P = 0.5
-THRESHOLD = round(P * 2**24)  # what the op makes of p
+THRESHOLD = round(P * 2**16)  # what the op makes of p
 OPS = torch.ops.hdrq
 
 

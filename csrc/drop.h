@@ -11,13 +11,16 @@ struct KeepAll {
   vi at(int64_t) const { return ~vi{}; }
 };
 
-// Those whose second word keeps them.
+// Those whose coin keeps them: half a word each.
 class KeepSome {
  public:
-  KeepSome(Stream stream, uint32_t threshold) : philox_(second(stream)), threshold_(threshold) {}
+  KeepSome(Stream stream, uint32_t threshold) : philox_(second(stream)), threshold_(int32_t(threshold)) {}
 
-  void seek(int64_t begin, int64_t n) { philox_.fill(words_, begin, n); }
-  vi at(int64_t i) const { return (read<vu>(words_ + i, kLanes) >> 8) < threshold_; }
+  void seek(int64_t begin, int64_t n) { philox_.fill(pairs_, begin / 2, (n + 1) / 2); }
+  vi at(int64_t i) const {
+    const auto* coins = reinterpret_cast<const uint16_t*>(pairs_);  // a word's low half first, as this machine has it
+    return __builtin_convertvector(read<vu16>(coins + i, kLanes), vi) < threshold_;
+  }
 
  private:
   static Stream second(Stream stream) {
@@ -26,8 +29,8 @@ class KeepSome {
   }
 
   Philox philox_;
-  uint32_t threshold_;
-  alignas(HDRQ_VECTOR_BYTES) uint32_t words_[kChunk];
+  int32_t threshold_;
+  alignas(HDRQ_VECTOR_BYTES) uint32_t pairs_[kChunk / 2];
 };
 
 // Calls body(begin + i, count, keep) for the vectors of all elements, `keep` a mask of lanes.

@@ -35,14 +35,14 @@ struct Histogram {
 
 // One tensor to quantize in a step of a reconstruction, and all that decides its values and its gradients.
 struct Quantizer {
-  static constexpr uint32_t kAlways = 1u << 24;
+  static constexpr uint32_t kAlways = 1u << 16;
   int64_t count;  // elements
   const void* x;
   Grid grid;
   bool noise;  // in place of rounding
   Stream stream;
   const Histogram* histogram;  // of the noise; null: uniform
-  uint32_t threshold;          // an element is quantized where (word >> 8) of its second draw is below
+  uint32_t threshold;          // an element is quantized where its coin of 16 bits is below
   const void* source;          // what its distance is measured from; null: nothing
   // Forward.
   void* y;

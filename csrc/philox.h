@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al., SC 2011) over vectors, four neighbouring elements to a counter; see hdrq/rng.py.
+// Philox4x32-7 (Salmon et al., SC 2011) over vectors, four neighbouring elements to a counter; see hdrq/rng.py.
 #pragma once
 
 #include "simd.h"
@@ -50,7 +50,7 @@ class Philox {
         c2[t] = stream_;
         c3[t] = step_;
       }
-#pragma GCC unroll 10
+#pragma GCC unroll 7
       for (int r = 0; r < kRounds; ++r) {
         const vu64 k0 = vu64{} + key_[r][0], k1 = vu64{} + key_[r][1];
 #pragma GCC unroll 4
@@ -72,7 +72,7 @@ class Philox {
   }
 
  private:
-  static constexpr int kRounds = 10, kGroups = HDRQ_VECTOR_BYTES / 8, kTogether = 4;
+  static constexpr int kRounds = 7, kGroups = HDRQ_VECTOR_BYTES / 8, kTogether = 4;
 
 #if defined(HDRQ_AVX512)
   static vu64 interleave_low(vu64 a, vu64 b) { return (vu64)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b); }

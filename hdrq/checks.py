@@ -79,8 +79,8 @@ def rng(value: Any, device: torch.device) -> torch.Tensor:
 
 
 def keep_threshold(name: str, probability: Any) -> int:
-    """A probability in [0, 1] as the integer that ``word >> 8`` must stay below."""
-    return round(real(name, probability, 0.0, 1.0) * 2**24)
+    """A probability in [0, 1] as the integer that a coin of 16 bits must stay below."""
+    return round(real(name, probability, 0.0, 1.0) * 2**16)
 
 
 def quant_range(qmin: Any, qmax: Any) -> None:

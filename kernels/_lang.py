@@ -29,7 +29,7 @@ def read_state(rng):
 
 @triton.jit
 def words(seed, stream, step, start, BLOCK: tl.constexpr):
-    """The stream's words, uint32, of a tile: one Philox4x32-10 for four neighbours, which one thread keeps.
+    """The stream's words, uint32, of a tile: one Philox4x32-7 for four neighbours, which one thread keeps.
 
     The counter's high word is the tile's: a tile has no carry, because ``start`` is a multiple of BLOCK.
     """
@@ -63,9 +63,10 @@ def unit_noise(word, cumulative):
 
 @triton.jit
 def kept(rng, threshold, start, BLOCK: tl.constexpr):
-    """Where the element's second word keeps it."""
+    """Where the element's coin keeps it."""
     seed, stream, step = read_state(rng)
-    return (words(seed, stream ^ DROP_STREAM, step, start, BLOCK) >> 8).to(tl.int32) < threshold
+    pair = words(seed, stream ^ DROP_STREAM, step, start >> 1, BLOCK // 2)
+    return tl.interleave(pair & 0xFFFF, pair >> 16).to(tl.int32) < threshold
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from hdrq.calibrate.report import report_of
 from hdrq.prepare.units import find_blocks
 from hdrq.quantizers.layers import input_quantizers, input_readers, quantized_layers
 
-RECIPES = ("rtn", "brecq", "qdrop", "hdrq")
+RECIPES = ("rtn", "qdrop", "hdrq")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -33,10 +33,10 @@ def test_all_recipes_then_saved_loaded_and_merged(name, tmp_path):
         assert output(each, data).isfinite().all()
         assert not torch.equal(output(each, data), want)
         assert output(each, data).shape == want.shape
-    assert not disagreements(model, quantized[3], data)
-    hdrq.save(quantized[3], tmp_path / "model.safetensors")
+    assert not disagreements(model, quantized[2], data)
+    hdrq.save(quantized[2], tmp_path / "model.safetensors")
     loaded = hdrq.load(tmp_path / "model.safetensors", model)
-    assert torch.equal(output(loaded, data), output(quantized[3], data))
+    assert torch.equal(output(loaded, data), output(quantized[2], data))
     assert output(hdrq.merge(quantized, draws=2), data).isfinite().all()
 
 

@@ -21,7 +21,8 @@ from hdrq import checks
 from hdrq.checkpoint.files import disk_with_room, replacing
 from hdrq.prepare.attention import OPERANDS
 
-FORMAT = 2
+FORMAT = 3
+FORMATS = {2: {"contract": 1}, FORMAT: {}}  # that are read, and what a manifest of each leaves unsaid
 LONGEST_HEADER = 100_000_000  # bytes, in any reader of safetensors
 # The keys of a manifest that say what the file holds; the rest says how the model was made.
 TABLES = ("format", "hdrq", "weights", "tied", "inputs", "shared", "attention", "sha256")
@@ -225,11 +226,11 @@ def _manifest(text: str | None, digest: str | None) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"manifest must be JSON, got {text[:40]!r}: {error}") from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
-    if version != FORMAT:
-        raise ValueError(f"manifest must be of format {FORMAT}, got {version!r}")
+    if version not in FORMATS:
+        raise ValueError(f"manifest must be of format {' or '.join(map(str, FORMATS))}, got {version!r}")
     if digest != _text_hash(text):
         raise ValueError("manifest has another hash than it was written with")
-    return manifest
+    return {**FORMATS[version], **manifest}
 
 
 def _check(manifest: dict[str, Any], specs: Mapping[str, Spec]) -> None:

@@ -103,7 +103,7 @@ def _bits(bounds: list[int]) -> int:
 
 def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
     """How the model was made: the lines under the table."""
-    facts = {"format": manifest["format"], "hdrq": manifest.get("hdrq")}
+    facts = {"format": manifest["format"], "hdrq": manifest.get("hdrq"), "contract": manifest.get("contract")}
     if "architecture" in manifest:
         facts["architecture"] = manifest["architecture"]["factory"]
     recipe, fingerprints = manifest.get("recipe"), manifest.get("fingerprints")

@@ -29,6 +29,7 @@ from hdrq._version import __version__
 from hdrq.checkpoint.files import output_folder, write_atomically
 from hdrq.checks import listed
 from hdrq.recipes import Recipe
+from hdrq.rng import CONTRACT
 
 CURRENT = "current.safetensors"
 
@@ -147,6 +148,7 @@ def fingerprint(
     device = next(v for v in model.state_dict().values() if isinstance(v, torch.Tensor)).device
     return {
         "hdrq": __version__,
+        "contract": CONTRACT,
         "torch": torch.__version__,
         "device": device.type,
         "seed": seed,

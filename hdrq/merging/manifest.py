@@ -11,6 +11,7 @@ from hdrq.checkpoint.format import TABLES
 from hdrq.merging.inputs import Inputs
 from hdrq.merging.settings import MergeSettings
 from hdrq.quantizers.modules import mean_range
+from hdrq.rng import CONTRACT
 
 
 def merged_manifest(inputs: Inputs, settings: MergeSettings) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def merged_manifest(inputs: Inputs, settings: MergeSettings) -> dict[str, Any]:
     first = inputs.sources[0].manifest
     origins = [{key: fact for key, fact in source.manifest.items() if key not in TABLES} for source in inputs.sources]
     merge = {**asdict(settings), "weights": list(inputs.weights)}
-    origin: dict[str, Any] = {"folded": first["folded"], "merge": merge, "models": origins}
+    origin: dict[str, Any] = {"folded": first["folded"], "contract": CONTRACT, "merge": merge, "models": origins}
     for key in ("architecture", "coverage"):
         if all(key in facts and facts[key] == origins[0][key] for facts in origins):
             origin[key] = origins[0][key]

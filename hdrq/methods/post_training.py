@@ -34,6 +34,7 @@ from hdrq.quantizers.layers import input_quantizers, quantized_layers
 from hdrq.quantizers.provenance import set_origin
 from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
+from hdrq.rng import CONTRACT
 
 REACHING = 128  # samples, at least, that say which modules of a model are reached
 
@@ -190,8 +191,8 @@ def quantize(
     report.errors = errors() if learns else report.nearest
     report.seconds, report.peak_memory = time.perf_counter() - began, peak_memory(device_of(full))
     policy = bits if isinstance(bits, str) else dict(bits)
-    how = {"folded": ready.folded, "recipe": asdict(plan), "bits": policy, "seed": seed, "fingerprints": states}
-    set_origin(quantized, {**how, "coverage": share.as_dict()})
+    how = {"contract": CONTRACT, "recipe": asdict(plan), "bits": policy, "seed": seed, "fingerprints": states}
+    set_origin(quantized, {"folded": ready.folded, **how, "coverage": share.as_dict()})
     set_report(quantized, report)
     return quantized
 

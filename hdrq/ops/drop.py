@@ -14,8 +14,8 @@ from hdrq.rng import KEEP_ALL
 def drop_mix(a: torch.Tensor, b: torch.Tensor, p: float, rng: torch.Tensor) -> torch.Tensor:
     """``a`` with probability p, else ``b``, element by element.
 
-    An element takes a where ``(word >> 8) < round(p·2²⁴)``; the word comes from ``stream ^ 0x80000000``, so it is
-    independent of the noise that the same ``rng`` gives. The gradient goes where the value came from.
+    An element takes a where its 16-bit coin is below ``round(p·2¹⁶)``; the coin comes from ``stream ^ 0x80000000``, so
+    it is independent of the noise that the same ``rng`` gives. The gradient goes where the value came from.
 
     Args:
         a, b: float32, bfloat16 or float16, of one shape and dtype.

@@ -66,7 +66,7 @@ def _launches(warp_size: int, layouts: Container[int]) -> list[tuple]:
         if number not in layouts:
             continue
         x, s = empty(*shape, dtype=dtype), empty(1 if axis is None else shape[axis])
-        threshold = (2**24, 2**23)[number in (1, 4)]
+        threshold = (2**16, 2**15)[number in (1, 4)]
         for counts in (None, cumulative)[: 1 + (number in (0, 3))]:
             noise.noise_quantize(x, s, -8, 7, rng, counts, axis, threshold)
             noise.noise_quantize_backward(x, x, s, -8, 7, rng, counts, axis, 1.0, threshold)

@@ -106,11 +106,11 @@ def outcome(path):
         return None
 
 
-def test_thousands_of_altered_bytes(checkpoint, tmp_path):
+def test_altered_bytes(checkpoint, tmp_path):
     """Any flipped bits, cuts, insertions: refused, or without effect; nothing else is ever raised."""
     data, want, draw, path = checkpoint.read_bytes(), outcome(checkpoint), random.Random(0), tmp_path / "altered"
     refused = 0
-    for _ in range(3000):
+    for _ in range(1500):
         altered, kind = bytearray(data), draw.randrange(4)
         where = draw.randrange(len(data) if draw.random() < 0.5 else 64)
         if kind == 0:
@@ -125,7 +125,7 @@ def test_thousands_of_altered_bytes(checkpoint, tmp_path):
         got = outcome(path)
         refused += got is None
         assert got is None or torch.equal(got, want)
-    assert refused > 2900
+    assert refused > 1450
 
 
 HUGE = 2**60

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hdrq
-from hdrq.checkpoint.format import _hash, _text_hash
+from hdrq.checkpoint.format import Reader, _hash, _text_hash
 from hdrq.checkpoint.loading import load_float
+from hdrq.merging.files import merge_files
 
 
 def rewrite(path, tensors=None, **manifest):
@@ -26,6 +27,22 @@ def rewrite(path, tensors=None, **manifest):
 
 
 # --- round trip
+
+
+def test_a_file_of_the_first_contract_loads_merges_and_is_told_apart(tmp_path):
+    """Its codes are only integers: which random stream led to them changes nothing in what they mean."""
+    model, old, new, merged = quantized(), tmp_path / "old", tmp_path / "new", tmp_path / "merged"
+    for path in (old, new):
+        hdrq.save(model, path)
+    rewrite(old, format=2, contract=None)
+    assert torch.equal(hdrq.load(old, net())(X), model(X))
+    merge_files([old, new], merged)
+    with Reader(merged) as file:
+        assert [facts["contract"] for facts in (*file.manifest["models"], file.manifest)] == [1, 2, 2]
+        assert file.manifest["format"] == 3
+    hdrq.save(hdrq.load(old, net()), new)
+    with Reader(new) as file:
+        assert file.manifest["contract"] == 1
 
 
 @pytest.mark.parametrize(
@@ -174,7 +191,7 @@ FACTS = {"range": [-8, 7], "axis": None, "shape": [5, 5, 3, 3]}
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"format": 1}, "manifest must be of format 2, got 1"),
+        ({"format": 1}, "manifest must be of format 2 or 3, got 1"),
         ({"folded": None}, "manifest must have a table of folded, got None"),
         ({"weights": [1, 2]}, r"manifest must have a table of weights, got \[1, 2\]"),
         ({"inputs": {"1": [0, "15"]}}, "qmax must be an int, got str"),

@@ -21,7 +21,11 @@ def test_manifest_says_how_the_model_was_made(tmp_path):
     hdrq.save(quantized(seed=1, candidates=numpy.int64(50)), tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         manifest = json.loads(file.metadata()["hdrq"])
-    assert manifest["format"] == 2 and manifest["bits"] == "W4A4" and manifest["recipe"]["name"] == "rtn"
+    assert (
+        (manifest["format"], manifest["contract"]) == (3, 2)
+        and manifest["bits"] == "W4A4"
+        and manifest["recipe"]["name"] == "rtn"
+    )
     assert manifest["folded"] == {"2": "1"} and manifest["recipe"]["candidates"] == 50
     assert manifest["weights"] == {
         "1": {"range": [-128, 127], "axis": None, "shape": [5, 3, 3, 3]},

@@ -21,7 +21,7 @@ from torch import nn
 import hdrq
 
 STORED = Path(__file__).parent / "fingerprints.json"
-ITERATIONS = 24
+ITERATIONS = 12
 
 
 def environment() -> str:
@@ -70,7 +70,7 @@ def _demo(domain: str, recipe: str, preset: str = "paper", **options) -> nn.Modu
     from hdrq.demo.model import load_model
 
     source = load_model("source") if recipe == "hdrq" else None
-    images = load(domain, "train")[0][:256]
+    images = load(domain, "train")[0][:96]
     steps = 0 if recipe == "rtn" else ITERATIONS
     return hdrq.quantize(
         load_model(domain), images, recipe, bits="W3A3", preset=preset, source=source, iterations=steps, **options
@@ -86,9 +86,9 @@ def _resumed() -> nn.Module:
                 raise KeyboardInterrupt
 
         try:
-            _demo("mnist", "hdrq", workdir=folder, checkpoint_every=8, progress=kill)
+            _demo("mnist", "hdrq", workdir=folder, checkpoint_every=4, progress=kill)
         except KeyboardInterrupt:
-            return _demo("mnist", "hdrq", workdir=folder, checkpoint_every=8, resume=True)
+            return _demo("mnist", "hdrq", workdir=folder, checkpoint_every=4, resume=True)
     raise AssertionError("the run must have been killed, got to its end")
 
 

@@ -87,8 +87,8 @@ def test_merged_models_merge_and_are_remembered(models):
     merged = hdrq.merge([hdrq.merge(models[:2], seed=1), models[2]], weights=(2 / 3, 1 / 3))
     assert merged(SAMPLES).isfinite().all()
     assert [set(origin) for origin in merged.hdrq_origin["models"]] == [
-        {"folded", "merge", "models", "coverage"},
-        {"folded", "recipe", "bits", "seed", "fingerprints", "coverage"},
+        {"contract", "folded", "merge", "models", "coverage"},
+        {"contract", "folded", "recipe", "bits", "seed", "fingerprints", "coverage"},
     ]
 
 

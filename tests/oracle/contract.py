@@ -18,7 +18,7 @@ def word(seed: int, stream: int, step: int, e: int) -> int:
     group = e // 4
     c = [group % 2**32, group // 2**32 % 2**32, stream, step]
     k = [seed % 2**32, seed // 2**32 % 2**32]
-    for _ in range(10):
+    for _ in range(7):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
         c = [(b >> 32) ^ c[1] ^ k[0], b % 2**32, (a >> 32) ^ c[3] ^ k[1], a % 2**32]
         k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
@@ -82,7 +82,7 @@ def fake_quantize(x, s, z, qmin: int, qmax: int) -> np.float32:
 
 def keeps(state, e: int, p: float) -> bool:
     seed, stream, step = state
-    return word(seed, stream ^ 0x80000000, step, e) >> 8 < round(p * 2**24)
+    return word(seed, stream ^ 0x80000000, step, e // 2) >> 16 * (e % 2) & 0xFFFF < round(p * 2**16)
 
 
 def merged_code(codes, deltas, weights, noises, qmin: int, qmax: int, zeros=None) -> int:

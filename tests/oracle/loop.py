@@ -39,8 +39,10 @@ def scaled_gradient(s, factor):
     return s * factor + (s - s * factor).detach()
 
 
-def keeps(words, p):
-    return (words >> 8) < round(p * 2**24)
+def keeps(draw, stream, step, shape, p):
+    pairs = draw(stream ^ DROP, step, torch.Size([(shape.numel() + 1) // 2]))
+    coins = torch.stack((pairs & 0xFFFF, pairs >> 16), dim=-1).flatten()[: shape.numel()]
+    return coins.view(shape) < round(p * 2**16)
 
 
 def noise(x, s, low, high, words, empirical):
@@ -113,7 +115,7 @@ def loop(block, weights, scales, inputs, rates: Rates, batches, draw):
                 y = noise_quantized(x, s, low, high, n)
             else:
                 y = fake_quantized(x, s, low, high)
-            return torch.where(keeps(draw(stream ^ DROP, i, x.shape), rates.activation_keep), y, x)
+            return torch.where(keeps(draw, stream, i, x.shape, rates.activation_keep), y, x)
 
         quantized, extra = [], torch.zeros(())
         for k, (w, _, low, high, source) in enumerate(weights):
@@ -134,8 +136,9 @@ def loop(block, weights, scales, inputs, rates: Rates, batches, draw):
                 extra = extra + rates.distance * (latents[k] - source).norm()
         mixed = []
         for k, (behind, full) in enumerate(pairs):
-            words = draw((len(weights) + len(scales) + k) ^ DROP, i, behind[batches[i]].shape)
-            mixed.append(torch.where(keeps(words, rates.input_keep), behind[batches[i]], full[batches[i]]))
+            a, b = behind[batches[i]], full[batches[i]]
+            keep = keeps(draw, len(weights) + len(scales) + k, i, a.shape, rates.input_keep)
+            mixed.append(torch.where(keep, a, b))
         output = block(quantized, act, *mixed)
         loss = ((output - target[batches[i]]) ** 2).sum(1).mean() + extra
 

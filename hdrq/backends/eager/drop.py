@@ -8,12 +8,10 @@ from hdrq import rng as stream
 
 
 def keep_mask(shape: torch.Size, threshold: int, rng: torch.Tensor | None) -> torch.Tensor | None:
-    """True where the element's second word keeps it; None where all are kept."""
+    """True where the element's coin keeps it; None where all are kept."""
     if threshold == stream.KEEP_ALL or rng is None:
         return None
-    seed, which, step = rng.unbind()
-    second = torch.stack((seed, which ^ stream.DROP_STREAM, step))
-    return ((stream.torch_words(second, shape.numel()) >> 8) < threshold).reshape(shape)
+    return (stream.torch_coins(rng, shape.numel()) < threshold).reshape(shape)
 
 
 def drop_mix(a, b, threshold, rng) -> torch.Tensor:

@@ -8,12 +8,10 @@ from hdrq import rng as stream
 
 
 def keep_mask(shape: tuple[int, ...], threshold: int, rng: np.ndarray) -> np.ndarray:
-    """True where ``(word >> 8) < threshold``, ``threshold = round(p·2²⁴)``, the word from ``stream ^ 0x80000000``."""
-    if threshold == stream.KEEP_ALL:  # then no word matters, and there may be no stream
+    """True where the element's coin is below ``threshold = round(p·2¹⁶)``."""
+    if threshold == stream.KEEP_ALL:  # then no coin matters, and there may be no stream
         return np.ones(shape, bool)
-    seed, which, step = (int(v) for v in rng)
-    second = np.array([seed, which ^ stream.DROP_STREAM, step], dtype=np.int64)
-    return (stream.words(second, int(np.prod(shape))).reshape(shape) >> 8) < threshold
+    return stream.coins(rng, int(np.prod(shape))).reshape(shape) < threshold
 
 
 def drop_mix(a, b, threshold, rng) -> np.ndarray:
