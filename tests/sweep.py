@@ -1,16 +1,23 @@
 """Families of models from timm and transformers, small and with random weights: which of them hdrq quantizes.
 
 ``python tests/sweep.py`` runs all of them, ``python tests/sweep.py timm/resnet18 BertModel`` some; both libraries must
-be installed, and timm asks for torchvision. Each model goes through round to nearest and through a few steps of the
-loop, whose losses must be those of the model that comes out. It prints a table, the one of docs/sweep.md.
+be installed. torchvision, which timm imports and its models do not run, is a stub where it is missing. Each model goes
+through round to nearest and through a few steps of the loop, whose losses must be those of the model that comes out. It
+prints a table, the one of docs/sweep.md.
 """
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import logging
 import sys
 import time
+import types
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from architectures import disagreements
@@ -111,8 +118,48 @@ TRANSFORMERS = {
 WAVES = ("Wav2Vec2Model",)
 
 
+class Named(type):
+    """A class whose attributes are their names: members of enumerations, where nothing but the name is needed."""
+
+    def __getattr__(cls, name: str) -> str:
+        return name
+
+
+class Stub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Modules of torchvision: every name in them is an empty class."""
+
+    def find_spec(self, fullname, path, target=None):
+        own = fullname.partition(".")[0] == "torchvision"
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True) if own else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        def missing(name: str) -> type:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return Named(name, (nn.Module,) if name.startswith("Frozen") else (), {})
+
+        module.__dict__["__getattr__"], module.__dict__["__version__"] = missing, "0"
+
+
+@contextmanager
+def torchvision() -> Iterator[None]:
+    """Inside, torchvision can be imported, as a stub where it is missing; transformers must not find that one later."""
+    if importlib.util.find_spec("torchvision") is not None:
+        yield
+        return
+    stub = Stub()
+    sys.meta_path.append(stub)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(stub)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
 def timm_model(name: str) -> tuple[nn.Module, torch.Tensor]:
-    import timm
+    with torchvision():
+        import timm
 
     name, _, side = name.partition(":")
     model, x = timm.create_model(name, pretrained=False, num_classes=10), torch.randn(4, 3, *[int(side or 32)] * 2)
