@@ -14,6 +14,7 @@ from torch import nn
 from hdrq import checks
 from hdrq.calibrate.cache import Cache
 from hdrq.calibrate.data import Call, calibration_calls, check_call, data_hash, first_samples, run_all
+from hdrq.calibrate.finite import check_finite
 from hdrq.calibrate.progress import Step, bars
 from hdrq.calibrate.ranges import attach_quantizers
 from hdrq.calibrate.replay import without_caches
@@ -145,6 +146,8 @@ def quantize(
     full, quantized, units = ready.full, ready.quantized, ready.units
     if checked is not None:
         run_all(first_samples(checked, 1), "model must run on held_out")(full)
+        check_finite(full, checked, units, "held_out")
+    check_finite(full, batches if learns else reaching, units)
     placement = attach_quantizers(quantized, reaching, bits, plan, units, ready.operands, seed)
     share = coverage(quantized, full, example, sum(call.size for call in reaching))
     warn_of_float(quantized, full, share, bits)
