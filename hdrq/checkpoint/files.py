@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -73,6 +75,21 @@ def output_path(path: str | os.PathLike, name: str = "out") -> Path:
     if not os.access(target.parent, os.W_OK):
         raise PermissionError(f"{name} must be in a folder that can be written to, got {text!r}")
     return target
+
+
+def check_room(path: str | os.PathLike, size: int, name: str = "out") -> None:
+    """A disk has room for a file of so many bytes, beside what is there.
+
+    Raises:
+        OSError: it has not.
+    """
+    free = shutil.disk_usage(output_path(path, name).parent).free
+    if size > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{name} must be on a disk with room for {size:,} bytes at least, got {free:,} free for "
+            f"{os.fspath(path)!r}; make room, or write elsewhere",
+        )
 
 
 def output_folder(path: str | os.PathLike, name: str = "out") -> Path:

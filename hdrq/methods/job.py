@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,7 +18,7 @@ from hdrq import checks, recipes
 from hdrq.calibrate.images import MEAN, STD, load_data
 from hdrq.calibrate.progress import Step
 from hdrq.calibrate.report import RunReport, report_of
-from hdrq.checkpoint.files import output_path
+from hdrq.checkpoint.files import check_room, output_path
 from hdrq.checkpoint.loading import float_dtype, load_float
 from hdrq.checkpoint.saving import check_storable, save
 from hdrq.methods.post_training import quantize
@@ -163,8 +165,27 @@ def execute(run: Run, progress: Callable[[Step], None] | bool = True) -> nn.Modu
     settings = {name: getattr(run, name) for name in RECORDED}
     set_origin(quantized, {**origin(quantized), "architecture": architecture, "run": settings})
     if run.out is not None:
-        save(quantized, run.out)
+        _save(quantized, run.out)
     return quantized
+
+
+def _save(model: nn.Module, path: str) -> None:
+    """Save a model. Where that fails it is kept in another place if any has room: nobody else holds what was learned.
+
+    Raises:
+        OSError: ``path`` could not be written; the message says where the model is kept.
+    """
+    try:
+        save(model, path)
+    except OSError as error:
+        for folder in (Path.cwd(), Path(tempfile.gettempdir()), Path.home()):
+            kept = folder / f"{Path(path).stem[:100]}-{secrets.token_hex(4)}.safetensors"
+            try:
+                save(model, kept)
+            except (OSError, ValueError):
+                continue
+            raise OSError(error.errno, f"{error.strerror}; the quantized model is kept in {kept}") from error
+        raise
 
 
 def ablate(run: Run, progress: Callable[[Step], None] | bool = True) -> dict[str, RunReport]:
@@ -178,6 +199,11 @@ def ablate(run: Run, progress: Callable[[Step], None] | bool = True) -> dict[str
     return reports
 
 
+def _least(model: nn.Module) -> int:
+    """Bytes that a quantized model's file cannot be smaller than: matrices have 2 bits for each weight at least."""
+    return sum(t.numel() // 4 if t.ndim > 1 else t.nbytes for t in model.state_dict().values() if torch.is_tensor(t))
+
+
 def _prepare(run: Run):
     plan = recipes.recipe(run.recipe, run.preset, **run.knobs)
     if run.out is not None:
@@ -189,6 +215,7 @@ def _prepare(run: Run):
     model = load_float(run.model, run.model_args, run.weights).to(run.device)
     if run.out is not None:
         check_storable(model)
+        check_room(run.out, _least(model))
     source = None
     if run.source is not None and plan.iterations > 0:
         source = load_float(run.model, run.model_args, run.source).to(run.device)

@@ -1,8 +1,11 @@
 """``hdrq quantize``: from images on disk to a quantized file, by options, by YAML, and refused with a word why."""
 
+import errno
 import json
 import os
 import shutil
+import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,6 +231,53 @@ def test_workdir_has_losses_and_resumes(place):
     before = tensors("q.safetensors")
     assert call("--resume", *SETTINGS, **options).exit_code == 0
     assert all(torch.equal(before[name], value) for name, value in tensors("q.safetensors").items())
+
+
+@pytest.fixture
+def full_disk(place, monkeypatch):
+    """Nothing can be written below ``place / "full"``, which is known only once it is tried."""
+    (place / "full").mkdir()
+    opened = os.open
+
+    def fails_there(path, *args, **options):
+        if str(path).startswith(str(place / "full")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", fails_there)
+    return {**OPTIONS, "out": "full/q.safetensors"}
+
+
+def test_a_model_that_the_disk_has_no_room_for_is_kept_elsewhere(place, full_disk):
+    assert call(*SETTINGS, **OPTIONS).exit_code == 0
+    result = call(*SETTINGS, **full_disk)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "full/q.safetensors must be written to a disk with room, got No space left on device" in result.stderr
+    (kept,) = place.glob("q-*.safetensors")
+    assert result.stderr.endswith(f"the quantized model is kept in {kept}\n")
+    assert kept.read_bytes() == (place / "q.safetensors").read_bytes()
+
+
+def test_a_model_is_kept_where_there_is_room_first(place, full_disk, monkeypatch):
+    (place / "tmp").mkdir()
+    monkeypatch.chdir(place / "full")
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(place / "tmp"))
+    above = {name: f"../{OPTIONS[name]}" for name in ("weights", "source", "data")}
+    result = call(*SETTINGS, **{**OPTIONS, **above})
+    assert result.exit_code == 2 and f"is kept in {place / 'tmp' / 'q-'}" in result.stderr
+    hdrq.load(*(place / "tmp").iterdir(), model())
+
+
+def test_a_full_disk_is_refused_before_anything_is_learned(place, monkeypatch):
+    least = (3 * 4 * 9 + 4 * 6 * 9 + 54 * 3) // 4 + 4 * (4 + 6 + 3)
+    for free, status in ((least, 0), (least - 1, 2)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        result = call(*SETTINGS, **OPTIONS)
+        assert result.exit_code == status, result.stderr
+    message = (
+        f"out must be on a disk with room for {least:,} bytes at least, got {least - 1:,} free for 'q.safetensors'"
+    )
+    assert message in result.stderr and "peak memory" not in result.stdout
 
 
 def test_without_a_terminal_no_bars(place):
