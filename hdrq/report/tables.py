@@ -39,11 +39,15 @@ def table(rows: Sequence[Row], title: str):
 
 
 def errors_table(reports: Mapping[str, RunReport], title: str):
-    """The accumulated errors of runs on data held out, as a :class:`rich.table.Table`; of one run losses too."""
+    """The accumulated errors of runs on data held out, as a :class:`rich.table.Table`.
+
+    Of one run it has losses too, and whether the block or its layers quantize what a block reads.
+    """
 
     first = next(iter(reports.values()))
     columns: dict[str, dict[str, str]] = {}
     if len(reports) == 1:
+        columns["input quantized at"] = dict(first.placement)
         columns["loss"] = {b.name: f"{b.loss_before:.3g} → {b.loss_after:.3g}" for b in first.blocks}
     columns["nearest"] = {name: f"{error:.3g}" for name, error in first.nearest.items()}
     for name, report in reports.items():

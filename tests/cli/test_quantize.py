@@ -37,6 +37,18 @@ def tiny(width=4):
         nn.Flatten(), nn.Linear(54, 3)
     )
 
+class Block(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.a, self.b = norm, nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x + self.b(self.a(self.norm(x)))
+
+def blocks():
+    layers = nn.Conv2d(3, 6, 16), nn.Flatten(), Block(nn.Identity()), Block(nn.LayerNorm(6))
+    return nn.Sequential(*layers, nn.Linear(6, 3))
+
 def number():
     return 3
 
@@ -178,6 +190,14 @@ def test_options_make_a_model(place):
     float_model, source = (model(seed) for seed in (0, 1))
     again = hdrq.quantize(float_model, learned_from, iterations=4, source=source)
     assert torch.equal(quantized(images), again(images))
+
+
+def test_the_table_says_where_what_blocks_read_is_quantized(place):
+    result = call(*SETTINGS, model="tinynet:blocks", data="images", recipe="rtn")
+    assert result.exit_code == 0, result.output
+    rows = {cells[0]: cells[1:] for line in result.stdout.splitlines() if (cells := line.replace("│", " ").split())}
+    assert rows["2"][0] == "block" and rows["3"][0] == "layers"
+    assert "input quantized at" in " ".join(result.stdout.replace("┃", " ").split())
 
 
 def test_yaml_makes_the_same_model_and_options_override_it(place):
