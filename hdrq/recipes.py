@@ -117,6 +117,11 @@ class Recipe:
                 f"weights alone, got fake_quant_fraction={self.fake_quant_fraction:g}, distance={self.distance:g}"
             )
 
+    @property
+    def needs_source(self) -> bool:
+        """Whether weights are learned that the distance pulls towards the source's."""
+        return self.iterations > 0 and self.learns == "weights" and self.distance > 0
+
     def walks(self) -> tuple[Recipe, ...]:
         """What each walk over the blocks learns.
 

@@ -83,7 +83,7 @@ def quantize(
             ``{"stem": "W8A8", "head": "float", "*": "W4A4"}``, of which the first that matches decides.
         blocks: the names of the units of reconstruction, blocks or single layers; None finds blocks
             (:func:`hdrq.prepare.units.find_blocks`).
-        source: the model before its adaptation; needed where the recipe has a distance.
+        source: the model before its adaptation; needed where weights are learned with a distance.
         preset: ``"paper"``, or ``"official"`` for what the recipe's released code does.
         seed: of the batches, the noise, the drops and the elements that ranges are searched on. The same seed gives the
             same bits on the same processor with the same number of threads; on CUDA it does where
@@ -129,7 +129,7 @@ def quantize(
     if checked is not None:
         check_call(model, checked[0], "held_out")
     learns = plan.iterations > 0
-    if learns and plan.distance > 0 and source is None:
+    if plan.needs_source and source is None:
         raise ValueError("source must be the model before its adaptation where distance > 0, got None; or distance=0")
     folder = None
     states = {"model": state_hash(model.state_dict()), "calibration": data_hash(batches)}
@@ -163,7 +163,7 @@ def quantize(
         coverage=share,
     )
     if learns:
-        weights = {} if source is None or plan.distance == 0 else source_weights(source, quantized, batches)
+        weights = source_weights(source, quantized, batches) if source is not None and plan.needs_source else {}
         store = Cache(device_of(full), cache, cache_bytes, None if folder is None else folder.path)
         walks = plan.walks()
         with without_caches(full, quantized), bars() if progress is True else nullcontext(progress or None) as show:

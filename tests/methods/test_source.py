@@ -10,7 +10,7 @@ from torch import nn
 from hdrq.calibrate.data import calibration_calls
 from hdrq.methods.post_training import source_weights
 from hdrq.prepare.folding import fold_batchnorm
-from hdrq.quantizers.layers import QuantizedLayer, quantized_layers
+from hdrq.quantizers.layers import QuantizedLayer, input_quantizers, quantized_layers
 
 
 def test_distance_pulls_towards_the_source(monkeypatch):
@@ -51,3 +51,14 @@ def test_source_of_another_shape_lists_its_layers():
     ) as e:
         learn(source=other, distance=5e-2)
     assert "9 ((6, 256), got missing)" in str(e.value)
+
+
+@pytest.mark.parametrize("source", [None, nn.Linear(2, 2).eval()])
+def test_no_source_is_read_where_no_weight_is_learned(source):
+    model = net()
+    quantized = learn(model, recipe="hdrq", source=source, distance=5e-2, learns="activations", iterations=8)
+    nearest = learn(model, recipe="rtn", iterations=0)
+    scales = [torch.cat([q.scale.detach() for q in input_quantizers(m).values()]) for m in (quantized, nearest)]
+    assert not torch.equal(*scales)
+    codes = [[x.weight_quantizer.codes(x.latent) for x in quantized_layers(m).values()] for m in (quantized, nearest)]
+    assert all(map(torch.equal, *codes))
