@@ -92,6 +92,15 @@ class Quantizer(nn.Module):
         """What integers stand for."""
         return ops.dequantize(codes, self.scale, zero_point=self.zero_point, axis=self.axis)
 
+    def _apply(self, *args, **kwargs):
+        """As modules move and change their type; scale and zero point stay float32, to the bit, as ops ask for."""
+        held = [tensor.data for tensor in (self.scale, self.zero_point) if tensor is not None]
+        super()._apply(*args, **kwargs)
+        for tensor, before in zip((self.scale, self.zero_point), held, strict=False):
+            if tensor is not None and tensor.dtype != before.dtype:
+                tensor.data = before.to(tensor.device)
+        return self
+
     def get_extra_state(self) -> torch.Tensor:
         """What a state dict holds beside the scale: ``qmin``, ``qmax``, and the axis if there is one.
 

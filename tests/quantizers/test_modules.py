@@ -6,7 +6,9 @@ import io
 import pytest
 import torch
 from networks import SAMPLES, data, quantized
+from torch import nn
 
+import hdrq
 from hdrq import ops
 from hdrq.quantizers.layers import quantized_layers
 from hdrq.quantizers.modules import ActivationQuantizer, Quantizer, mean_range
@@ -184,6 +186,21 @@ def test_a_finished_model_is_exported_with_a_dynamic_batch():
     exported = torch.export.export(model, (SAMPLES[:4],), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
     for count in (4, 7):
         torch.testing.assert_close(exported.module()(SAMPLES[:count]), model(SAMPLES[:count]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_finished_model_takes_a_half_type_and_keeps_its_codes_and_scales(dtype, affine):
+    x, layers = data(120).view(20, 6), (nn.Linear(6, 50), nn.Linear(50, 5))
+    model = hdrq.quantize(nn.Sequential(*layers).eval(), x, "rtn", affine_weights=affine)
+    half = copy.deepcopy(model).to(dtype)
+    for before, after in zip(quantized_layers(model).values(), quantized_layers(half).values(), strict=True):
+        assert torch.equal(before.weight_quantizer.scale, after.weight_quantizer.scale)
+        codes = [layer.weight_quantizer.codes(layer.latent) for layer in (before, after)]
+        assert after.latent.dtype == dtype and torch.equal(*codes)
+    got = half(x.to(dtype))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), model(x), rtol=0, atol=0.05 * float(model(x).abs().max()))
 
 
 @pytest.mark.parametrize("scale", [torch.inf, 0.0, torch.nan, -3.0])

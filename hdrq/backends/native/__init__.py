@@ -1,10 +1,12 @@
 """The C++ path, for CPU tensors: thin wrappers that allocate results and hand addresses to ``hdrq._C``.
 
 The same signatures and the same bits as :mod:`hdrq.backends.reference`. Work is split over
-``torch.get_num_threads()`` threads.
+:func:`threads` threads.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -14,8 +16,8 @@ FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Float o
 CODES = {torch.int8: 0, torch.int16: 1}  # enum Code
 PACKED = {True: 2, False: 3}  # enum Code: two 4-bit codes to a byte, signed or not
 
-
 LARGE = 8 << 20  # bytes from which the pages of a result are worth a hint
+PROCESS = os.getpid()  # the one that imported this, and whose OpenMP has threads
 
 
 def empty(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
@@ -26,9 +28,14 @@ def empty(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     return result
 
 
+def threads() -> int:
+    """torch's number of threads; 1 in a forked child, where OpenMP waits for threads that only the parent has."""
+    return torch.get_num_threads() if os.getpid() == PROCESS else 1
+
+
 def job(x: torch.Tensor) -> _C.Job:
     """How many elements, over how many threads."""
-    return _C.Job(x.numel(), torch.get_num_threads())
+    return _C.Job(x.numel(), threads())
 
 
 def layout(x: torch.Tensor, axis: int | None) -> tuple[int, int]:
@@ -52,7 +59,7 @@ def forward(quantizers: list, tensors: list) -> tuple[list[torch.Tensor], list[f
     """Quantize tensors of one dtype in one pass: results, and squared distances to the sources."""
     results = [empty(x.shape, x.dtype) for x in tensors]
     addresses = [address(y) for y in results]
-    squares = _C.quantizer_forward(torch.get_num_threads(), FLOATS[tensors[0].dtype], quantizers, addresses)
+    squares = _C.quantizer_forward(threads(), FLOATS[tensors[0].dtype], quantizers, addresses)
     return results, squares
 
 
@@ -61,7 +68,7 @@ def backward(quantizers: list, grads: list, scales: list, grad_scales: list, pul
     grad_xs = [empty(g.shape, g.dtype) for g in grads]
     totals = [torch.empty(s.numel(), dtype=torch.float64) for s in scales]
     _C.quantizer_backward(
-        torch.get_num_threads(),
+        threads(),
         FLOATS[grads[0].dtype],
         quantizers,
         *([address(t) for t in tensors] for tensors in (grads, grad_xs, totals)),

@@ -7,7 +7,7 @@ import torch
 import hdrq._C as _C
 from hdrq import checks
 from hdrq.backends.eager.merging import cosines, kept, merged_grid
-from hdrq.backends.native import CODES, PACKED, address, empty
+from hdrq.backends.native import CODES, PACKED, address, empty, threads
 
 NOISE = {"all": 0, "odd": 1, "none": 2}  # enum Merge::Noise of csrc/kernels.h
 
@@ -29,7 +29,7 @@ def merge(
         NOISE[noise],
         mode == "fast",
     )
-    work, models = _C.Job(shape.numel(), torch.get_num_threads()), len(codes)
+    work, models = _C.Job(shape.numel(), threads()), len(codes)
     sums = torch.empty(models + draws * (1 + models), dtype=torch.float64)
     _C.merge_score(work, inputs, draws, address(sums))
     per_draw = sums[models:].view(draws, 1 + models)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import hdrq._C as _C
-from hdrq.backends.native import FLOATS, address
+from hdrq.backends.native import FLOATS, address, threads
 
 
 def range_errors(x, weights, scale, low, high, unit, norm) -> torch.Tensor:
@@ -13,12 +13,12 @@ def range_errors(x, weights, scale, low, high, unit, norm) -> torch.Tensor:
     shape = (*x.shape, scale.shape[1])
     candidates = (address(scale), address(low), address(high), address(unit))
     values = (FLOATS[x.dtype], address(x), address(weights))
-    _C.range_errors(torch.get_num_threads(), *values, *shape, *candidates, norm, address(errors))
+    _C.range_errors(threads(), *values, *shape, *candidates, norm, address(errors))
     return errors
 
 
 def range_table(x, origin, factor, bins) -> torch.Tensor:
     table = torch.empty((len(x), bins, 2), dtype=torch.int64)
     positions = (address(origin), address(factor))
-    _C.range_table(torch.get_num_threads(), FLOATS[x.dtype], address(x), *x.shape, bins, *positions, address(table))
+    _C.range_table(threads(), FLOATS[x.dtype], address(x), *x.shape, bins, *positions, address(table))
     return table
