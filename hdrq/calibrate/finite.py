@@ -66,9 +66,16 @@ def _origin(model: nn.Module, call: Call) -> str:
     def look(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if not found and not _finite(output):
             kind = type(module).__name__
+            own = [key for key, p in module.named_parameters(recurse=False) if not _finite(p)]
             inside = any(not _finite(x) for x in _floats((args, kwargs)))
-            read = ", which reads one that no module returned" if inside else ""
-            found.append(f"layer {name!r} ({kind}){read}" if name else f"the model's own forward ({kind})")
+            why = (
+                f", whose {own[0]} is not finite"
+                if own
+                else ", which reads one that no module returned"
+                if inside
+                else ""
+            )
+            found.append(f"layer {name!r} ({kind}){why}" if name else f"the model's own forward ({kind})")
 
     observe(model, call, after=look)
     return found[0] if found else "the model's own forward"
