@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,7 +157,7 @@ def _read_samples(model: nn.Module, calls: Sequence[Call], names: list[str], see
     """Elements of what modules read, few enough to keep for all of them.
 
     Each sample runs by itself. A model that cannot do that, or does not reach the same modules then, is run as the
-    calls are.
+    calls are, and a warning says why.
 
     Raises:
         ValueError: the calls do not reach a module.
@@ -165,10 +166,16 @@ def _read_samples(model: nn.Module, calls: Sequence[Call], names: list[str], see
     alone = (call.at(torch.tensor([k])) for call in calls for k in range(call.size))
     try:
         samples = _sampled(model, alone, names, max(1, SAMPLED // count), seed)
-    except Exception:  # whatever the model raises
-        samples = {}
+        why = f"does not reach {checks.listed(name for name in names if name not in samples)}"
+    except Exception as error:  # whatever the model raises
+        samples, why = {}, f"raises {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if samples.keys() != set(names):
         samples = _sampled(model, calls, names, max(1, SAMPLED // len(calls)), seed)
+        warnings.warn(
+            "scales of activations depend on how calibration is cut into batches, since the model on one sample "
+            f"{why}; batches of the size that the model will be used with are the best",
+            stacklevel=7,
+        )
     if missing := [name for name in names if name not in samples]:
         raise ValueError(
             f"range_samples must be as many as reach every quantizer, got {count}, which do not reach "

@@ -73,4 +73,19 @@ def test_a_model_that_cannot_run_on_one_sample_is_measured_on_batches():
     model = Squeezed().eval()
     with pytest.raises(IndexError):
         model(data(1, 3, 8, 8))
-    assert set(scales(model, data(16, 3, 8, 8))) == {"first", "second"}
+    with pytest.warns(UserWarning, match="since the model on one sample raises IndexError: Dimension out") as said:
+        assert set(scales(model, data(16, 3, 8, 8))) == {"first", "second"}
+    assert [w.filename for w in said if "one sample" in str(w.message)] == [__file__]
+
+
+def test_a_model_that_reaches_less_with_one_sample_is_measured_on_batches():
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.second(self.first(x) if len(x) > 1 else x)
+
+    with pytest.warns(UserWarning, match="since the model on one sample does not reach first; batches"):
+        assert set(scales(Mixing().eval(), data(16, 6))) == {"first", "second"}
