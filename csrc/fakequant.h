@@ -2,6 +2,7 @@
 #pragma once
 
 #include "grid.h"
+#include "packing.h"
 
 namespace hdrq::HDRQ_ISA {
 
@@ -71,7 +72,7 @@ void dequantize(Job job, V*, const void* codes, float* y, const Grid& grid) {
     for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
       chunk.seek(begin, n);
       for_vectors(n, [&](int64_t i, auto count) {
-        const vf value = __builtin_convertvector(read<V>(q + begin + i, count), vf);
+        const vf value = as_float(read<V>(q + begin + i, count));
         F32::store((value - chunk.zero(i)) * chunk.scale(i), y + begin + i, count);
       });
     });

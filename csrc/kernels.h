@@ -110,6 +110,7 @@ struct Kernels {
   void (*range_table)(int threads, Float, const void* x, const RangeTable&, int64_t* table);
   void (*merge_score)(Job, const Merge&, int draws, double* sums);
   void (*merge_codes)(Job, const Merge&, int draw, Code, void* codes);
+  void (*merge_systematic)(Job, const Merge&, float tau, Code, void* codes);
 };
 
 const Kernels& portable_kernels();

@@ -246,6 +246,9 @@ void bind(py::module_& m) {
   m.def("merge_codes", [](Job j, const MergeArgs& merge, int draw, int code, uintptr_t codes) {
     in_use()->merge_codes(j, merge.view(), draw, Code(code), at<void>(codes));
   }, Released());
+  m.def("merge_systematic", [](Job j, const MergeArgs& merge, float tau, int code, uintptr_t codes) {
+    in_use()->merge_systematic(j, merge.view(), tau, Code(code), at<void>(codes));
+  }, Released());
 }
 
 }  // namespace

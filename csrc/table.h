@@ -6,6 +6,7 @@
 #include "quantizer.h"
 #include "ranges.h"
 #include "rounding.h"
+#include "systematic.h"
 
 namespace hdrq {
 namespace HDRQ_ISA {
@@ -88,6 +89,9 @@ inline Kernels table(const char* name) {
   k.merge_score = [](Job j, const Merge& m, int draws, double* sums) { merge_score(j, m, draws, sums); };
   k.merge_codes = [](Job j, const Merge& m, int draw, Code code, void* codes) {
     merge_codes(j, m, draw, code, codes);
+  };
+  k.merge_systematic = [](Job j, const Merge& m, float tau, Code code, void* codes) {
+    merge_systematic(j, m, tau, code, codes);
   };
   return k;
 }

@@ -32,7 +32,7 @@ def _load_code(codes, k, stride, start, i, live, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _store_code(merged, code, start, i, numel, PACK: tl.constexpr, BLOCK: tl.constexpr):
+def store_code(merged, code, start, i, numel, PACK: tl.constexpr, BLOCK: tl.constexpr):
     """A tile of codes, int32; two to a byte if PACK."""
     if PACK:
         j = tl.arange(0, BLOCK // 2)
@@ -43,7 +43,7 @@ def _store_code(merged, code, start, i, numel, PACK: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _input(inputs, k, start, i, live, ROWS: tl.constexpr, PACKED: tl.constexpr):
+def input_tile(inputs, k, start, i, live, ROWS: tl.constexpr, PACKED: tl.constexpr):
     """``J_k`` of a tile, and Δ_k."""
     codes, stride, scales, zeros, inner, channels = inputs
     row = tl.cast(k, tl.int64) * channels
@@ -61,7 +61,7 @@ def _midpoint(
     midpoint = tl.zeros([BLOCK], tl.float32)
     mean = tl.zeros([BLOCK], tl.float32)
     for k in range(MODELS):
-        integer, delta = _input(inputs, k, start, i, live, ROWS, PACKED)
+        integer, delta = input_tile(inputs, k, start, i, live, ROWS, PACKED)
         weight = tl.load(weights + k)
         midpoint += weight * (integer * delta)
         mean += weight * integer
@@ -81,7 +81,7 @@ def _exact(
     step += draw.to(tl.uint32)
     total = tl.zeros([BLOCK], tl.float32)
     for k in range(MODELS):
-        integer, delta = _input(inputs, k, start, i, live, ROWS, PACKED)
+        integer, delta = input_tile(inputs, k, start, i, live, ROWS, PACKED)
         w = integer * delta
         if NOISE != "none":
             n = lang.unit_noise(lang.words(seed, stream + tl.cast(k, tl.uint32), step, start, BLOCK), None)
@@ -93,7 +93,7 @@ def _exact(
 @triton.jit
 def _share(inputs, weights, step_size, k: tl.constexpr, start, i, live, ROWS: tl.constexpr, PACKED: tl.constexpr):
     """``a_k = λ_k·Δ_k / Δ*``, float64."""
-    _, delta = _input(inputs, k, start, i, live, ROWS, PACKED)
+    _, delta = input_tile(inputs, k, start, i, live, ROWS, PACKED)
     return tl.maximum(tl.div_rn(tl.load(weights + k) * delta, step_size).to(tl.float64), 6.103515625e-05)
 
 
@@ -185,7 +185,7 @@ def merge_score_kernel(
         r = _residue(q, zero, step_size, midpoint, qmin, qmax, live).to(tl.float64)
         rr += tl.sum(r * r)
         for k in range(MODELS):
-            integer, delta = _input(inputs, k, start, i, live, ROWS, PACKED)
+            integer, delta = input_tile(inputs, k, start, i, live, ROWS, PACKED)
             d = tl.where(live, midpoint - integer * delta, 0.0).to(tl.float64)
             dd += tl.where(model == k, tl.sum(d * d), 0.0)
             dr += tl.where(model == k, tl.sum(d * r), 0.0)
@@ -232,7 +232,7 @@ def merge_fast_score_kernel(
             rr += tl.where(member == d, tl.sum(r * r), 0.0)
             word += gap
         for k in range(MODELS):
-            integer, delta = _input(inputs, k, start, i, live, ROWS, PACKED)
+            integer, delta = input_tile(inputs, k, start, i, live, ROWS, PACKED)
             distance = tl.where(live, midpoint - integer * delta, 0.0)
             dd += tl.where(model == k, tl.sum(distance * distance), 0.0)
             word = first
@@ -273,24 +273,18 @@ def merge_codes_kernel(
         q = _exact(inputs, weights, rng, draw, step_size, noisy, start, i, live, MODELS, NOISE, ROWS, PACKED, BLOCK)
     q = lang.clamp(q + zero, qmin, qmax)
     q = tl.where(q == q, q, qmin)  # a NaN has no code
-    _store_code(merged, q.to(tl.int32), start, i, numel, PACK, BLOCK)
+    store_code(merged, q.to(tl.int32), start, i, numel, PACK, BLOCK)
 
 
 def merge(
     codes, scales, zero_points, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, signed, packed
 ) -> tuple[torch.Tensor, ...]:
-    models, channels = len(codes), scales[0].numel()
+    models = len(codes)
     result = rng.new_empty(shape, dtype=torch.int8 if packed or (qmin >= -128 and qmax <= 127) else torch.int16)
     merged = rng.new_empty((result.numel() + 1) // 2, dtype=torch.uint8) if packed else result
-    merged_scale, merged_zero = torch.empty_like(scales[0]), torch.empty_like(scales[0])
-    codes, layout = _alike(codes, shape, signed)
-    scales, zeros = torch.stack(scales), torch.stack(zero_points)
-    # Filled on the device: a copy of a list from the host would wait for the device, and could not be captured.
-    lam = torch.stack([torch.full((), w, dtype=torch.float32, device=rng.device) for w in weights])
-    if channels > 0:
-        t = tiling(merged_scale, None)
-        args = (merged_scale, merged_zero, scales, zeros, lam, channels)
-        launch(merged_grid_kernel, t.count, rng, *args, MODELS=models, block=t.block)
+    codes, layout = alike(codes, shape, signed)
+    scales, zeros, lam = torch.stack(scales), torch.stack(zero_points), on_device(weights, rng.device)
+    merged_scale, merged_zero = merged_grid(scales, zeros, lam)
     if result.numel() == 0:
         similarity = _cosines(lam.new_zeros((draws, 1, 3, models), dtype=torch.float64))
         return merged, merged_scale, merged_zero, similarity, kept(similarity, select)
@@ -315,7 +309,23 @@ def merge(
     return merged, merged_scale, merged_zero, similarity, best
 
 
-def _alike(codes: list, shape: torch.Size, signed: list[bool]) -> tuple[torch.Tensor, str]:
+def on_device(weights, device: torch.device) -> torch.Tensor:
+    """λ, filled on the device: a copy of a list from the host would wait for the device, and could not be captured."""
+    return torch.stack([torch.full((), w, dtype=torch.float32, device=device) for w in weights])
+
+
+def merged_grid(scales: torch.Tensor, zeros: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Δ* and z*, from those of all models, (K, channels)."""
+    merged_scale, merged_zero = torch.empty_like(scales[0]), torch.empty_like(scales[0])
+    models, channels = scales.shape
+    if channels > 0:
+        t = tiling(merged_scale, None)
+        args = (merged_scale, merged_zero, scales, zeros, lam, channels)
+        launch(merged_grid_kernel, t.count, lam, *args, MODELS=models, block=t.block)
+    return merged_scale, merged_zero
+
+
+def alike(codes: list, shape: torch.Size, signed: list[bool]) -> tuple[torch.Tensor, str]:
     """The inputs as rows of one tensor, and what they hold; inputs that differ in layout are widened to int16."""
     if all(c.dtype == codes[0].dtype for c in codes) and (codes[0].dtype != torch.uint8 or len(set(signed)) == 1):
         layout = "" if codes[0].dtype != torch.uint8 else "signed" if signed[0] else "unsigned"

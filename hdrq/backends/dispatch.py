@@ -26,7 +26,7 @@ PACKAGES = {
     "cpp": "hdrq.backends.native",
     "triton": "hdrq.kernels",
 }
-FAMILIES = ("noise", "fakequant", "rounding", "drop", "distance", "weights", "ranges", "merging")
+FAMILIES = ("noise", "fakequant", "rounding", "drop", "distance", "weights", "ranges", "merging", "systematic")
 _of_process: str | None = os.environ.get("HDRQ_BACKEND") or None
 _forced: ContextVar[str | None] = ContextVar("hdrq_backend", default=None)
 

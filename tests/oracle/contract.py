@@ -128,6 +128,31 @@ def fast_merged_code(state, e: int, draw: int, codes, deltas, weights, qmin: int
     return int(min(max(low + up, qmin), qmax))
 
 
+def systematic_codes(state, codes, deltas, weights, tau: float, qmin: int, qmax: int, zeros) -> list[int]:
+    """All elements of a tensor: ``codes[k]``, ``deltas[k]`` and ``zeros[k]`` have one entry for each of them."""
+    result, count = [], len(codes[0])
+    for first in range(0, count, 1024):
+        passed = word(*state, first // 1024) >> 12
+        for e in range(first, min(first + 1024, count)):
+            total = step = zero = None
+            for k, weight in enumerate(weights):
+                part = weight * deltas[k][e]
+                term = weight * ((f32(codes[k][e]) - zeros[k][e]) * deltas[k][e])
+                total = term if total is None else total + term
+                step = part if step is None else step + part
+                zero = part * zeros[k][e] if zero is None else zero + part * zeros[k][e]
+            v = total / step
+            low = math.floor(v)
+            y = v - f32(low)
+            q = int(nearest_even(v))
+            if abs(y - f32(0.5)) < f32(tau):
+                before = passed
+                passed += int(float(y) * 2**20)
+                q = low + (passed >> 20) - (before >> 20)
+            result.append(int(min(max(q + int(nearest_even(zero / step)), qmin), qmax)))
+    return result
+
+
 def exponential(x: np.float32) -> np.float32:
     """e^x for |x| ≤ 16, as the reference's docstring spells it."""
     k = nearest_even(x * f32(1.4426950408889634))

@@ -17,11 +17,7 @@ def merge(
     codes, scales, zero_points, qmin, qmax, rng, weights, draws, noise, axis, select, mode, shape, signed, packed
 ) -> tuple[torch.Tensor, ...]:
     lam = torch.tensor(weights, dtype=torch.float32, device=rng.device).unbind()
-    codes = [packing.unpack(c, shape, s) if c.dtype == torch.uint8 else c for c, s in zip(codes, signed, strict=True)]
-    steps = [valid_scale(s, codes[0].ndim, axis) for s in scales]
-    zeros = [per_element(z, codes[0].ndim, axis) for z in zero_points]
-    merged_step, merged_zero = merged_grid(lam, steps, zeros)
-    integers = [c.float() - z for c, z in zip(codes, zeros, strict=True)]
+    integers, steps, merged_step, merged_zero = inputs(codes, scales, zero_points, lam, axis, shape, signed)
     values = [j * s for j, s in zip(integers, steps, strict=True)]
     midpoint = weighted_sum(lam, values)
     distances = [midpoint - v for v in values]
@@ -47,6 +43,15 @@ def merge(
     result = draw(best).to(torch.int8 if packed or (qmin >= -128 and qmax <= 127) else torch.int16)
     result = packing.pack(result) if packed else result
     return result, merged_step.flatten(), merged_zero.flatten(), similarity, best
+
+
+def inputs(codes, scales, zero_points, lam, axis, shape, signed) -> tuple:
+    """``J_k`` and Δ_k of every model, Δ* and z*, which broadcast against the tensor."""
+    codes = [packing.unpack(c, shape, s) if c.dtype == torch.uint8 else c for c, s in zip(codes, signed, strict=True)]
+    steps = [valid_scale(s, codes[0].ndim, axis) for s in scales]
+    zeros = [per_element(z, codes[0].ndim, axis) for z in zero_points]
+    merged_step, merged_zero = merged_grid(lam, steps, zeros)
+    return [c.float() - z for c, z in zip(codes, zeros, strict=True)], steps, merged_step, merged_zero
 
 
 def merged_grid(lam, steps: list, zeros: list) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,18 +32,13 @@ def merge(
     are float32, their products and sums float64.
     """
     lam = [f32(w) for w in weights]
-    codes = [packing.unpack(c, shape, s) if c.dtype == np.uint8 else c for c, s in zip(codes, signed, strict=True)]
-    steps = [per_element(s, codes[0].ndim, axis) for s in scales]
-    zeros = [per_element(z, codes[0].ndim, axis) for z in zero_points]
-    merged_step = _weighted_sum(lam, steps)
-    merged_zero = np.rint(_weighted_sum([w * s for w, s in zip(lam, steps, strict=True)], zeros) / merged_step)
-    integers = [c.astype(f32) - z for c, z in zip(codes, zeros, strict=True)]
+    integers, steps, merged_step, merged_zero = inputs(codes, scales, zero_points, lam, axis, shape, signed)
     values = [j * s for j, s in zip(integers, steps, strict=True)]
-    midpoint = _weighted_sum(lam, values)
+    midpoint = weighted_sum(lam, values)
     distances = [midpoint - v for v in values]
-    noisy = np.full(codes[0].shape, noise != "none")
+    noisy = np.full(midpoint.shape, noise != "none")
     if noise == "odd":
-        mean = _weighted_sum(lam, integers)
+        mean = weighted_sum(lam, integers)
         noisy = np.abs(mean - np.floor(mean) - f32(0.5)) < f32(0.25)
 
     def clamped(q: np.ndarray) -> np.ndarray:
@@ -54,7 +49,7 @@ def merge(
         for k, (value, delta) in enumerate(zip(values, steps, strict=True)):
             n = np.where(noisy, unit_noise(value.shape, _state(rng, k, d), None), f32(0))
             terms.append(value + n * delta)
-        return clamped(np.rint(_weighted_sum(lam, terms) / merged_step))
+        return clamped(np.rint(weighted_sum(lam, terms) / merged_step))
 
     draw = exact if mode == "exact" else _fast(rng, lam, steps, merged_step, midpoint / merged_step, noisy, clamped)
     cosines = np.array([_cosines((draw(d) - merged_zero) * merged_step - midpoint, distances) for d in range(draws)])
@@ -62,6 +57,16 @@ def merge(
     result = draw(kept).astype(np.int8 if packed or (qmin >= -128 and qmax <= 127) else np.int16)
     result = packing.pack(result) if packed else result
     return result, merged_step.reshape(-1), merged_zero.reshape(-1), cosines, np.int64(kept).reshape(())
+
+
+def inputs(codes, scales, zero_points, lam, axis, shape, signed) -> tuple:
+    """``J_k = I_k − z_k`` and Δ_k of every model, Δ* and z*, which broadcast against the tensor."""
+    codes = [packing.unpack(c, shape, s) if c.dtype == np.uint8 else c for c, s in zip(codes, signed, strict=True)]
+    steps = [per_element(s, codes[0].ndim, axis) for s in scales]
+    zeros = [per_element(z, codes[0].ndim, axis) for z in zero_points]
+    merged_step = weighted_sum(lam, steps)
+    merged_zero = np.rint(weighted_sum([w * s for w, s in zip(lam, steps, strict=True)], zeros) / merged_step)
+    return [c.astype(f32) - z for c, z in zip(codes, zeros, strict=True)], steps, merged_step, merged_zero
 
 
 def _fast(rng, lam, steps, merged_step, v, noisy, clamped):
@@ -120,7 +125,7 @@ def _kept(cosines: np.ndarray, select: str) -> int:
     return int((scores >= scores.max() - EQUAL).argmax())
 
 
-def _weighted_sum(weights: list, terms: list) -> np.ndarray:
+def weighted_sum(weights: list, terms: list) -> np.ndarray:
     total = weights[0] * terms[0]
     for weight, term in zip(weights[1:], terms[1:], strict=True):
         total = total + weight * term
