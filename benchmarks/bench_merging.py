@@ -1,4 +1,4 @@
-"""The merge of two quantized tensors, by draws; and of more, exactly.
+"""The merge of two quantized tensors, systematic and by draws; and of more.
 
 The official loop merges float weights: per draw, noise for both models where the sum of integers is odd, weighted
 mean, divide, round, clamp, two cosines, and a comparison in Python. Each draw repeats the same work, so only one is
@@ -45,6 +45,9 @@ def verify(codes: torch.Tensor, others: list[torch.Tensor], rng: torch.Tensor) -
             f"merge, {mode}",
             lambda mode=mode: hdrq.ops.merge([first, second], scales, QMIN, QMAX, rng, draws=1, mode=mode).codes,
         )
+    same_as_reference(
+        "merge, systematic", lambda: hdrq.ops.merge([first, second], scales, QMIN, QMAX, rng, rule="systematic").codes
+    )
     floats = [c.float() * s for c, s in zip((first, second), scales, strict=True)]
     step = (scales[0] + scales[1]) / 2
     away = official(*floats, scales, 1) / step - ((floats[0] + floats[1]) / 2 / step).clamp(QMIN, QMAX)
@@ -61,7 +64,7 @@ def of_draws(draws: int):
         floats = [c.float() * s for c, s in zip(pair, scales, strict=True)]
 
         def merge(codes=pair, **options) -> torch.Tensor:
-            return hdrq.ops.merge(codes, scales, QMIN, QMAX, rng, draws=draws, **options).codes
+            return hdrq.ops.merge(codes, scales, QMIN, QMAX, rng, rule="noise", draws=draws, **options).codes
 
         return [
             *copies(codes),
@@ -72,6 +75,23 @@ def of_draws(draws: int):
         ]
 
     return providers
+
+
+def systematic(codes: torch.Tensor, others: list[torch.Tensor], rng: torch.Tensor) -> list[Provider]:
+    """The providers for two tensors and systematic rounding; a copy of packed codes is the limit of the packed one."""
+    pair, scales = [codes, others[0]], [torch.full((1,), s, device=codes.device) for s in (0.1, 0.103)]
+    packed, shape = [hdrq.ops.pack(c) for c in pair], codes.shape
+    to = torch.empty_like(packed[0])
+
+    def merge(codes, **options) -> torch.Tensor:
+        return hdrq.ops.merge(codes, scales, QMIN, QMAX, rng, rule="systematic", **options).codes
+
+    return [
+        *copies(codes),
+        Provider("copy of one model's packed codes", lambda: to.copy_(packed[0]), 1),
+        Provider("hdrq, packed", lambda: merge(packed, packed=True, shape=shape), 1.5),
+        Provider("hdrq", lambda: merge(pair), 3),
+    ]
 
 
 def of_models(count: int):
@@ -100,6 +120,7 @@ BENCH = Bench(
     "merge",
     inputs,
     verify,
-    {f"{draws} draws": of_draws(draws) for draws in (1, 10, 30, 100)}
+    {"systematic": systematic}
+    | {f"{draws} draws": of_draws(draws) for draws in (1, 10, 30, 100)}
     | {f"{count} models": of_models(count) for count in (2, 3, 4, 16)},
 )

@@ -179,8 +179,8 @@ def packed_range(name: str, qmin: int, qmax: int) -> None:
         raise ValueError(f"{name} must be inside [-8, 7] or [0, 15] for packed codes, got [{qmin}, {qmax}]")
 
 
-def mixing_weights(weights: Any, count: int, extrapolate: bool = False) -> tuple[float, ...]:
-    """``weights`` as ``count`` float32 numbers that sum to 1; None gives 1/count each.
+def mixing_weights(weights: Any, count: int, extrapolate: bool = False, any_sum: bool = False) -> tuple[float, ...]:
+    """``weights`` as ``count`` float32 numbers that sum to 1, or to anything if ``any_sum``; None gives 1/count each.
 
     They must be in [0, 1], unless ``extrapolate`` is true.
     """
@@ -190,8 +190,9 @@ def mixing_weights(weights: Any, count: int, extrapolate: bool = False) -> tuple
         raise ValueError(f"weights must be as many as the models, {count}, got {len(weights)}")
     bounds = () if extrapolate else (0.0, 1.0)
     values = [real(f"weights[{k}]", w, *bounds) for k, w in enumerate(weights)]
-    if abs(sum(values) - 1) > 1e-6:
-        raise ValueError(f"weights must sum to 1, got {sum(values):g}")
+    if abs(sum(values) - 1) > 1e-6 and not any_sum:
+        way_out = '; rule="requantize" takes any sum' if extrapolate else ""
+        raise ValueError(f"weights must sum to 1, got {sum(values):g}{way_out}")
     return tuple(float(np.float32(w)) for w in values)
 
 

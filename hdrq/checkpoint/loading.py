@@ -143,6 +143,7 @@ def assign(model: nn.Module, manifest: Mapping[str, Any], names, take: Callable[
     for name, facts in manifest["weights"].items():
         layer = layers[name]
         quantizer, (qmin, qmax) = layer.weight_quantizer, facts["range"]
+        quantizer.qmin, quantizer.qmax = qmin, qmax
         codes = read(f"{name}.weight.codes")
         if packs(qmin, qmax):
             codes = unpack(codes, layer.latent.shape, signed=qmin < 0)

@@ -40,7 +40,8 @@ def demo(
 
         result = run(bits, seed, show)
     console.print(table(result.rows, f"Accuracy (%) on three domains, {bits}, seed {seed}"))
+    console.print(table(result.pairs, "Two models merged: harmonic mean of the accuracies (%) on their two domains"))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         save(result, out, bits, seed)
-        console.print(f"table.csv, table.json, figure.png and merged.safetensors are in {shown(out)}")
+        console.print(f"table and pairs (CSV and JSON), figure.png and merged.safetensors are in {shown(out)}")

@@ -19,13 +19,23 @@ def merge(
     files: Annotated[list[Path], typer.Argument(help="Two or more quantized models.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The merged model, safetensors.")] = None,
     weights: Annotated[str | None, typer.Option(help="λ of each model, like 0.5,0.3,0.2; equal ones.")] = None,
-    draws: Annotated[int, typer.Option(help="Roundings tried for each layer.")] = 30,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    noise: Annotated[str, typer.Option(help="On all, odd or none of the weights.")] = "all",
-    select: Annotated[str, typer.Option(help="min-cosine, mean-cosine, first or official.")] = "min-cosine",
-    mode: Annotated[str, typer.Option(help="exact, or fast for up to four models.")] = "exact",
-    rule: Annotated[str, typer.Option(help="noise; or half-even, half-up, half-away, requantize.")] = "noise",
-    extrapolate: Annotated[bool, typer.Option("--extrapolate", help="Allow negative weights.")] = False,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="systematic (the default), noise, half-even, half-up, half-away or requantize."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="paper or official: what HDRQ's paper or its code does.")] = None,
+    tau: Annotated[float | None, typer.Option(help="How near to a tie the systematic rule draws; 0.1.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Roundings that rule noise tries for each layer; 30.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    noise: Annotated[str | None, typer.Option(help="On all, odd or none of the weights; all.")] = None,
+    select: Annotated[
+        str | None, typer.Option(help="Among draws: min-cosine, mean-cosine, first or official; min-cosine.")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="Draws: exact, or fast for up to four models; exact.")] = None,
+    bits: Annotated[str | None, typer.Option(help="Of the result, like W4A8, where models differ in theirs.")] = None,
+    extrapolate: Annotated[
+        bool, typer.Option("--extrapolate", help="Allow negative weights: 1,m,-m is A + m·(B - C).")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say whether it will work; status 1 if not.")] = False,
     report: Annotated[Path | None, typer.Option(help="A folder for readiness.json and readiness.png.")] = None,
@@ -53,9 +63,17 @@ def merge(
         def show(done: int, total: int, name: str) -> None:
             bars.update(task, completed=done, total=total, description=plain(name))
 
-        options: dict[str, Any] = {"draws": draws, "seed": seed, "noise": noise, "select": select, "mode": mode}
-        options |= {"rule": rule, "extrapolate": extrapolate, "device": device, "progress": show}
-        options["weights"] = None if weights is None else _numbers("weights", weights)
+        chosen: dict[str, Any] = {
+            "rule": rule,
+            "preset": preset,
+            "tau": tau,
+            "draws": draws,
+            "noise": noise,
+            "select": select,
+        }
+        chosen |= {"mode": mode, "bits": bits, "weights": None if weights is None else _numbers("weights", weights)}
+        options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+        options |= {"seed": seed, "extrapolate": extrapolate, "device": device, "progress": show}
         if out is None:
             found: Readiness | None = readiness(files, **options)
         else:

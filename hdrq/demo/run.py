@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from hdrq.checkpoint.saving import save as save_model
 from hdrq.demo.data import TARGETS, load
 from hdrq.demo.model import load_model
 from hdrq.evaluate.averaging import average
-from hdrq.evaluate.metrics import Row, accuracy
+from hdrq.evaluate.metrics import Row, accuracy, harmonic_mean
 from hdrq.merging.models import merge
 from hdrq.methods.post_training import fold, quantize
 from hdrq.methods.reconstruct.memory import keep_freed_memory
@@ -30,9 +31,10 @@ CALIBRATION = 1024  # images of each domain, without their labels
 
 @dataclass(frozen=True)
 class Result:
-    """What the demo found: rows of the table, and the model that HDRQ and the noise-sampled merge made."""
+    """What the demo found, and the model that HDRQ and systematic rounding made of all three."""
 
-    rows: list[Row]
+    rows: list[Row]  # of models merged from all three: accuracies by domain
+    pairs: list[Row]  # of models merged from two: by pair, the harmonic mean of the accuracies on its domains
     merged: nn.Module
 
 
@@ -56,11 +58,8 @@ def run(bits: str, seed: int, progress: Callable[[str, Step], None]) -> Result:
     source = load_model("source")
     adapted = {domain: load_model(domain) for domain in TARGETS}
 
-    def row(method: str, models: dict[str, nn.Module]) -> Row:
-        return Row(method, {domain: accuracy(models[domain], *tests[domain]) for domain in TARGETS})
-
-    def everywhere(model: nn.Module) -> dict[str, nn.Module]:
-        return dict.fromkeys(TARGETS, model)
+    def scores(model: nn.Module, domains: Sequence[str]) -> dict[str, float]:
+        return {domain: accuracy(model, *tests[domain]) for domain in domains}
 
     def quantized(recipe: str, **options) -> list[nn.Module]:
         return [
@@ -76,22 +75,32 @@ def run(bits: str, seed: int, progress: Callable[[str, Step], None]) -> Result:
             for domain in TARGETS
         ]
 
-    full = average([fold(adapted[domain], images[domain][:32]) for domain in TARGETS])
+    full = [fold(adapted[domain], images[domain][:32]) for domain in TARGETS]
     nearest = quantized("rtn")
     learned = quantized("hdrq", source=source, iterations=ITERATIONS)
-    merged = merge(learned, seed=seed)
-    rows = [
-        row("full precision", everywhere(full)),
-        row("round to nearest, naive merge", everywhere(merge(nearest, noise="none", draws=1))),
-        row("HDRQ, naive merge", everywhere(merge(learned, noise="none", draws=1))),
-        row("HDRQ, noise-sampled merge", everywhere(merged)),
-    ]
-    return Result(rows, merged)
+    methods: dict[str, tuple[list[nn.Module], Callable[[list[nn.Module]], nn.Module]]] = {
+        "full precision": (full, average),
+        "round to nearest, naive merge": (nearest, partial(merge, rule="half-even")),
+        "HDRQ, naive merge": (learned, partial(merge, rule="half-even")),
+        "HDRQ, noise-sampled merge": (learned, partial(merge, rule="noise", seed=seed)),
+        "HDRQ, systematic merge": (learned, partial(merge, rule="systematic", seed=seed)),
+    }
+    merged = {name: make(models) for name, (models, make) in methods.items()}
+    rows = [Row(name, scores(model, TARGETS)) for name, model in merged.items()]
+    pairs = []
+    for name, (models, make) in methods.items():
+        both = {}
+        for i, j in combinations(range(len(TARGETS)), 2):
+            found = scores(make([models[i], models[j]]), (TARGETS[i], TARGETS[j]))
+            both[f"{TARGETS[i]} + {TARGETS[j]}"] = harmonic_mean(found.values())
+        pairs.append(Row(name, both))
+    return Result(rows, pairs, merged["HDRQ, systematic merge"])
 
 
 def save(result: Result, folder: Path, bits: str, seed: int) -> None:
-    """Write the table (CSV and JSON), the figure, and the merged model."""
+    """Write both tables (CSV and JSON), the figure, and the merged model."""
     facts = {"bits": bits, "seed": seed, "hdrq": __version__, "torch": torch.__version__}
     write_rows(result.rows, folder, facts)
+    write_rows(result.pairs, folder, facts, name="pairs")
     write_bars(result.rows, folder / "figure.png", f"Three digit domains merged into one {bits} model")
     save_model(result.merged, folder / "merged.safetensors")

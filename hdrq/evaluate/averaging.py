@@ -40,7 +40,7 @@ def average(
     own = [list(input_quantizers(model).values()) for model in models]
     for target, *quantizers in zip(input_quantizers(merged).values(), *own, strict=True):
         scales, ranges = zip(*((float(q.scale), (q.qmin, q.qmax)) for q in quantizers), strict=True)
-        target.qmin, target.qmax = mean_range(lam, scales, ranges)
+        target.qmin, target.qmax = mean_range(lam, scales, ranges, ranges[0][1] - ranges[0][0] + 1)
     return merged
 
 

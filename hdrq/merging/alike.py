@@ -11,17 +11,20 @@ from hdrq.checks import listed
 from hdrq.merging.sources import Source, label_of
 
 
-def check_alike(sources: Sequence[Source]) -> None:
+def check_alike(sources: Sequence[Source], bits: str | None = None) -> None:
     """Refuse models that cannot be merged with the first of them.
+
+    Args:
+        bits: of the result, where models may differ in theirs; None where they may not.
 
     Raises:
         ValueError: what differs, and in which model; see :func:`description` and :func:`must_agree`.
     """
-    first, specs = description(sources[0]), sources[0].specs
+    first, specs = description(sources[0], bits is not None), sources[0].specs
     integers = [name for name, (dtype, _) in specs.items() if must_agree(sources[0], name, dtype)]
     for k, source in enumerate(sources[1:], start=1):
         label = label_of(source, k)
-        other = description(source)
+        other = description(source, bits is not None)
         differences = [
             f"{name} ({first.get(name, 'missing')} in the first, {other.get(name, 'missing')} in {label})"
             for name in dict.fromkeys((*first, *other))
@@ -33,7 +36,9 @@ def check_alike(sources: Sequence[Source]) -> None:
             if name in source.specs and not torch.equal(source.tensor(name), sources[0].tensor(name))
         ]
         if differences:
-            raise ValueError(f"models must be alike to be merged, got {listed(differences)}")
+            in_bits = bits is None and any(": weight range" in d or ": input levels" in d for d in differences)
+            way_out = "; bits says what the result has where models differ in theirs" if in_bits else ""
+            raise ValueError(f"models must be alike to be merged, got {listed(differences)}{way_out}")
 
 
 def must_agree(source: Source, name: str, dtype: torch.dtype) -> bool:
@@ -46,13 +51,23 @@ def must_agree(source: Source, name: str, dtype: torch.dtype) -> bool:
     return not (merged or dtype.is_floating_point or name.endswith("num_batches_tracked"))
 
 
-def description(source: Source) -> dict[str, Any]:
-    """The facts that must agree between models: tensors' shapes and dtypes, ranges, and where quantizers are."""
-    facts: dict[str, Any] = {name: f"{shape} {dtype}" for name, (dtype, shape) in source.specs.items()}
-    for name, weight in source.manifest["weights"].items():
-        facts[f"{name}: weight range"] = (*weight["range"], weight["axis"])
+def description(source: Source, any_bits: bool) -> dict[str, Any]:
+    """The facts that must agree between models: tensors' shapes and dtypes, ranges, and where quantizers are.
+
+    ``any_bits`` leaves the ranges out, and how codes lie in memory.
+    """
+    weights = source.manifest["weights"]
+    codes = {f"{name}.weight.codes" for name in weights}
+    facts: dict[str, Any] = {
+        name: f"{shape} {dtype}" for name, (dtype, shape) in source.specs.items() if name not in codes
+    }
+    for name, weight in weights.items():
+        facts[f"{name}: weight shape"] = tuple(weight["shape"])
+        facts[f"{name}: weight axis"] = weight["axis"]
+        if not any_bits:
+            facts[f"{name}: weight range"] = tuple(weight["range"])
     for name, (qmin, qmax) in source.manifest["inputs"].items():
-        facts[f"{name}: input levels"] = qmax - qmin + 1
+        facts[f"{name}: input levels"] = "any" if any_bits else qmax - qmin + 1
     for key in ("folded", "shared", "tied"):
         facts |= {f"{name}: {key}": other for name, other in source.manifest[key].items()}
     return facts

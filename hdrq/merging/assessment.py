@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import pdist
 
 from hdrq import checks, ops
+from hdrq.backends.eager.merging import cosines
 from hdrq.ops import MergedTensor
 
 CHUNK = 2**14  # elements of every model that are read at a time: their float64 values stay in the cache
@@ -31,7 +32,7 @@ class LayerReadiness:
     mean_scale_ratio: float  # the same, the mean over channels
     distance: float  # ‖w_i − w_j‖₂ of the pair that is farthest apart, over the mean of ‖w_k‖₂
     steps_apart: float  # root mean square of (w_i − w_j) / Δ*, of the pair where it is most
-    lowest_cosine: float  # of the draws, each scored by its smallest cosine over the models
+    lowest_cosine: float  # of the draws, each scored by its smallest cosine over the models; of the result without any
     highest_cosine: float
     kept_cosine: float  # of the draw kept
     clipped: float  # share of weights that the clamp moved: round(v) + z* outside [qmin, qmax]
@@ -86,7 +87,7 @@ def examine(
     )
     grid = [t.double()[:, None] for t in (merged.scale, merged.zero_point)]
 
-    totals = torch.zeros(6 + count + count * (count - 1), dtype=torch.float64, device=lam.device)
+    totals = torch.zeros(6 + 3 * count + count * (count - 1), dtype=torch.float64, device=lam.device)
     for channels, columns in _tiles(rows[0].shape):
         tile = [r[channels, columns].double() for r in rows]
         step, zero = (t[channels] for t in grid)
@@ -95,14 +96,17 @@ def examine(
         position = midpoint / step
         nearest = position.round() + zero
         to_tie = (position - position.floor() - 0.5).abs()
+        residue, distances = (tile[-1] - zero) * step - midpoint, midpoint - values
         at_bounds = sum(((c == low) | (c == high)).sum() for c, (low, high) in zip(tile, bounds, strict=False))
         sums = (
             (to_tie < 0.25).sum(),
             (to_tie <= TIE).sum(),
             ((nearest < qmin) | (nearest > qmax)).sum(),
             at_bounds,
-            ((tile[-1] - zero) * step - midpoint).square().sum(),
+            residue.square().sum(),
             midpoint.square().sum(),
+            *distances.square().sum((1, 2)),
+            *(distances * residue).sum((1, 2)),
             *values.square().sum((1, 2)),
             *pdist(values.flatten(1)).square(),
             *pdist((values / step).flatten(1)).square(),
@@ -111,9 +115,11 @@ def examine(
 
     elements = max(shape.numel(), 1)
     ambiguous, ties, clipped, at_bounds, error, length = totals[:6].tolist()
-    norms, apart = totals[6 : 6 + count].sqrt().mean(), totals[6 + count :].sqrt().view(2, -1).amax(1)
+    squares, products, lengths = totals[6 : 6 + 3 * count].view(3, count)
+    norms, apart = lengths.sqrt().mean(), totals[6 + 3 * count :].sqrt().view(2, -1).amax(1)
     ratio = steps.amax(0) / steps.amin(0)
-    scores = merged.similarity.amin(1)
+    similarity = merged.similarity if len(merged.similarity) else cosines(squares, products[None], totals[4:5, None])
+    scores = similarity.amin(1)
     return LayerReadiness(
         name,
         shape.numel(),

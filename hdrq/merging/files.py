@@ -11,7 +11,7 @@ from hdrq.checkpoint.files import output_path
 from hdrq.checkpoint.format import Reader, Writer
 from hdrq.merging.assessment import LayerReadiness, Readiness
 from hdrq.merging.inputs import Inputs
-from hdrq.merging.layers import layer_readiness, merge_by_noise
+from hdrq.merging.layers import layer_readiness, merge_layer
 from hdrq.merging.manifest import merged_manifest, merged_ranges
 from hdrq.merging.models import states_of
 from hdrq.merging.settings import MergeSettings
@@ -35,7 +35,7 @@ def merge_files(
     Args:
         paths: two or more files that :func:`hdrq.save` wrote.
         out: the merged file, which appears whole or not at all.
-        report: also say how well each layer merged, by noise-sampled rounding.
+        report: also say how well each layer merged.
         device: where layers are merged.
         progress: is called before every layer.
         options: as for :func:`hdrq.merge`.
@@ -46,9 +46,7 @@ def merge_files(
         TypeError, ValueError: as :func:`hdrq.merge`; a damaged file.
     """
     output_path(out)
-    settings = MergeSettings(**options)
-    if report and settings.rule != "noise":
-        raise ValueError(f'rule must be "noise" for a report, got {settings.rule!r}')
+    settings = MergeSettings.of(len(paths), **options)
     layers: list[LayerReadiness] = []
     with ExitStack() as stack:
         inputs = Inputs([stack.enter_context(Reader(path)) for path in paths], settings, device)
@@ -65,7 +63,7 @@ def readiness(
     progress: Progress = no_progress,
     **options: Any,
 ) -> Readiness:
-    """Whether merging will work: what noise-sampled rounding does to each layer of models or of files, and a verdict.
+    """Whether merging will work: what becomes of each layer of models or of files, and a verdict.
 
     Arguments and errors as :func:`merge_files`.
     """
@@ -74,7 +72,7 @@ def readiness(
             sources: list[Source] = [stack.enter_context(Reader(path)) for path in models]
         else:
             sources = states_of(models)
-        settings = MergeSettings(**options)
+        settings = MergeSettings.of(len(models), **options)
         inputs = Inputs(sources, settings, device)
         merged_ranges(inputs)  # refuses scales that cannot be merged, as the merge would
         inputs.check_rest()
@@ -88,4 +86,4 @@ def readiness(
 def _readiness_of_layer(inputs: Inputs, settings: MergeSettings, name: str) -> LayerReadiness:
     """How well a layer merges; when this returns, its tensors are not held any more."""
     layer = inputs.layer(name)
-    return layer_readiness(layer, inputs.weights, merge_by_noise(layer, inputs.weights, settings))
+    return layer_readiness(layer, inputs.weights, merge_layer(layer, inputs.weights, settings))

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from hdrq import checks
+from hdrq.checkpoint.format import codes_spec
 from hdrq.evaluate.averaging import weighted_mean
 from hdrq.merging.alike import check_alike
 from hdrq.merging.layers import LayerInputs
 from hdrq.merging.settings import MergeSettings
 from hdrq.merging.sources import Source, label_of
+from hdrq.quantizers.bits import BitWidths
 
 
 class Inputs:
@@ -33,10 +35,15 @@ class Inputs:
             checks.device(device)
         self.sources, self.device = sources, device
         self.weights = settings.weights_of(len(sources))
-        check_alike(sources)
+        check_alike(sources, settings.bits)
         self.labels = [label_of(source, k) for k, source in enumerate(sources)]
+        self.ranges = merged_weight_ranges(sources, settings.bits)
+        self.levels = merged_input_levels(sources, settings.bits)
         self.specs = dict(sources[0].specs)
-        self.layers = sorted(sources[0].manifest["weights"])  # names; a file has no other order
+        for name, (qmin, qmax) in self.ranges.items():
+            shape = tuple(sources[0].manifest["weights"][name]["shape"])
+            self.specs[f"{name}.weight.codes"] = codes_spec(qmin, qmax, shape)
+        self.layers = sorted(self.ranges)  # names; a file has no other order
 
     def tensor(self, name: str) -> list[torch.Tensor]:
         """One tensor of every model.
@@ -53,8 +60,8 @@ class Inputs:
         facts = self.sources[0].manifest["weights"][name]
         codes, scales = (self.tensor(f"{name}.weight.{part}") for part in ("codes", "scale"))
         zeros = [z.float() for z in self.tensor(f"{name}.weight.zero_point")] if facts.get("affine") else None
-        qmin, qmax = facts["range"]
-        grid = (codes, scales, zeros, qmin, qmax, facts["axis"])
+        ranges = [tuple(source.manifest["weights"][name]["range"]) for source in self.sources]
+        grid = (codes, scales, zeros, ranges, *self.ranges[name], facts["axis"])
         return LayerInputs(name, self.layers.index(name), *grid, facts["shape"])
 
     def mean(self, name: str) -> torch.Tensor:
@@ -69,7 +76,7 @@ class Inputs:
         if not dtype.is_floating_point:
             return self.sources[0].tensor(name)
         values = self.tensor(name)
-        mean = weighted_mean(self.weights, values)
+        mean = weighted_mean(self._shares(name), values)
         read = [value for value, weight in zip(values, self.weights, strict=True) if weight]
         masked = _masked(read)
         mean = mean.masked_fill(masked, -math.inf).to(dtype)
@@ -78,6 +85,16 @@ class Inputs:
                 f"mean of {name} must fit {dtype}, got a number that is not finite; weights in [0, 1] keep it within"
             )
         return mean
+
+    def _shares(self, name: str) -> list[float]:
+        """λ of each model; times its levels over those of the result for the scale of an input, whose range, not its
+        step, is averaged."""
+        module = name.removesuffix(".input.scale")
+        if module == name or module not in self.levels:
+            return list(self.weights)
+        ranges = [source.manifest["inputs"][module] for source in self.sources]
+        levels = self.levels[module]
+        return [w * ((high - low + 1) / levels) for w, (low, high) in zip(self.weights, ranges, strict=True)]
 
     def check_rest(self) -> None:
         """Refuse models whose tensors outside of quantized weights cannot be merged, as the merge would.
@@ -88,6 +105,29 @@ class Inputs:
         weights = {f"{layer}.weight.{part}" for layer in self.layers for part in ("codes", "scale", "zero_point")}
         for name in self.specs.keys() - weights:
             self.mean(name)
+
+
+def merged_weight_ranges(sources: Sequence[Source], bits: str | None) -> dict[str, tuple[int, int]]:
+    """The range of every merged weight: the models' own, or one of ``bits`` where theirs differ."""
+    result = {}
+    for name in sources[0].manifest["weights"]:
+        ranges = {tuple(source.manifest["weights"][name]["range"]) for source in sources}
+        if len(ranges) > 1 and bits is not None:
+            count, signed = BitWidths.parse(bits).weight, min(low for low, _ in ranges) < 0
+            ranges = {(-(2 ** (count - 1)), 2 ** (count - 1) - 1) if signed else (0, 2**count - 1)}
+        (result[name],) = ranges
+    return result
+
+
+def merged_input_levels(sources: Sequence[Source], bits: str | None) -> dict[str, int]:
+    """How many levels every merged quantizer of activations has: the models' own, or those of ``bits``."""
+    result = {}
+    for name in sources[0].manifest["inputs"]:
+        levels = {high - low + 1 for low, high in (source.manifest["inputs"][name] for source in sources)}
+        if len(levels) > 1 and bits is not None:
+            levels = {2 ** BitWidths.parse(bits).activation}
+        (result[name],) = levels
+    return result
 
 
 def check_finite(

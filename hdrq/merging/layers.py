@@ -1,4 +1,4 @@
-"""Merging one layer: its codes and scales in every model, by noise-sampled rounding or by a fixed rule."""
+"""Merging one layer: its codes and scales in every model, by one of the rules."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from hdrq import ops
 from hdrq.checkpoint.format import packs
+from hdrq.merging import rules
 from hdrq.merging.assessment import LayerReadiness, examine
-from hdrq.merging.rules import RuleMerge, merge_rule
 from hdrq.merging.settings import MergeSettings
 from hdrq.ops import MergedTensor
 from hdrq.rng import rng_state
@@ -19,13 +19,14 @@ from hdrq.rng import rng_state
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """A layer's quantized weight in every model, and what is the same in all of them."""
+    """A layer's quantized weight in every model, and the range of the merged one."""
 
     name: str
-    index: int  # in the order of names, which chooses the stream of noise
+    index: int  # in the order of names, which chooses the random stream
     codes: list[torch.Tensor]  # as a file has them: two to a byte, where the range allows it
     scales: list[torch.Tensor]
     zero_points: list[torch.Tensor] | None
+    ranges: list[tuple[int, int]]
     qmin: int
     qmax: int
     axis: int | None
@@ -36,46 +37,30 @@ class LayerInputs:
         return packs(self.qmin, self.qmax)
 
 
-def merge_layer(layer: LayerInputs, weights: Sequence[float], settings: MergeSettings) -> RuleMerge:
+def merge_layer(layer: LayerInputs, weights: Sequence[float], settings: MergeSettings) -> MergedTensor:
     """The merged codes, as a file has them, with their scale and zero point."""
-    if settings.rule == "noise":
-        return RuleMerge.of(merge_by_noise(layer, weights, settings))
-    return merge_by_rule(layer, weights, settings.rule)
+    grid = (layer.scales, layer.qmin, layer.qmax)
+    options: dict[str, Any] = {"weights": weights, "zero_points": layer.zero_points, "ranges": layer.ranges}
+    options |= {"axis": layer.axis, "extrapolate": settings.extrapolate}
+    if settings.rule in rules.RULES:
+        merged = rules.merge_rule(_plain(layer), *grid, settings.rule, **options)
+        return merged._replace(codes=ops.pack(merged.codes)) if layer.packed else merged
+    names = ("rule", "tau", "draws", "noise", "select", "mode")
+    options |= {name: getattr(settings, name) for name in names}
+    rng = rng_state(settings.seed, stream=64 * layer.index, device=layer.codes[0].device)
+    return ops.merge(layer.codes, *grid, rng, shape=layer.shape, packed=layer.packed, **options)
 
 
-def merge_by_noise(layer: LayerInputs, weights: Sequence[float], settings: MergeSettings) -> MergedTensor:
-    """The merged weight by noise-sampled rounding, whatever the rule of ``settings``."""
-    return ops.merge(
-        layer.codes,
-        layer.scales,
-        layer.qmin,
-        layer.qmax,
-        rng_state(settings.seed, stream=64 * layer.index, device=layer.codes[0].device),
-        weights=weights,
-        draws=settings.draws,
-        noise=settings.noise,
-        axis=layer.axis,
-        select=settings.select,
-        mode=settings.mode,
-        zero_points=layer.zero_points,
-        shape=layer.shape,
-        packed=layer.packed,
-        extrapolate=settings.extrapolate,
-    )
-
-
-def merge_by_rule(layer: LayerInputs, weights: Sequence[float], rule: str) -> RuleMerge:
-    """The merged weight by one of :data:`hdrq.merging.rules.RULES`, its codes as a file has them."""
-    codes = [
-        ops.unpack(stored, layer.shape, signed=layer.qmin < 0) if layer.packed else stored for stored in layer.codes
+def _plain(layer: LayerInputs) -> list[torch.Tensor]:
+    """Codes that are not packed."""
+    return [
+        ops.unpack(codes, layer.shape, signed=low < 0) if codes.dtype == torch.uint8 else codes
+        for codes, (low, _) in zip(layer.codes, layer.ranges, strict=True)
     ]
-    options: dict[str, Any] = {"weights": weights, "zero_points": layer.zero_points, "axis": layer.axis}
-    merged = merge_rule(codes, layer.scales, layer.qmin, layer.qmax, rule, **options)
-    return merged._replace(codes=ops.pack(merged.codes)) if layer.packed else merged
 
 
 def layer_readiness(layer: LayerInputs, weights: Sequence[float], merged: MergedTensor) -> LayerReadiness:
-    """How well :func:`merge_by_noise` merged a layer."""
+    """How well :func:`merge_layer` merged a layer."""
     return examine(
         layer.name,
         merged,
@@ -86,5 +71,6 @@ def layer_readiness(layer: LayerInputs, weights: Sequence[float], merged: Merged
         weights=weights,
         axis=layer.axis,
         zero_points=layer.zero_points,
+        ranges=layer.ranges,
         shape=layer.shape,
     )

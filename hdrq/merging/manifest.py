@@ -28,6 +28,9 @@ def merged_manifest(inputs: Inputs, settings: MergeSettings) -> dict[str, Any]:
         if all(key in facts and facts[key] == origins[0][key] for facts in origins):
             origin[key] = origins[0][key]
     tables = {key: first[key] for key in TABLES if key in first and key != "sha256"} | {"hdrq": __version__}
+    tables["weights"] = {
+        name: {**facts, "range": list(inputs.ranges[name])} for name, facts in first["weights"].items()
+    }
     return {**tables, "inputs": merged_ranges(inputs), **origin}
 
 
@@ -45,4 +48,4 @@ def _merged_range(inputs: Inputs, name: str) -> list[int]:
     for scale in scales:
         checks.scale_values(f"{name}.input.scale", scale)
     ranges = [source.manifest["inputs"][name] for source in inputs.sources]
-    return list(mean_range(inputs.weights, [float(scale) for scale in scales], ranges))
+    return list(mean_range(inputs.weights, [float(scale) for scale in scales], ranges, inputs.levels[name]))

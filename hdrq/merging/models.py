@@ -29,9 +29,13 @@ def merge(models: Sequence[nn.Module], **options: Any) -> nn.Module:
     a zero point lies where the merged values do. Integer buffers must agree; BatchNorm's count of batches need not.
 
     Args:
-        models: two or more results of :func:`hdrq.quantize`, of one architecture and one bit policy; left as they are.
-        options: the fields of :class:`hdrq.merging.settings.MergeSettings`: ``weights``, ``draws``, ``seed``,
-            ``noise``, ``select``, ``mode``, ``rule``, ``extrapolate``.
+        models: two or more results of :func:`hdrq.quantize`, of one architecture; left as they are. They may differ
+            in bits if ``bits`` says those of the result.
+        options: ``preset``, and the fields of :class:`hdrq.merging.settings.MergeSettings`: ``weights``, ``rule``,
+            ``tau``, ``draws``, ``seed``, ``noise``, ``select``, ``mode``, ``extrapolate``, ``bits``. Without any,
+            equal weights and systematic rounding. ``preset="paper"`` is what the paper does: rule ``"noise"`` for two
+            models, rounding to nearest for more; ``"official"`` what its released code does, for two models: noise
+            where the integers' sum is odd, 100 draws, its own choice among them. Options given besides a preset win.
 
     Returns:
         A model of the class of the first.
@@ -41,7 +45,7 @@ def merge(models: Sequence[nn.Module], **options: Any) -> nn.Module:
     """
     models = list(models)
     states = states_of(models)
-    settings = MergeSettings(**options)
+    settings = MergeSettings.of(len(models), **options)
     inputs = Inputs(states, settings)
     manifest = merged_manifest(inputs, settings)
     merged = copy.deepcopy(models[0])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 
-from hdrq.merging.assessment import LayerReadiness
+from hdrq.merging.assessment import CLIPPED, LayerReadiness
 from hdrq.merging.inputs import Inputs
-from hdrq.merging.layers import layer_readiness, merge_by_noise, merge_layer
-from hdrq.merging.rules import RuleMerge
+from hdrq.merging.layers import layer_readiness, merge_layer
 from hdrq.merging.settings import MergeSettings
+from hdrq.ops import MergedTensor
 
 Progress = Callable[[int, int, str], None]  # layers done, of how many, and the name of the next
 
@@ -29,13 +30,14 @@ def merged_tensors(
 
     Args:
         progress: is called before every layer.
-        report: a list that gets the readiness of every layer; only with noise-sampled rounding.
+        report: a list that gets the readiness of every layer.
     """
     rest = dict.fromkeys(inputs.specs)
     for number, name in enumerate(inputs.layers):
         progress(number, len(inputs.layers), name)
-        codes, scale, zero_point = _merged_layer(inputs, settings, name, report)
-        for part, value in (("codes", codes), ("scale", scale), ("zero_point", zero_point.to(torch.int32))):
+        merged = _merged_layer(inputs, settings, name, report)
+        parts = {"codes": merged.codes, "scale": merged.scale, "zero_point": merged.zero_point.to(torch.int32)}
+        for part, value in parts.items():
             if f"{name}.weight.{part}" in rest:  # not every layer has zero points
                 del rest[f"{name}.weight.{part}"]
                 yield f"{name}.weight.{part}", value
@@ -43,11 +45,21 @@ def merged_tensors(
         yield name, inputs.mean(name)
 
 
-def _merged_layer(inputs: Inputs, settings: MergeSettings, name: str, report: list[LayerReadiness] | None) -> RuleMerge:
+def _merged_layer(
+    inputs: Inputs, settings: MergeSettings, name: str, report: list[LayerReadiness] | None
+) -> MergedTensor:
     """The merged weight of a layer; when this returns, the models' own are not held any more."""
     layer = inputs.layer(name)
-    if report is None:
-        return merge_layer(layer, inputs.weights, settings)
-    merged = merge_by_noise(layer, inputs.weights, settings)
-    report.append(layer_readiness(layer, inputs.weights, merged))
-    return RuleMerge.of(merged)
+    merged = merge_layer(layer, inputs.weights, settings)
+    may_clip = len(set(layer.ranges)) > 1 or min(inputs.weights) < 0
+    if report is not None or may_clip:
+        found = layer_readiness(layer, inputs.weights, merged)
+        if may_clip and found.clipped > CLIPPED:
+            warnings.warn(
+                f"{name}: {found.clipped:.0%} of the merged weights are clipped to [{layer.qmin}, {layer.qmax}]; more "
+                'bits or rule="requantize", which searches a range anew, may help',
+                stacklevel=2,
+            )
+        if report is not None:
+            report.append(found)
+    return merged

@@ -138,7 +138,7 @@ def merge(
     return MergedTensor(merged, scale, similarity, scale.new_zeros((), dtype=torch.int64), zero_point)
 
 
-def rule_of(rule: str | None, tau: float | None, drawing: dict[str, Any], rules: Sequence[str] = RULES) -> str:
+def rule_of(rule: str | None, tau: float | None, drawing: dict[str, Any], rules: tuple[str, ...] = RULES) -> str:
     """The rule that is meant, once the options given fit it.
 
     Args:

@@ -313,6 +313,22 @@ def merge(codes, scales, qmin, qmax, rng, draws, **options) -> dict[str, torch.T
     return results
 
 
+def merged_at_once(draw: Draw) -> dict[str, Any]:
+    """As above, of any rule that draws once; half of the scales are nearly equal, which makes near-ties of all."""
+    arguments = merged(draw)
+    for name in ("draws", "noise", "mode"):
+        del arguments[name]
+    if draw.chance(0.5):
+        arguments["scales"] = [arguments["scales"][0] * (1 + 0.001 * k) for k in range(len(arguments["scales"]))]
+    rule = draw.choice("systematic", "half-even")
+    return arguments | {"rule": rule, "tau": draw.choice(None, 0.0, 0.3, 0.5) if rule == "systematic" else None}
+
+
+def merge_at_once(codes, scales, qmin, qmax, rng, **options) -> dict[str, torch.Tensor]:
+    result = ops.merge(codes, scales, qmin, qmax, rng, **options)
+    return {"codes": result.codes, "scale": result.scale, "zero point": result.zero_point}
+
+
 def nibbles(draw: Draw) -> dict[str, Any]:
     low, dtype = draw.choice(-8, 0), draw.choice(*checks.CODES)
     return {"codes": draw.codes(draw.shape(), low, low + 15, dtype)}
@@ -345,6 +361,7 @@ OPS: dict[str, Op] = {
     "pack": Op("merging", nibbles),
     "unpack": Op("merging", nibbles, call=unpack),
     "merge": Op("merging", merged, (), {"similarity": ONE, "best": ONE}, merge),
+    "merge_systematic": Op("systematic", merged_at_once, call=merge_at_once),
 }
 
 

@@ -18,9 +18,13 @@ WIDEST = (-(2**15), 2**15 - 1)  # the widest range of integers
 MODES = ("float", "noise", "round")  # pass through; noise in place of rounding; fake-quantize
 
 
-def mean_range(weights: Sequence[float], scales: Sequence[float], ranges: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """Where the mean of quantizers has its range of integers: ``low* = round(Σ λ_k·s_k·low_k / Σ λ_k·s_k)``, its width
-    that of the first. A range with a zero point inside is ``[−z, 2^b − 1 − z]``; equal ranges stay.
+def mean_range(
+    weights: Sequence[float], scales: Sequence[float], ranges: Sequence[Sequence[int]], levels: int
+) -> tuple[int, int]:
+    """Where the mean of quantizers has its range of integers: ``low* = round(Σ λ_k·s_k·low_k / s*)``.
+
+    Its ``levels`` L have the step ``s* = Σ λ_k·s_k·L_k / L``. A range with a zero point inside is
+    ``[−z, 2^b − 1 − z]``; equal ranges stay.
 
     Raises:
         ValueError: the mean scale is not positive.
@@ -28,8 +32,9 @@ def mean_range(weights: Sequence[float], scales: Sequence[float], ranges: Sequen
     steps = [w * s for w, s in zip(weights, scales, strict=True)]
     if not 0 < sum(steps) < math.inf:
         raise ValueError(f"the mean scale of an input must be positive and finite, got {sum(steps):g}")
-    low = round(sum(step * each[0] for step, each in zip(steps, ranges, strict=True)) / sum(steps))
-    return low, low + ranges[0][1] - ranges[0][0]
+    mean_step = sum(step * ((high - low + 1) / levels) for step, (low, high) in zip(steps, ranges, strict=True))
+    low = round(sum(step * each[0] for step, each in zip(steps, ranges, strict=True)) / mean_step)
+    return low, low + levels - 1
 
 
 class Quantizer(nn.Module):

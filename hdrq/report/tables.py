@@ -85,15 +85,15 @@ def readiness_table(readiness: Readiness):
     return result
 
 
-def write_rows(rows: Sequence[Row], folder: Path, facts: dict) -> None:
+def write_rows(rows: Sequence[Row], folder: Path, facts: dict, name: str = "table") -> None:
     """``table.csv``, and ``table.json`` with ``facts`` (settings, versions) beside the rows."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["method", *rows[0].accuracies, "harmonic_mean"])
     for row in rows:
         writer.writerow([row.method, *(f"{v:.2f}" for v in (*row.accuracies.values(), row.harmonic_mean))])
-    write_atomically(folder / "table.csv", text.getvalue())
-    write_atomically(folder / "table.json", json.dumps({**facts, "rows": records(rows)}, indent=2) + "\n")
+    write_atomically(folder / f"{name}.csv", text.getvalue())
+    write_atomically(folder / f"{name}.json", json.dumps({**facts, "rows": records(rows)}, indent=2) + "\n")
 
 
 def records(rows: Sequence[Row]) -> list[dict]:

@@ -22,6 +22,7 @@ ROWS = [
     "round to nearest, naive merge",
     "HDRQ, naive merge",
     "HDRQ, noise-sampled merge",
+    "HDRQ, systematic merge",
 ]
 
 
@@ -109,7 +110,11 @@ def test_demo_prints_its_table(made):
 
 def test_demo_writes_table_figure_and_model(made):
     _, folder = made
-    assert {p.name for p in folder.iterdir()} == {"table.csv", "table.json", "figure.png", "merged.safetensors"}
+    assert {p.name for p in folder.iterdir()} == {
+        *(f"{name}.{kind}" for name in ("table", "pairs") for kind in ("csv", "json")),
+        "figure.png",
+        "merged.safetensors",
+    }
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((folder / "table.json").read_text())
     assert (record["bits"], record["seed"], record["hdrq"]) == ("W3A3", 5, hdrq.__version__)

@@ -11,9 +11,12 @@ import hdrq
     [
         (
             {"width": 7},
-            ["a.bias ((6,) torch.float32 in the first, (7,) torch.float32 in number 1)", "head.weight.codes ((4, 6)"],
+            ["a.bias ((6,) torch.float32 in the first, (7,) torch.float32 in number 1)", "head: weight shape ((4, 6)"],
         ),
-        ({"bits": "W3A4"}, ["b: weight range ((-8, 7, None) in the first, (-4, 3, None) in number 1)"]),
+        (
+            {"bits": "W3A4"},
+            ["b: weight range ((-8, 7) in the first, (-4, 3) in number 1)", "; bits says what the result has"],
+        ),
         ({"bits": "W4A5"}, ["b: input levels (16 in the first, 32 in number 1)"]),
         ({"table": 17}, ["table ((16,) torch.int64 in the first, (17,) torch.int64 in number 1)"]),
     ],

@@ -206,4 +206,4 @@ def test_a_finished_model_takes_a_half_type_and_keeps_its_codes_and_scales(dtype
 @pytest.mark.parametrize("scale", [torch.inf, 0.0, torch.nan, -3.0])
 def test_scales_without_a_positive_finite_mean_are_refused(scale):
     with pytest.raises(ValueError, match="the mean scale of an input must be positive and finite, got"):
-        mean_range([0.5, 0.5], [scale, 0.0 if scale == 0 else 1.0], [[0, 15], [0, 15]])
+        mean_range([0.5, 0.5], [scale, 0.0 if scale == 0 else 1.0], [[0, 15], [0, 15]], 16)
