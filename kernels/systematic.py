@@ -9,8 +9,9 @@ import triton.language as tl
 
 from hdrq.backends.reference.systematic import GROUP, UNIT
 from hdrq.kernels import _lang as lang
+from hdrq.kernels._codes import alike, input_tile, store_code
 from hdrq.kernels._launch import Tiling, launch
-from hdrq.kernels.merging import alike, input_tile, merged_grid, on_device, store_code
+from hdrq.kernels.merging import merged_grid, on_device
 
 SHIFT = tl.constexpr(UNIT)
 ONE = tl.constexpr(float(2**UNIT))

@@ -44,7 +44,7 @@ def _launches(warp_size: int, layouts: Container[int]) -> list[tuple]:
     import torch
     import triton
 
-    from hdrq.kernels import _launch, distance, drop, fakequant, merging, noise, ranges, rounding, weights
+    from hdrq.kernels import _launch, distance, drop, fakequant, merging, noise, ranges, rounding, systematic, weights
 
     caught = []
     triton.JITFunction.run = lambda kernel, *args, grid, warmup, **keywords: caught.append((kernel, args, keywords))
@@ -87,6 +87,8 @@ def _launches(warp_size: int, layouts: Container[int]) -> list[tuple]:
             how = ("official", "fast" if number else "exact", codes.shape, [packed] * 2, packed)
             pair = [half, half] if packed else [codes, codes]
             merging.merge(pair, [s, s], [s, s], -8, 7, rng, [0.5, 0.5], 4, mode, axis, *how)
+            at_once = [0.5, 0.5], 0.1, axis, codes.shape, [packed] * 2, packed
+            systematic.merge_systematic(pair, [s, s], [s, s], -8, 7, rng, *at_once)
             if number == 0:
                 three = [codes] * 3, [s] * 3, [s] * 3, -8, 7, rng, [0.25, 0.25, 0.5]
                 merging.merge(*three, 4, mode, axis, "first", "fast", *how[2:])

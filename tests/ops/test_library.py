@@ -35,6 +35,11 @@ def merging(codes, mode, packed):
     return codes, *grid, [0.5, 0.5], 2, "all", None, "min-cosine", mode, [9], packed
 
 
+def systematic(codes, packed):
+    grid = [[torch.ones(1)] * 2, [torch.zeros(1)] * 2, [-8, 7] * 2, -8, 7, RNG]
+    return codes, *grid, [0.5, 0.5], 0.1, None, [9], packed
+
+
 CASES = {
     "noise_quantize": lambda: (*tensors(), -8, 7, RNG),
     "noise_quantize along an axis": lambda: (*tensors(1), -8, 7, RNG, None, 1, 0.5),
@@ -86,6 +91,8 @@ CASES = {
     "search_scale": lambda: (torch.linspace(-1, 1, 50), -8, 7),
     "search_affine": lambda: (torch.linspace(-1, 1, 50).view(10, 5), -2, 1, 2.4, 10, 1),
     "merge": lambda: merging([torch.ones(9, dtype=torch.int8)] * 2, "exact", False),
+    "merge_systematic": lambda: systematic([torch.ones(9, dtype=torch.int8)] * 2, False),
+    "merge_systematic, packed": lambda: systematic([torch.ones(5, dtype=torch.uint8)] * 2, True),
     "merge, packed": lambda: merging([torch.ones(5, dtype=torch.uint8)] * 2, "fast", True),
 }
 
