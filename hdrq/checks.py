@@ -130,6 +130,8 @@ def scale_values(name: str, scale: torch.Tensor) -> None:
     """Positive and finite, on a CPU. Elsewhere a value is not read: the op yields NaN where the scale is neither."""
     if scale.device.type != "cpu":
         return
+    if scale.numel() == 1 and 0 < scale.item() < math.inf:  # the commonest case, without the price of an array
+        return
     values = scale.detach().numpy()
     wrong = ~((values > 0) & (values < np.inf))
     if wrong.any():

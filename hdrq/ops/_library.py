@@ -1,4 +1,4 @@
-"""The ``torch.library`` namespace of hdrq: how an op is registered."""
+"""The ``torch.library`` namespace of hdrq: how an op is registered, and the short way to it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,93 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
 
 from hdrq.backends.dispatch import forced, forcing
 
 _LIBRARY = torch.library.Library("hdrq", "DEF")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def register(schema: str, implementation: Callable, fake: Callable, *, no_vmap: str | None = None) -> Any:
-    """Define an op on all devices, with its fake, and return it. ``no_vmap`` says why vmap refuses it, if it does."""
+class Op:
+    """An op: ``torch.ops.hdrq``'s where somebody traces, transforms or watches it, else its function without torch's
+    dispatcher, whose Python wrappers cost more than a small tensor's kernel.
+
+    Args:
+        packet: what is registered.
+        function: the op on real tensors; it checks its arguments, or its caller has.
+        check: the same check, for arguments that go to the dispatcher, whose own messages name no way out; None where
+            the caller has checked.
+    """
+
+    def __init__(self, packet: Any, function: Callable, check: Callable | None) -> None:
+        self._packet, self.function, self._check = packet, function, check
+        self.remember: Callable | None = None
+        self.gradient: Callable | None = None
+
+    @property
+    def default(self) -> Any:
+        """The overload that is registered."""
+        return self._packet.default
+
+    def __call__(self, *args):
+        learns, plain = False, not _watched()
+        for argument in args:
+            if isinstance(argument, torch.Tensor):
+                learns |= argument.requires_grad
+                plain &= type(argument) in _PLAIN and not argument.is_meta
+            elif isinstance(argument, list):
+                plain = False
+        learns &= torch.is_grad_enabled()
+        if not plain or (learns and self.gradient is None):
+            if self._check is not None:
+                self._check(*args)
+            return self._packet(*args)
+        return _Differentiable.apply(self, *args) if learns else self.function(*args)
+
+
+class _Differentiable(torch.autograd.Function):
+    """An op without torch's dispatcher, with its gradient."""
+
+    @staticmethod
+    def forward(ctx, op, *args):
+        result = op.function(*args)
+        op.remember(ctx, args, result)
+        ctx.op = op
+        return result
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *ctx.op.gradient(ctx, *grads)
+
+
+def _watched() -> bool:
+    """Whether a compiler, a mode, a transform or a trace must see the ops that are called."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def register(
+    schema: str,
+    implementation: Callable,
+    fake: Callable,
+    *,
+    check: Callable | None = None,
+    checked: Callable | None = None,
+    no_vmap: str | None = None,
+) -> Op:
+    """Define an op on all devices, with its fake, and return it.
+
+    Args:
+        check: the implementation's own check, for an op that users' arguments reach unchecked.
+        checked: the implementation without its check, for an op whose arguments we have checked.
+        no_vmap: why vmap refuses it, if it does.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
@@ -24,10 +103,10 @@ def register(schema: str, implementation: Callable, fake: Callable, *, no_vmap: 
             raise RuntimeError(f"hdrq::{name} must not be called under torch.func.vmap: {no_vmap}")
 
         torch.library.register_vmap(f"hdrq::{name}", refuse, lib=_LIBRARY)
-    return getattr(torch.ops.hdrq, name)
+    return Op(getattr(torch.ops.hdrq, name), checked or implementation, check)
 
 
-def differentiable(op: Any, setup_context: Callable, backward: Callable) -> None:
+def differentiable(op: Op, setup_context: Callable, backward: Callable) -> None:
     """Give an op its gradient. It runs with the backend of the op, since torch may take it in another thread."""
 
     def remember(ctx, inputs, output) -> None:
@@ -41,10 +120,11 @@ def differentiable(op: Any, setup_context: Callable, backward: Callable) -> None
         with forcing(ctx.hdrq_forced):
             return backward(ctx, *grads)
 
+    op.remember, op.gradient = remember, run
     torch.library.register_autograd(op.default, run, setup_context=remember, lib=_LIBRARY)
 
 
-def not_differentiable(op: Any, why: str) -> None:
+def not_differentiable(op: Op, why: str) -> None:
     """Make asking for an op's gradient an error that says why there is none."""
 
     def refuse(ctx, *grads):

@@ -64,7 +64,6 @@ def fake_quantize(
         (tensor([0.5000, 1.0000, 1.5000]), tensor([1., 1., 0.]))
     """
     threshold = checks.keep_threshold("keep", keep)
-    _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
     return _forward_op(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
 
 
@@ -163,9 +162,15 @@ def _forward_fake(
 
 
 def _backward(grad, x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0, rng=None, threshold=KEEP_ALL):
-    axis = _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
+    _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
     checks.same_shape("grad", grad, "x", x)
+    return _gradients(grad, x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
+
+
+def _gradients(grad, x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold):
+    """Of arguments that the forward pass has checked."""
     run = implementation("fakequant", "fake_quantize_backward", x)
+    axis = checks.axis_of(x, axis)
     args = (scale.flatten(), qmin, qmax, _flat(zero_point), axis, grad_scale, rng, threshold)
     grad_x, grad_s = run(grad.to(x.dtype).contiguous(), x.contiguous(), *args)
     return grad_x.to(x.dtype), grad_s.reshape(scale.shape)
@@ -222,11 +227,14 @@ def _autograd(ctx, grad):
 _GRID = "Tensor? zero_point=None, int? axis=None"
 _ARGS = f"Tensor x, Tensor scale, int qmin, int qmax, {_GRID}"
 _TRAINED = f"{_ARGS}, float grad_scale=1.0, Tensor? rng=None, int threshold={KEEP_ALL}"
-_forward_op = register(f"fake_quantize({_TRAINED}) -> Tensor", _forward, _forward_fake, no_vmap=NO_VMAP)
+_forward_op = register(
+    f"fake_quantize({_TRAINED}) -> Tensor", _forward, _forward_fake, check=_check_forward, no_vmap=NO_VMAP
+)
 _backward_op = register(
     f"fake_quantize_backward(Tensor grad, {_TRAINED}) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
+    checked=_gradients,
     no_vmap=NO_VMAP,
 )
 _quantize_op = register(f"quantize({_ARGS}) -> (Tensor, Tensor)", _quantize, _quantize_fake, no_vmap=NO_VMAP)

@@ -67,9 +67,9 @@ def noise_quantize(
     """
     checks.choice("noise", noise, ("uniform", "empirical"))
     threshold = checks.keep_threshold("keep", keep)
-    _check_random(x, scale, qmin, qmax, rng, None, axis, grad_scale, threshold)
     cumulative = None
     if noise == "empirical":
+        _check_random(x, scale, qmin, qmax, rng, None, axis, grad_scale, threshold)
         cumulative = _error_histogram_op(x.detach(), scale.detach(), qmin, qmax, axis)
     return _forward_op(x, scale, qmin, qmax, rng, cumulative, axis, grad_scale, threshold)
 
@@ -114,9 +114,15 @@ def _forward_fake(
 
 
 def _backward(grad, x, scale, qmin, qmax, rng, cumulative=None, axis=None, grad_scale=1.0, threshold=KEEP_ALL):
-    axis = _check_random(x, scale, qmin, qmax, rng, cumulative, axis, grad_scale, threshold)
+    _check_random(x, scale, qmin, qmax, rng, cumulative, axis, grad_scale, threshold)
     checks.same_shape("grad", grad, "x", x)
+    return _gradients(grad, x, scale, qmin, qmax, rng, cumulative, axis, grad_scale, threshold)
+
+
+def _gradients(grad, x, scale, qmin, qmax, rng, cumulative, axis, grad_scale, threshold):
+    """Of arguments that the forward pass has checked."""
     run = implementation("noise", "noise_quantize_backward", x)
+    axis = checks.axis_of(x, axis)
     args = (scale.flatten(), qmin, qmax, rng, cumulative, axis, grad_scale, threshold)
     grad_x, grad_s = run(grad.to(x.dtype).contiguous(), x.contiguous(), *args)
     return grad_x.to(x.dtype), grad_s.reshape(scale.shape)
@@ -153,11 +159,14 @@ def _autograd(ctx, grad):
 
 _ARGS = "Tensor x, Tensor scale, int qmin, int qmax"
 _DRAW = f"Tensor rng, Tensor? cumulative=None, int? axis=None, float grad_scale=1.0, int threshold={KEEP_ALL}"
-_forward_op = register(f"noise_quantize({_ARGS}, {_DRAW}) -> Tensor", _forward, _forward_fake, no_vmap=NO_VMAP)
+_forward_op = register(
+    f"noise_quantize({_ARGS}, {_DRAW}) -> Tensor", _forward, _forward_fake, check=_check_random, no_vmap=NO_VMAP
+)
 _backward_op = register(
     f"noise_quantize_backward(Tensor grad, {_ARGS}, {_DRAW}) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
+    checked=_gradients,
     no_vmap=NO_VMAP,
 )
 _error_histogram_op = register(

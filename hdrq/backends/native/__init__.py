@@ -50,15 +50,28 @@ def grid(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, 
 
 def quantizer(x, scale, zero_point, qmin, qmax, axis, rng, threshold, *, noise, cumulative=None, source=None):
     """A tensor to quantize, for :func:`forward` and :func:`backward`; the tensors given here must outlive the call."""
-    on = grid(x, scale, zero_point, qmin, qmax, axis)
-    draw = (address(rng), address(cumulative), threshold)
-    return _C.Quantizer(x.numel(), address(x), on, noise, *draw, address(source))
+    channels, inner = layout(x, axis)
+    return _C.Quantizer(
+        x.numel(),
+        x.data_ptr(),
+        scale.data_ptr(),
+        address(zero_point),
+        channels,
+        inner,
+        qmin,
+        qmax,
+        noise,
+        address(rng),
+        address(cumulative),
+        threshold,
+        address(source),
+    )
 
 
 def forward(quantizers: list, tensors: list) -> tuple[list[torch.Tensor], list[float]]:
     """Quantize tensors of one dtype in one pass: results, and squared distances to the sources."""
     results = [empty(x.shape, x.dtype) for x in tensors]
-    addresses = [address(y) for y in results]
+    addresses = [y.data_ptr() for y in results]
     squares = _C.quantizer_forward(threads(), FLOATS[tensors[0].dtype], quantizers, addresses)
     return results, squares
 
@@ -66,15 +79,10 @@ def forward(quantizers: list, tensors: list) -> tuple[list[torch.Tensor], list[f
 def backward(quantizers: list, grads: list, scales: list, grad_scales: list, pulls: list) -> tuple[list, list]:
     """Gradients of tensors and of their scales, in one pass."""
     grad_xs = [empty(g.shape, g.dtype) for g in grads]
-    totals = [torch.empty(s.numel(), dtype=torch.float64) for s in scales]
-    _C.quantizer_backward(
-        threads(),
-        FLOATS[grads[0].dtype],
-        quantizers,
-        *([address(t) for t in tensors] for tensors in (grads, grad_xs, totals)),
-        pulls,
-    )
-    return grad_xs, [(total * factor).float() for total, factor in zip(totals, grad_scales, strict=True)]
+    grad_ss = [torch.empty_like(s) for s in scales]
+    addresses = ([t.data_ptr() for t in tensors] for tensors in (grads, grad_xs, grad_ss))
+    _C.quantizer_backward(threads(), FLOATS[grads[0].dtype], quantizers, *addresses, grad_scales, pulls)
+    return grad_xs, grad_ss
 
 
 def address(x: torch.Tensor | None) -> int:
