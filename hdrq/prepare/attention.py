@@ -23,6 +23,14 @@ from hdrq.prepare.precision import full_precision
 from hdrq.quantizers.layers import input_readers
 
 SEPARATE = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("to_q", "to_k", "to_v"), ("q", "k", "v"))
+JOINT = (  # a layer for q, and one for k and v
+    ("q", "kv"),
+    ("to_q", "to_kv"),
+    ("q_proj", "kv_proj"),
+    ("query", "key_value"),
+    ("q_linear", "kv_linear"),
+    ("Wq", "Wkv"),
+)
 SOFTMAX = (nn.Softmax, nn.Dropout, nn.Identity)  # what may return a softmax; whether it does, a run says
 
 
@@ -170,10 +178,11 @@ def expose_operands(model: nn.Module, run: Callable) -> list[str]:
     """Give the attentions of a model operands, in place; ``run(model)`` executes it. Returns the operands' names.
 
     Known structures, of modules that are called: a linear layer ``qkv`` with q, k and v in three equal parts beside a
-    ``proj`` of that width (timm, DINO, SAM), or three linear layers named as :data:`SEPARATE` has it (transformers,
-    diffusers). Where ``q_norm`` and ``k_norm`` follow, it is those that return q and k. What comes between, such as a
-    rotation of positions, comes after the quantizer. The softmax is what the last child that is a dropout or a softmax
-    returns, if that is one: no negative values, rows that sum to 1.
+    ``proj`` of that width (timm, DINO, SAM), three linear layers named as :data:`SEPARATE` has it (transformers,
+    diffusers), or two named as :data:`JOINT` has it, of which the second returns k and then v, each as wide as q
+    (SegFormer, PVT, cross attentions). Where ``q_norm`` and ``k_norm`` follow, it is those that return q and k. What
+    comes between, such as a rotation of positions, comes after the quantizer. The softmax is what the last child that
+    is a dropout or a softmax returns, if that is one: no negative values, rows that sum to 1.
     """
     softmax: dict[str, bool] = {}  # of what was called, in order: whether it returned one each time
 
@@ -204,6 +213,10 @@ def _places(module: nn.Module, called: Mapping[str, bool]) -> dict[str, list[str
         places = {"qkv": ["q", "k", "v"]}
     elif names := next((names for names in SEPARATE if linear.keys() >= set(names)), None):
         places = {name: [label] for name, label in zip(names, "qkv", strict=True)}
+    elif pair := next((pair for pair in JOINT if linear.keys() >= set(pair)), None):
+        q, kv = pair
+        if linear[kv].out_features == 2 * linear[q].out_features:  # a narrower layer may return k and v in one
+            places = {q: ["q"], kv: ["k", "v"]}
     if not places:
         return {}
     for label in "qk":

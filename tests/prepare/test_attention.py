@@ -14,6 +14,7 @@ from hdrq.quantizers.layers import input_quantizers, quantized_layers
 
 ALL = ["q", "k", "v", "softmax"]
 X = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(6, 16, 8, generator=torch.Generator().manual_seed(3))  # of 4 x 4 tokens
 
 
 def seeded(build, seed=0):
@@ -96,6 +97,51 @@ class Window(nn.Module):
         return x + self.proj_drop(self.proj(self.attn_drop(self.softmax(q @ k.mT)) @ v))
 
 
+class Reduced(nn.Module):
+    """The structure of SegFormer's and PVT's block: one layer for k and v, of an image that a convolution shrinks."""
+
+    def __init__(self, norm=nn.Identity):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(8), ReducedAttention(norm)
+        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class ReducedAttention(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.q, self.kv, self.proj = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(8, 8)
+        self.sr, self.norm, self.attn_drop = nn.Conv2d(8, 8, 2, 2), nn.LayerNorm(8), nn.Dropout(0.1)
+        self.q_norm, self.k_norm = norm(4), norm(4)
+
+    def forward(self, x):
+        small = self.norm(self.sr(x.mT.unflatten(2, (4, 4))).flatten(2).mT)
+        q = self.q(x).unflatten(2, (2, 4)).transpose(1, 2)
+        k, v = self.kv(small).unflatten(2, (2, 2, 4)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        weights = self.attn_drop((q / 2 @ k.mT).softmax(-1))
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Cross(nn.Module):
+    """Cross attention with two projections, its products in a function: the first tokens ask, all of them answer."""
+
+    def __init__(self, q="to_q", kv="to_kv", width=16):
+        super().__init__()
+        self.names = q, kv
+        self.add_module(q, nn.Linear(8, 8))
+        self.add_module(kv, nn.Linear(8, width))
+        self.to_out = nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, kv = (self.get_submodule(name) for name in self.names)
+        q, parts = q(x[:, :2]), kv(x).split(8, -1)
+        return x + F.pad(self.to_out(F.scaled_dot_product_attention(q, parts[0], parts[-1])), (0, 0, 0, x.shape[1] - 2))
+
+
 def encoder():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -130,6 +176,8 @@ MODELS = {  # how it is built, what it runs on, its attentions and their operand
     "decoder": (Translator, X, {f"layers.{i}.{n}": ALL for i in (0, 1) for n in ("self_attn", "multihead_attn")}),
     "timm": (lambda: Vision(lambda: PackedLayer(True)), X, {f"blocks.{i}.attn": ALL[:3] for i in (0, 1)}),
     "timm, eager": (lambda: Vision(lambda: PackedLayer(False)), X, {f"blocks.{i}.attn": ALL for i in (0, 1)}),
+    "SegFormer": (lambda: Vision(Reduced), IMAGES, {f"blocks.{i}.attn": ALL for i in (0, 1)}),
+    "cross": (lambda: Vision(Cross), X, {f"blocks.{i}": ALL[:3] for i in (0, 1)}),
     "Swin": (lambda: Vision(Window), X, {f"blocks.{i}": ALL for i in (0, 1)}),
     "ViT": (
         hugging,
@@ -212,6 +260,41 @@ def test_what_an_operand_quantizer_does_to_a_packed_layer():
         assert torch.equal(part, attn.qkv.operands[label].input_quantizer(whole))
     assert torch.equal(read[0][1], attn.attn_drop.operands["softmax"].input_quantizer(read[0][0]))
     assert attn.attn_drop.operands["softmax"].input_quantizer.qmin == 0
+
+
+def test_one_layer_for_keys_and_values_returns_k_and_then_v():
+    model = seeded(lambda: Vision(Reduced))
+    quantized = hdrq.quantize(model, IMAGES, "rtn")
+    seen = {}
+    attn = quantized.blocks[0].attn
+    attn.kv.register_forward_hook(lambda m, args, y: seen.update(x=args[0], y=y))
+    output(quantized, IMAGES)
+    raw = F.linear(seen["x"], attn.kv.weight, attn.kv.bias)
+    for label, part, whole in zip("kv", seen["y"].chunk(2, -1), raw.chunk(2, -1), strict=True):
+        assert torch.equal(part, attn.kv.operands[label].input_quantizer(whole))
+    assert attn.kv.operands["k"].input_quantizer.scale != attn.kv.operands["v"].input_quantizer.scale
+    assert operand_table(quantized)["blocks.0.attn.kv"] == ["k", "v"]
+
+
+@pytest.mark.parametrize(
+    "names", ["q kv", "to_q to_kv", "q_proj kv_proj", "query key_value", "q_linear kv_linear", "Wq Wkv"]
+)
+def test_names_of_a_joint_projection(names):
+    q, kv = names.split()
+    quantized = hdrq.quantize(seeded(lambda: Vision(lambda: Cross(q, kv))), X, "rtn")
+    assert operand_table(quantized) == {f"blocks.{i}.{n}": p for i in (0, 1) for n, p in ((q, ["q"]), (kv, ["k", "v"]))}
+
+
+def test_a_layer_whose_whole_output_is_keys_and_values_too_has_no_operands():
+    quantized = hdrq.quantize(seeded(lambda: Vision(lambda: Cross(width=8))), X, "rtn")
+    assert operand_table(quantized) == {} and "blocks.0.to_kv" in quantized_layers(quantized)
+
+
+def test_a_norm_of_k_leaves_v_to_the_joint_projection():
+    quantized = hdrq.quantize(seeded(lambda: Vision(lambda: Reduced(nn.LayerNorm))), IMAGES, "rtn")
+    table = {n: labels for n, labels in operand_table(quantized).items() if n.startswith("blocks.0")}
+    places = {"kv": [None, "v"], "q_norm": ["q"], "k_norm": ["k"], "attn_drop": ["softmax"]}
+    assert table == {f"blocks.0.attn.{n}": labels for n, labels in places.items()}
 
 
 def test_norms_of_q_and_k_return_the_operands():
