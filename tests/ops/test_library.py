@@ -125,6 +125,53 @@ def test_compile_in_one_graph_gives_the_same_bits():
         assert_same_bits(compiled, eager)
 
 
+class Watcher(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_who_watches_ops_sees_them_and_their_gradients(learns):
+    x, s = (t.detach().requires_grad_(learns) for t in tensors())
+    with Watcher() as watcher:
+        y = hdrq.ops.fake_quantize(x, s, -8, 7)
+        if learns:
+            y.sum().backward()
+    names = ["hdrq.fake_quantize.default", "hdrq.fake_quantize_backward.default"][: 1 + learns]
+    assert [name for name in watcher.seen if name.startswith("hdrq.")] == names
+
+
+def test_other_tensors_go_by_the_dispatcher():
+    x, s = (t.detach() for t in tensors())
+    for odd in (x.as_subclass(Wrapped), torch.empty_like(x, device="meta")):
+        y = hdrq.ops.fake_quantize(odd, s.to(odd.device), -8, 7)
+        assert type(y) is type(odd) and y.device == odd.device
+    traced = torch.jit.trace(lambda x: hdrq.ops.fake_quantize(x, s, -8, 7), x)
+    assert "hdrq::fake_quantize" in str(traced.graph)
+    assert torch.equal(traced(2 * x), hdrq.ops.fake_quantize(2 * x, s, -8, 7))
+
+
+def test_the_short_way_and_the_dispatcher_give_the_same():
+    x, s = (t.detach().requires_grad_() for t in tensors())
+    short = hdrq.ops.fake_quantize(x, s, -8, 7, grad_scale=0.3)
+    long = OPS.fake_quantize(x, s, -8, 7, None, None, 0.3)
+    assert torch.equal(short, long)
+    grad = torch.randn_like(x)
+    for one, other in zip(
+        torch.autograd.grad(short, (x, s), grad), torch.autograd.grad(long, (x, s), grad), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
 def test_func_grad_is_refused():
     """torch itself refuses ops whose gradient is registered with torch.library; it must not pass in silence."""
     x, scale = (t.detach() for t in tensors())
