@@ -6,7 +6,7 @@
 #
 #   PYTHON=python3 OUT=benchmarks/results benchmarks/gpu.sh
 #
-# SIZES, DTYPES and TESTS (families) narrow it. HDRQ_BENCH_DEVICE=cpu rehearses it where there is no GPU.
+# SIZES, DTYPES and TESTS (like "ops/noise methods/graph") narrow it. HDRQ_BENCH_DEVICE=cpu rehearses it where there is no GPU.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -75,18 +75,23 @@ if sys.argv[1] == "cuda":
 PYTHON
 device=${HDRQ_BENCH_DEVICE:-cuda}
 
-show_facts='from hdrq import info; print(info.__file__, *(f"{k}: {v}" for k, v in info.facts().items()), sep="\n")'
+show_facts='from hdrq.backends import info; print(info.__file__, *(f"{k}: {v}" for k, v in info.facts().items()), sep="\n")'
 step facts 30 "$python" -c "$show_facts"
 grep -h '^gpu\|^torch\|^triton\|^backend\|^hdrq' "$OUT/gpu-facts.txt" | tee -a "$summary" || true
 command -v nvidia-smi >/dev/null && step device 20 nvidia-smi -q -d CLOCK,POWER,MEMORY
 
 step verify 60 "$python" check.py "$device"
 
+# The ops first, then what stands on them: reconstruction, attention, the propagated activations, CUDA graphs; all under
+# PyTorch's default flags. A name that is no file ends the script, so that nothing is left out unseen.
 tests=()
-for family in ${TESTS:-noise fakequant drop distance rounding ranges merge weights library gpu}; do
-    [ -e "$root/tests/test_$family.py" ] && tests+=("$root/tests/test_$family.py")
+for name in ${TESTS:-ops/noise ops/fakequant ops/drop ops/distance ops/rounding ops/ranges ops/merging ops/systematic \
+    ops/weights ops/library backends/gpu methods/graph methods/accuracy methods/repeatable prepare/attention \
+    calibrate/propagate}; do
+    tests+=("$root/tests/${name%/*}/test_${name##*/}.py")
+    [ -e "${tests[-1]}" ] || { echo "TESTS must name files of tests/, got $name" | tee -a "$summary"; exit 2; }
 done
-step tests 200 "$python" -m pytest -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "${tests[@]}"
+step tests 240 "$python" -m pytest -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "${tests[@]}"
 tail -n 1 "$OUT/gpu-tests.txt" | tee -a "$summary"
 
 if [ "$device" = cuda ] && command -v compute-sanitizer >/dev/null; then

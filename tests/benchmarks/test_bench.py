@@ -5,6 +5,10 @@ import dataclasses
 import inspect
 import json
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,3 +205,17 @@ def test_a_device_that_is_missing_is_a_bad_argument():
 def test_layers_are_shapes():
     for layers in SHAPES.values():
         assert all(math.prod(shape) > 0 and len(shape) > 1 for shape in layers.values())
+
+
+def test_the_script_for_a_gpu_names_tests_that_exist():
+    root = Path(__file__).parents[2]
+    script = (root / "benchmarks" / "gpu.sh").read_text()
+    names = re.search(r"\$\{TESTS:-(.*?)\}", script, re.DOTALL)[1].replace("\\\n", " ").split()
+    assert len(names) > 10
+    assert [
+        n for n in names if not (root / "tests" / f"{n.rpartition('/')[0]}/test_{n.rpartition('/')[2]}.py").exists()
+    ] == []
+    program = re.search(r"show_facts='(.*)'", script)[1]
+    assert (
+        "torch: " in subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    )
