@@ -29,7 +29,7 @@ def table(rows: Sequence[Row], title: str):
     """The rows as a :class:`rich.table.Table`."""
 
     result = Table(title=shown(title))
-    result.add_column("model")
+    result.add_column("model", no_wrap=True)
     for domain in rows[0].accuracies:
         result.add_column(shown(domain), justify="right")
     result.add_column("harmonic mean", justify="right", style="bold")
