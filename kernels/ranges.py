@@ -68,7 +68,10 @@ def range_errors_kernel(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def range_table_kernel(table, x, origin, factor, length, parts, BINS: tl.constexpr, BLOCK: tl.constexpr):
+def range_table_kernel(
+    table, x, origin, factor, length, parts, BINS: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Counts of each bin and sums of what its positions are beyond its start: in one word if ONCE."""
     row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     start = tl.cast(part, tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
@@ -77,9 +80,13 @@ def range_table_kernel(table, x, origin, factor, length, parts, BINS: tl.constex
     v = (value * 0.5 - tl.load(origin + row)) * tl.load(factor + row)
     position = tl.minimum(tl.maximum(v, 0.0), 2.0**24 - 1.0).to(tl.int32)
     WIDTH: tl.constexpr = 2**24 // BINS
-    cell = table + (tl.cast(row, tl.int64) * BINS + position // WIDTH) * 2
-    tl.atomic_add(cell, tl.full([BLOCK], 1, tl.int64), mask=live, sem="relaxed")
-    tl.atomic_add(cell + 1, (position % WIDTH).to(tl.int64), mask=live, sem="relaxed")
+    cell = tl.cast(row, tl.int64) * BINS + position // WIDTH
+    beyond = (position % WIDTH).to(tl.int64)
+    if ONCE:
+        tl.atomic_add(table + cell, beyond + 2**32, mask=live, sem="relaxed")
+    else:
+        tl.atomic_add(table + 2 * cell, tl.full([BLOCK], 1, tl.int64), mask=live, sem="relaxed")
+        tl.atomic_add(table + 2 * cell + 1, beyond, mask=live, sem="relaxed")
 
 
 def range_errors(x, weights, scale, low, high, unit, norm) -> torch.Tensor:
@@ -96,7 +103,9 @@ def range_errors(x, weights, scale, low, high, unit, norm) -> torch.Tensor:
 def range_table(x, origin, factor, bins) -> torch.Tensor:
     x = operand(x)
     (rows, length), block = x.shape, row_block(x.shape[1])
-    table = torch.zeros((rows, bins, 2), dtype=torch.int64, device=x.device)
+    once = length < 2**31 and length * (2**24 // bins) < 2**32  # so that neither sum leaves its half of a word
+    table = torch.zeros((rows, bins, 1 if once else 2), dtype=torch.int64, device=x.device)
     parts = triton.cdiv(length, block)
-    launch(range_table_kernel, rows * parts, x, table, x, origin, factor, length, parts, BINS=bins, block=block)
-    return table
+    args = (table, x, origin, factor, length, parts)
+    launch(range_table_kernel, rows * parts, x, *args, BINS=bins, ONCE=once, block=block)
+    return torch.cat((table >> 32, table & 0xFFFFFFFF), 2) if once else table
