@@ -17,19 +17,20 @@ SQRT_HALF = tl.constexpr(constants.SQRT_HALF)
 
 
 @triton.jit
-def exp_of_parts(r, k):
-    """``e^r·2^k`` for r in [−½ ln 2, ½ ln 2], k an integer in [−126, 127] or NaN."""
+def exp_of_parts(r, shifted):
+    """``e^r·2^k`` for r in [−½ ln 2, ½ ln 2], k an integer in [−126, 127], from ``k + TO_INTEGER``; of NaN, NaN."""
     q = ((((E7 * r + E6) * r + E5) * r + E4) * r + E3) * r + E2
-    exponent = tl.where(k == k, k, 0.0).to(tl.int32) + 127
-    return (1.0 + (r + (r * r) * q)) * (exponent << 23).to(tl.float32, bitcast=True)
+    power = (shifted.to(tl.int32, bitcast=True) << 23) + (127 << 23)  # the sum's last bits are those of k
+    return (1.0 + (r + (r * r) * q)) * power.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def sigmoid(x):
     """``1/(1 + e^−x)``, within 2 ulp; beyond ±16 as at ±16."""
     a = -lang.clamp(x, -16.0, 16.0)
-    k = lang.round_half_even(a * LOG2_E)
-    return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + exp_of_parts((a - k * LN2_HIGH) - k * LN2_LOW, k))
+    shifted = a * LOG2_E + lang.TO_INTEGER
+    k = shifted - lang.TO_INTEGER
+    return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + exp_of_parts((a - k * LN2_HIGH) - k * LN2_LOW, shifted))
 
 
 @triton.jit
@@ -42,8 +43,8 @@ def power(t, p):
     s2 = s * s
     log2 = e.to(tl.float32) + s * ((((L9 * s2 + L7) * s2 + L5) * s2 + L3) * s2 + L1)
     x = p * log2
-    k = lang.round_half_even(lang.clamp(x, -126.0, 127.0))
-    y = exp_of_parts((x - k) * LN2, k)
+    shifted = lang.clamp(x, -126.0, 127.0) + lang.TO_INTEGER
+    y = exp_of_parts((x - (shifted - lang.TO_INTEGER)) * LN2, shifted)
     y = tl.where((t < 2.0**-126) | (x < -126.0), 0.0, y)
     y = tl.where(x > 127.0, float("inf"), y)
     return tl.where(t == t, y, t)

@@ -10,7 +10,7 @@ from hdrq.kernels._launch import launch, operand, tiling
 
 @triton.jit
 def source_distance_kernel(squares, w, w_src, numel, BLOCK: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    start = lang.first_element(numel, BLOCK)
     i = tl.arange(0, BLOCK)
     d = lang.difference(w, w_src, start, i, i < numel - start)
     tl.store(squares + tl.program_id(0), tl.sum(d * d))
@@ -18,7 +18,7 @@ def source_distance_kernel(squares, w, w_src, numel, BLOCK: tl.constexpr):
 
 @triton.jit
 def source_distance_backward_kernel(grad_w, grad, distance, w, w_src, numel, BLOCK: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    start = lang.first_element(numel, BLOCK)
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     d = lang.difference(w, w_src, start, i, live)

@@ -10,7 +10,7 @@ from hdrq.kernels._launch import launch, tiling
 
 @triton.jit(do_not_specialize=["threshold"])
 def drop_mix_kernel(y, a, b, threshold, rng, numel, BLOCK: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    start = lang.first_element(numel, BLOCK)
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     kept, other = tl.load(a + start + i, mask=live), tl.load(b + start + i, mask=live)
@@ -19,7 +19,7 @@ def drop_mix_kernel(y, a, b, threshold, rng, numel, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["threshold"])
 def drop_mix_backward_kernel(grad_a, grad_b, grad, threshold, rng, numel, BLOCK: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    start = lang.first_element(numel, BLOCK)
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     g = tl.load(grad + start + i, mask=live)

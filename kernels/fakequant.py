@@ -9,14 +9,14 @@ from hdrq.kernels._launch import drops, launch, operand, tiling
 
 
 @triton.jit
-def _grid_of(scale, zero_point, start, i, inner, channels, ROWS: tl.constexpr):
-    """The element's scale and zero point."""
-    s = lang.valid_scale(lang.per_element(scale, start, i, inner, channels, ROWS))
-    z = 0.0 if zero_point is None else lang.per_element(zero_point, start, i, inner, channels, ROWS)
-    return s, z
+def _grid_of(scale, zero_point, start, i, rows, ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """What :func:`_lang.quotient` divides by, the scale first, and the zero point, of each element."""
+    at = lang.place(start, i, rows, ROWS, GROUP, BLOCK)
+    z = 0.0 if zero_point is None else lang.element_values(zero_point, at, ROWS, GROUP)
+    return lang.divisors(scale, at, ROWS, GROUP), z
 
 
-@triton.jit(do_not_specialize=["threshold", "inner", "channels"])
+@triton.jit(do_not_specialize=["threshold", "inner", "channels", "over_inner", "over_channels"])
 def fake_quantize_kernel(
     y,
     x,
@@ -29,22 +29,26 @@ def fake_quantize_kernel(
     numel,
     inner,
     channels,
+    over_inner,
+    over_channels,
     ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
     DROP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    start = lang.first_element(numel, BLOCK)
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     value = tl.load(x + start + i, mask=live, other=0.0).to(tl.float32)
-    s, z = _grid_of(scale, zero_point, start, i, inner, channels, ROWS)
-    result = lang.nearest_forward(value, s, z, qmin, qmax)
+    rows = inner, channels, over_inner, over_channels
+    divisor, z = _grid_of(scale, zero_point, start, i, rows, ROWS, GROUP, BLOCK)
+    result = lang.nearest_forward(lang.quotient(value, divisor, ROWS), divisor[0], z, qmin, qmax)
     if DROP:
         result = tl.where(lang.kept(rng, threshold, start, BLOCK), result, value)
     tl.store(y + start + i, result.to(y.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["threshold", "inner", "channels", "slots"])
+@triton.jit(do_not_specialize=["threshold", "inner", "channels", "over_inner", "over_channels", "slots"])
 def fake_quantize_backward_kernel(
     grad_x,
     row_sums,
@@ -59,35 +63,42 @@ def fake_quantize_backward_kernel(
     numel,
     inner,
     channels,
+    over_inner,
+    over_channels,
     slots,
     ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     DROP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    start = lang.first_element(numel, BLOCK)
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     value = tl.load(x + start + i, mask=live, other=0.0).to(tl.float32)
     g = tl.load(grad + start + i, mask=live, other=0.0).to(tl.float32)
-    s, z = _grid_of(scale, zero_point, start, i, inner, channels, ROWS)
-    inside, slope = lang.nearest_backward(value, s, z, qmin, qmax)
+    rows = inner, channels, over_inner, over_channels
+    divisor, z = _grid_of(scale, zero_point, start, i, rows, ROWS, GROUP, BLOCK)
+    inside, slope = lang.nearest_backward(lang.quotient(value, divisor, ROWS), z, qmin, qmax)
     if DROP:
         keep = lang.kept(rng, threshold, start, BLOCK)
         inside, slope = inside | ~keep, tl.where(keep, slope, 0.0)
     tl.store(grad_x + start + i, tl.where(inside, g, 0.0).to(grad_x.dtype.element_ty), mask=live)
-    lang.store_row_sums(row_sums, g * slope, start, i, live, numel, inner, slots, ROWS, BLOCK)
+    lang.store_row_sums(row_sums, g * slope, start, i, live, numel, inner, slots, ROWS, SPAN, BLOCK)
 
 
-@triton.jit(do_not_specialize=["inner", "channels"])
+@triton.jit(do_not_specialize=["inner", "channels", "over_inner", "over_channels"])
 def quantize_kernel(
-    codes, nan_count, x, scale, zero_point, qmin, qmax, numel, inner, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    codes, nan_count, x, scale, zero_point, qmin, qmax, numel, inner, channels, over_inner, over_channels,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    start = lang.first_element(numel, BLOCK)
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     value = tl.load(x + start + i, mask=live, other=0.0).to(tl.float32)
-    s, z = _grid_of(scale, zero_point, start, i, inner, channels, ROWS)
-    shifted = lang.round_half_even(tl.div_rn(value, s)) + z
+    rows = inner, channels, over_inner, over_channels
+    divisor, z = _grid_of(scale, zero_point, start, i, rows, ROWS, GROUP, BLOCK)
+    shifted = lang.round_half_even(lang.quotient(value, divisor, ROWS)) + z
     nan = live & (shifted != shifted)
     q = tl.where(nan, qmin, lang.clamp(shifted, qmin, qmax))
     tl.store(codes + start + i, q.to(codes.dtype.element_ty), mask=live)
@@ -95,14 +106,18 @@ def quantize_kernel(
     tl.atomic_add(nan_count, found, mask=found > 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["inner", "channels"])
-def dequantize_kernel(y, codes, scale, zero_point, numel, inner, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+@triton.jit(do_not_specialize=["inner", "channels", "over_inner", "over_channels"])
+def dequantize_kernel(
+    y, codes, scale, zero_point, numel, inner, channels, over_inner, over_channels,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    start = lang.first_element(numel, BLOCK)
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     q = tl.load(codes + start + i, mask=live, other=0).to(tl.float32)
-    s, z = _grid_of(scale, zero_point, start, i, inner, channels, ROWS)
-    tl.store(y + start + i, (q - z) * s, mask=live)
+    rows = inner, channels, over_inner, over_channels
+    divisor, z = _grid_of(scale, zero_point, start, i, rows, ROWS, GROUP, BLOCK)
+    tl.store(y + start + i, (q - z) * divisor[0], mask=live)
 
 
 def fake_quantize(x, scale, qmin, qmax, zero_point, axis, rng, threshold) -> torch.Tensor:
@@ -110,9 +125,9 @@ def fake_quantize(x, scale, qmin, qmax, zero_point, axis, rng, threshold) -> tor
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    t = tiling(x, axis)
-    args = (y, x, scale, zero_point, rng, threshold, float(qmin), float(qmax), t.numel, t.inner, t.channels)
-    launch(fake_quantize_kernel, t.count, x, *args, ROWS=t.rows, DROP=drops(threshold), block=t.block)
+    t = tiling(x, axis, groups=True)
+    args = (y, x, scale, zero_point, rng, threshold, float(qmin), float(qmax), *t.lengths)
+    launch(fake_quantize_kernel, t.count, x, *args, DROP=drops(threshold), **t.cut)
     return y
 
 
@@ -121,12 +136,12 @@ def fake_quantize_backward(grad, x, scale, qmin, qmax, zero_point, axis, grad_sc
     grad_x = torch.empty_like(x)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(scale)
-    t = tiling(x, axis)
+    t = tiling(x, axis, groups=True)
     sums = t.row_sums(x.device)
     args = (grad_x, sums, grad, x, scale, zero_point, rng, threshold, float(qmin), float(qmax))
-    args += (t.numel, t.inner, t.channels, t.slots)
-    launch(fake_quantize_backward_kernel, t.count, x, *args, ROWS=t.rows, DROP=drops(threshold), block=t.block)
-    return grad_x, (t.channel_sums(sums) * grad_scale).float()
+    args += (*t.lengths, t.slots)
+    launch(fake_quantize_backward_kernel, t.count, x, *args, SPAN=t.span, DROP=drops(threshold), **t.cut)
+    return grad_x, t.channel_sums(sums, grad_scale)
 
 
 def quantize(x, scale, qmin, qmax, zero_point, axis) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,9 +149,9 @@ def quantize(x, scale, qmin, qmax, zero_point, axis) -> tuple[torch.Tensor, torc
     codes = torch.empty_like(x, dtype=torch.int8 if qmin >= -128 and qmax <= 127 else torch.int16)
     nan_count = torch.zeros(1, dtype=torch.int64, device=x.device)
     if x.numel() > 0:
-        t = tiling(x, axis)
-        args = (codes, nan_count, x, scale, zero_point, float(qmin), float(qmax), t.numel, t.inner, t.channels)
-        launch(quantize_kernel, t.count, x, *args, ROWS=t.rows, block=t.block)
+        t = tiling(x, axis, groups=True)
+        args = (codes, nan_count, x, scale, zero_point, float(qmin), float(qmax), *t.lengths)
+        launch(quantize_kernel, t.count, x, *args, **t.cut)
     return codes, nan_count
 
 
@@ -144,8 +159,8 @@ def dequantize(codes, scale, zero_point, axis) -> torch.Tensor:
     y = torch.empty_like(codes, dtype=torch.float32)
     if codes.numel() == 0:
         return y
-    t = tiling(codes, axis)
-    args = (y, codes, scale, zero_point, t.numel, t.inner, t.channels)
+    t = tiling(y, axis, groups=True)
+    args = (y, codes, scale, zero_point, *t.lengths)
     # Four elements a thread: 16 bytes of what is written, so that no value need change its thread on the way out.
-    launch(dequantize_kernel, t.count, codes, *args, ROWS=t.rows, block=t.block, per_thread=4)
+    launch(dequantize_kernel, t.count, codes, *args, **t.cut, per_thread=4)
     return y

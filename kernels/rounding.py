@@ -18,17 +18,18 @@ def _soft(alpha):
     return lang.clamp(u, 0.0, 1.0), slope
 
 
-@triton.jit(do_not_specialize=["inner", "channels"])
+@triton.jit(do_not_specialize=["inner", "channels", "over_inner", "over_channels"])
 def adaround_kernel(
-    y, penalties, x, scale, alpha, beta, qmin, qmax, numel, inner, channels, ROWS: tl.constexpr, HARD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    y, penalties, x, scale, alpha, beta, qmin, qmax, numel, inner, channels, over_inner, over_channels,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, HARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    start = lang.first_element(numel, BLOCK)
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     value = tl.load(x + start + i, mask=live, other=0.0).to(tl.float32)
     a = tl.load(alpha + start + i, mask=live, other=0.0)
-    s = lang.valid_scale(lang.per_element(scale, start, i, inner, channels, ROWS))
+    at = lang.place(start, i, (inner, channels, over_inner, over_channels), ROWS, GROUP, BLOCK)
+    s = lang.element_scales(scale, at, ROWS, GROUP)
     if HARD:
         h = tl.where(a >= 0.0, 1.0, 0.0)
     else:
@@ -40,17 +41,18 @@ def adaround_kernel(
         tl.store(penalties + tl.program_id(0), tl.sum(tl.where(live, term, 0.0)))
 
 
-@triton.jit(do_not_specialize=["inner", "channels"])
+@triton.jit(do_not_specialize=["inner", "channels", "over_inner", "over_channels"])
 def adaround_backward_kernel(
-    grad_alpha, grad, grad_penalty, x, scale, alpha, beta, qmin, qmax, numel, inner, channels, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad_alpha, grad, grad_penalty, x, scale, alpha, beta, qmin, qmax, numel, inner, channels, over_inner,
+    over_channels, ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    start = lang.first_element(numel, BLOCK)
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     value = tl.load(x + start + i, mask=live, other=0.0).to(tl.float32)
     g = tl.load(grad + start + i, mask=live, other=0.0).to(tl.float32)
-    s = lang.valid_scale(lang.per_element(scale, start, i, inner, channels, ROWS))
+    at = lang.place(start, i, (inner, channels, over_inner, over_channels), ROWS, GROUP, BLOCK)
+    s = lang.element_scales(scale, at, ROWS, GROUP)
     h, slope = _soft(tl.load(alpha + start + i, mask=live, other=0.0))
     q = lang.floor(tl.div_rn(value, s)) + h
     total = tl.where((q >= qmin) & (q <= qmax), g * s, 0.0)
@@ -66,10 +68,10 @@ def adaround(x, scale, alpha, qmin, qmax, beta, axis, hard) -> tuple[torch.Tenso
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y, alpha.new_zeros(())
-    t = tiling(x, axis)
+    t = tiling(x, axis, groups=True)
     penalties = None if beta is None else alpha.new_empty(t.count)
-    args = (y, penalties, x, scale, alpha, beta, float(qmin), float(qmax), t.numel, t.inner, t.channels)
-    launch(adaround_kernel, t.count, x, *args, ROWS=t.rows, HARD=hard, block=t.block)
+    args = (y, penalties, x, scale, alpha, beta, float(qmin), float(qmax), *t.lengths)
+    launch(adaround_kernel, t.count, x, *args, HARD=hard, **t.cut)
     return y, alpha.new_zeros(()) if penalties is None else penalties.sum(dtype=torch.float64).float()
 
 
@@ -77,7 +79,7 @@ def adaround_backward(grad, grad_penalty, x, scale, alpha, qmin, qmax, beta, axi
     grad, x = operand(grad), operand(x)
     grad_alpha = torch.empty_like(alpha)
     if x.numel() > 0:
-        t = tiling(x, axis)
+        t = tiling(x, axis, groups=True)
         args = (grad_alpha, grad, grad_penalty, x, scale, alpha, beta, float(qmin), float(qmax))
-        launch(adaround_backward_kernel, t.count, x, *args, t.numel, t.inner, t.channels, ROWS=t.rows, block=t.block)
+        launch(adaround_backward_kernel, t.count, x, *args, *t.lengths, **t.cut)
     return grad_alpha
