@@ -80,52 +80,52 @@ class Case(NamedTuple):
 
 
 # The budgets: the most instructions that an element of float32, and of bfloat16, may cost on the straight path, on
-# sm_90 and on sm_100.
+# sm_90 and on sm_100. They are 8% above what Triton 3.9 makes, since releases differ by up to 5%.
 TABLE = """
-noise forward                    one      28   26
-noise forward                    rows     32   28
-noise forward                    long     34   31
-noise forward                    short    43   43
-noise forward drop               one      39   32
-noise forward drop               rows     44   34
-noise forward drop               long     48   38
-noise forward drop               short    57   49
-noise backward                   one      36   36
-noise backward                   rows     44   37
-noise backward                   long     60   58
-noise backward                   short    53   55
-noise backward drop              one      52   44
-noise backward drop              rows     58   49
-noise backward drop              long     78   70
-noise backward drop              short    68   61
-fakequant forward                one      17   16
-fakequant forward                rows     24   20
-fakequant forward                long     33   30
-fakequant forward                short    37   37
-fakequant forward drop           one      34   25
-fakequant forward drop           rows     40   28
-fakequant forward drop           long     48   39
-fakequant forward drop           short    53   47
-fakequant backward               one      29   27
-fakequant backward               rows     37   31
-fakequant backward               long     58   47
-fakequant backward               short    44   46
-fakequant backward drop          one      46   35
-fakequant backward drop          rows     55   39
-fakequant backward drop          long     74   54
-fakequant backward drop          short    59   55
-noise forward empirical          one      37   34
-noise backward empirical         one      47   43
-noise forward empirical drop     rows     55   46
-fakequant forward zero           rows     27   22
-fakequant backward zero drop     rows     57   41
-drop forward                     one      22   12
-drop backward                    one      23   14
-adaround forward                 one      67   67
-adaround backward                one      80   82
-adaround forward penalty         one     142  137
-adaround backward penalty        one     151  165
-adaround forward penalty         rows    146  139
+noise forward                    one      29   27
+noise forward                    rows     34   29
+noise forward                    long     35   32
+noise forward                    short    45   44
+noise forward drop               one      41   33
+noise forward drop               rows     45   35
+noise forward drop               long     50   40
+noise forward drop               short    59   51
+noise backward                   one      38   38
+noise backward                   rows     46   38
+noise backward                   long     62   61
+noise backward                   short    56   57
+noise backward drop              one      54   46
+noise backward drop              rows     61   51
+noise backward drop              long     81   73
+noise backward drop              short    71   64
+fakequant forward                one      18   17
+fakequant forward                rows     25   20
+fakequant forward                long     34   31
+fakequant forward                short    38   39
+fakequant forward drop           one      35   26
+fakequant forward drop           rows     42   29
+fakequant forward drop           long     50   41
+fakequant forward drop           short    56   49
+fakequant backward               one      30   28
+fakequant backward               rows     38   32
+fakequant backward               long     60   49
+fakequant backward               short    46   48
+fakequant backward drop          one      48   36
+fakequant backward drop          rows     58   41
+fakequant backward drop          long     77   56
+fakequant backward drop          short    62   58
+noise forward empirical          one      39   35
+noise backward empirical         one      49   45
+noise forward empirical drop     rows     58   48
+fakequant forward zero           rows     27   23
+fakequant backward zero drop     rows     59   43
+drop forward                     one      23   12
+drop backward                    one      24   14
+adaround forward                 one      70   70
+adaround backward                one      83   86
+adaround forward penalty         one     149  143
+adaround backward penalty        one     158  173
+adaround forward penalty         rows    153  146
 """
 
 BUDGETED = ("sm_90", "sm_100")
@@ -214,7 +214,8 @@ class Line:
 
 
 def misses(line: Line) -> bool:
-    return line.bound("H100") > line.case.target
+    """Whether a case is beyond its target: by more than what releases of Triton differ by."""
+    return line.bound("H100") > 1.03 * line.case.target
 
 
 def measured(case: Case, compiler: Compiler) -> Line:

@@ -234,16 +234,15 @@ def _amd(launch: Launch, compiled, threads: int) -> Code:
 def fused_outside_division(ir: str) -> list[str]:
     """The fused multiply-adds of LLVM's IR that are not the two of a division.
 
-    Those are ``e = fma(−q, s, x)`` and ``fma(e, r, q)``, as ``hdrq.kernels._lang.quotient`` has them.
+    Those are ``e = fma(q, −s, x)`` and ``fma(e, r, q)``, as ``hdrq.kernels._lang.quotient`` has them.
     """
     value, kind = r"([^\s,;()]+)", r"(?:float|<\d+ x float>)"
-    negated = dict(re.findall(rf"{value} = fneg {kind} {value}", ir))
     operands = ", ".join([f"{kind} {value}"] * 3)
     fused = re.findall(rf"{value} = (?:tail )?call {kind} @llvm\.fma\.\w+\({operands}\)", ir)
-    remainders = {e: negated[q] for e, q, _, _ in fused if q in negated}
-    wrong = [f"fma {' '.join(f)}" for f in fused if f[0] not in remainders and remainders.get(f[1]) != f[3]]
-    used = {f[1] for f in fused}
-    wrong += [f"fma {e}, whose result no division uses" for e in remainders if e not in used]
+    factors = {result: {a, b} for result, a, b, _ in fused}
+    second = {result for result, a, b, c in fused for e in (a, b) if c in factors.get(e, ())}
+    used = {e for result, a, b, _ in fused if result in second for e in (a, b)}
+    wrong = [f"fma {' '.join(f)}" for f in fused if f[0] not in second | used]
     if len(re.findall(r"\bcall [^@\n]*@llvm\.(?:fma|fmuladd)\.", ir)) != len(fused):
         wrong.append("fma of an unknown form")
     return wrong

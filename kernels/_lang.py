@@ -206,7 +206,7 @@ def pull(grad, distance):
 @triton.jit
 def floor_divide(n, over):
     """``n // d`` of n < 2³¹, uint32, by one product: ``over`` is ``_launch.reciprocal(d)``."""
-    return tl.umulhi(n + n, (over >> 6).to(tl.uint32)) >> (over & 63).to(tl.uint32)
+    return tl.umulhi(n + n, over.to(tl.uint32)) >> (over >> 32).to(tl.uint32)
 
 
 @triton.jit
@@ -275,9 +275,9 @@ def element_scales(scale, at, ROWS: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def reciprocal(s):
-    """``(factor, s·factor, 1/(s·factor))``: a power of two, and what it leaves far from underflow and overflow."""
+    """``(factor, −s·factor, 1/(s·factor))``: a power of two, and what it leaves far from underflow and overflow."""
     factor = tl.where(s < 2.0**-60, 2.0**96, tl.where(s > 2.0**60, 2.0**-96, 1.0))
-    return factor, s * factor, tl.div_rn(1.0, s * factor)
+    return factor, s * -factor, tl.div_rn(1.0, s * factor)
 
 
 @triton.jit
@@ -288,12 +288,12 @@ def divisors(scale, at, ROWS: tl.constexpr, GROUP: tl.constexpr):
     if INTERPRETED or ROWS == "short":
         result = s, s, s, s
     else:
-        factor, scaled, inverse = reciprocal(own)
-        next_factor, next_scaled, next_inverse = reciprocal(following)
+        factor, minus, inverse = reciprocal(own)
+        next_factor, next_minus, next_inverse = reciprocal(following)
         result = (
             s,
             spread(factor, next_factor, at, ROWS, GROUP),
-            spread(scaled, next_scaled, at, ROWS, GROUP),
+            spread(minus, next_minus, at, ROWS, GROUP),
             spread(inverse, next_inverse, at, ROWS, GROUP),
         )
     return result
@@ -308,13 +308,13 @@ def quotient(x, divisor, ROWS: tl.constexpr):
     The factor sees to that for the quotients above. A smaller one may differ in its last bits and in its zero's sign, a
     greater one may be infinite: no op sees that, since the one rounds to 0 and the other lies beyond every range.
     """
-    s, factor, scaled, inverse = divisor
+    s, factor, minus, inverse = divisor
     if INTERPRETED or ROWS == "short":
         v = tl.div_rn(x, s)
     else:
         x *= factor
         q = x * inverse
-        v = tl.fma(tl.fma(-q, scaled, x), inverse, q)
+        v = tl.fma(tl.fma(q, minus, x), inverse, q)
         v = tl.where(tl.abs(q) <= LARGEST, v, q)  # an infinite one has no remainder
     return v
 

@@ -79,7 +79,7 @@ def reciprocal(divisor: int) -> int:
     ``2^shift / divisor``, which for a dividend below 2³¹ is too little to reach the next integer.
     """
     shift = (divisor - 1).bit_length()
-    return -(-(1 << (31 + shift)) // divisor) << 6 | shift
+    return shift << 32 | -(-(1 << (31 + shift)) // divisor)
 
 
 def tiling(x: torch.Tensor, axis: int | None, *, groups: bool = False) -> Tiling:

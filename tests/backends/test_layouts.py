@@ -77,7 +77,7 @@ def test_a_product_divides():
     draw = np.random.default_rng(0)
     for d in [1, 2, 3, 5, 7, 641, 2**16 - 1, 2**16, 2**30 + 1, 2**31 - 1, *draw.integers(1, 2**31, 200).tolist()]:
         over = triton_launch.reciprocal(d)
-        factor, shift = over >> 6, over & 63
+        factor, shift = over & 0xFFFFFFFF, over >> 32
         assert 2**31 <= factor < 2**32
         top = (2**31 - 1) // d * d
         for n in (0, 1, d - 1, d, top - 1, top, 2**31 - 1, *draw.integers(0, 2**31, 20).tolist()):
