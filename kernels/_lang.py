@@ -206,7 +206,7 @@ def pull(grad, distance):
 @triton.jit
 def floor_divide(n, over):
     """``n // d`` of n < 2³¹, uint32, by one product: ``over`` is ``_launch.reciprocal(d)``."""
-    return tl.umulhi(n + n, over.to(tl.uint32)) >> (over >> 32).to(tl.uint32)
+    return tl.umulhi(n + n, over.to(tl.uint32)) >> ((over >> 32).to(tl.uint32) - 1)
 
 
 @triton.jit

@@ -73,13 +73,14 @@ def operand(x: torch.Tensor) -> torch.Tensor:
 
 
 def reciprocal(divisor: int) -> int:
-    """What ``_lang.floor_divide`` takes for a divisor up to 2³¹: a factor of 32 bits, and how far to shift.
+    """What ``_lang.floor_divide`` takes for a divisor up to 2³¹: a factor of 32 bits, and 1 more than how far to shift,
+    so that it never fits 32 bits: the interpreter would give it a type of 32, and a launch one of 64.
 
     With ``2^shift ≥ divisor`` the factor is ``2^(31 + shift) / divisor``, rounded up. Its error is below
     ``2^shift / divisor``, which for a dividend below 2³¹ is too little to reach the next integer.
     """
     shift = (divisor - 1).bit_length()
-    return shift << 32 | -(-(1 << (31 + shift)) // divisor)
+    return (shift + 1) << 32 | -(-(1 << (31 + shift)) // divisor)
 
 
 def tiling(x: torch.Tensor, axis: int | None, *, groups: bool = False) -> Tiling:

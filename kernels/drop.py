@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from hdrq.kernels import _lang as lang
-from hdrq.kernels._launch import launch, tiling
+from hdrq.kernels._launch import drops, launch, tiling
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -30,6 +30,8 @@ def drop_mix_backward_kernel(grad_a, grad_b, grad, threshold, rng, numel, BLOCK:
 
 
 def drop_mix(a, b, threshold, rng) -> torch.Tensor:
+    if not drops(threshold):  # which has no bound in a word
+        return a.clone()
     y = torch.empty_like(a)
     if a.numel() > 0:
         t = tiling(a, None)
@@ -38,6 +40,8 @@ def drop_mix(a, b, threshold, rng) -> torch.Tensor:
 
 
 def drop_mix_backward(grad, threshold, rng) -> tuple[torch.Tensor, torch.Tensor]:
+    if not drops(threshold):
+        return grad.clone(), torch.zeros_like(grad)
     grad_a, grad_b = torch.empty_like(grad), torch.empty_like(grad)
     if grad.numel() > 0:
         t = tiling(grad, None)

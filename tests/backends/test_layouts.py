@@ -16,6 +16,7 @@ ROWS = [  # whole groups of 16 bytes, of half types alone, and of none; longer t
     ((3, 2, 1029), 1),
     ((4, 147), 0),
     ((70, 9), 1),
+    ((40, 3, 1), 1),  # and of one element
 ]
 
 
@@ -77,7 +78,7 @@ def test_a_product_divides():
     draw = np.random.default_rng(0)
     for d in [1, 2, 3, 5, 7, 641, 2**16 - 1, 2**16, 2**30 + 1, 2**31 - 1, *draw.integers(1, 2**31, 200).tolist()]:
         over = triton_launch.reciprocal(d)
-        factor, shift = over & 0xFFFFFFFF, over >> 32
+        factor, shift = over & 0xFFFFFFFF, (over >> 32) - 1
         assert 2**31 <= factor < 2**32
         top = (2**31 - 1) // d * d
         for n in (0, 1, d - 1, d, top - 1, top, 2**31 - 1, *draw.integers(0, 2**31, 20).tolist()):

@@ -71,7 +71,7 @@ def _others(extent: str) -> None:
     import torch
 
     from hdrq.benchmarks.budget import Case, call
-    from hdrq.kernels import distance, fakequant, merging, noise, ranges, weights
+    from hdrq.kernels import distance, fakequant, merging, noise, ranges, systematic, weights
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -100,6 +100,8 @@ def _others(extent: str) -> None:
     fast = "official", "fast", codes.shape, [True] * 2, True
     merging.merge([codes] * 2, [one] * 2, [one] * 2, -8, 7, rng, [0.5, 0.5], 4, "all", None, *exact)
     merging.merge([packed] * 2, [rows] * 2, [rows] * 2, -8, 7, rng, [0.5, 0.5], 4, "all", 0, *fast)
+    at_once = [0.5, 0.5], 0.1, 0, codes.shape, [True] * 2, True
+    systematic.merge_systematic([packed] * 2, [rows] * 2, [rows] * 2, -8, 7, rng, *at_once)
     candidates = empty(64, 100)
     ranges.range_errors(x, x, candidates, candidates, candidates, rows, 2.4)
     ranges.range_table(x, rows, rows, 2**16)

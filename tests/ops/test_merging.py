@@ -76,7 +76,7 @@ def test_the_draw_kept_is_the_best_aligned(backend):
 def test_equal_scales_make_an_odd_sum_a_fair_coin_and_leave_an_even_one():
     codes = [torch.full((20_000,), 1, dtype=torch.int8), torch.full((20_000,), 2, dtype=torch.int8)]
     codes[1][:10_000] = 3
-    merged = hdrq.ops.merge(codes, [torch.tensor([0.1])] * 2, -4, 3, hdrq.rng_state(0)).codes
+    merged = hdrq.ops.merge(codes, [torch.tensor([0.1])] * 2, -4, 3, hdrq.rng_state(0), rule="noise").codes
     assert (merged[:10_000] == 2).all()
     coin = (merged[10_000:] == 2).double().mean()
     assert ((merged[10_000:] == 1) | (merged[10_000:] == 2)).all()
@@ -103,7 +103,7 @@ def test_mixed_ranges_layouts_and_zero_points_have_the_bits_of_the_contract(back
     with hdrq.use_backend(backend):
         result = hdrq.ops.merge(
             *([t.to(device) for t in tensors] for tensors in (codes, deltas)), -8, 7,
-            hdrq.rng_state(*STATE, device=device), weights=lam, axis=0,
+            hdrq.rng_state(*STATE, device=device), rule="noise", weights=lam, axis=0,
             zero_points=[z.to(device) for z in zeros], ranges=ranges, shape=shape, packed=True,
             extrapolate=True,
         )  # fmt: skip
