@@ -40,7 +40,7 @@ def test_files_and_merges_are_the_same(default, tmp_path):
         folder.mkdir()
         hdrq.save(hdrq.load(files[0], architecture), folder / "loaded")
         for rule in RULES:
-            hdrq.save(hdrq.merge(pair, draws=3, rule=rule), folder / rule)
+            hdrq.save(hdrq.merge(pair, rule=rule), folder / rule)
         merge_files(files, folder / "merged", draws=3)
         content = {path.name: path.read_bytes() for path in folder.iterdir()}
         return content, readiness(files, draws=3)
