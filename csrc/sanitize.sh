@@ -1,28 +1,41 @@
 #!/usr/bin/env bash
-# Builds csrc with AddressSanitizer and UndefinedBehaviorSanitizer into a scratch folder, and runs what calls it, on every
-# instruction set of this machine. PYTHON names the interpreter to use. (ThreadSanitizer sees torch's own libgomp as races.)
+# Builds csrc with AddressSanitizer and UndefinedBehaviorSanitizer, and runs what calls it, on every instruction set of this
+# machine. PYTHON names the interpreter to use. (ThreadSanitizer sees torch's own libgomp as races.)
+#
+#   csrc/sanitize.sh                both, in a scratch folder
+#   csrc/sanitize.sh build FOLDER   the build alone, which needs pybind11 and no torch
+#   csrc/sanitize.sh run FOLDER     what calls it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+step=${1:-both} scratch=${2:-}
+if [ "$step" = both ]; then
+  scratch=$(mktemp -d)
+  trap 'rm -rf "$scratch"' EXIT
+fi
 
-# The flags of setup.py that decide bits; fewer optimizations, so that a report names its line.
-flags=(-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -Wno-psabi -Wno-maybe-uninitialized -fPIC -fvisibility=hidden
-  -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all)
-read -ra includes <<<"-Icsrc $("$python" -m pybind11 --includes)"
-jobs=()
-for source in csrc/*.cpp; do
-  if [[ $source == *avx512* ]] && ! grep -qsw avx512vl /proc/cpuinfo; then  # nothing here can call it: a trap in its place
-    source=$scratch/no_avx512.cpp
-    printf '#include "kernels.h"\nconst hdrq::Kernels& hdrq::avx512_kernels() { __builtin_trap(); }\n' >"$source"
-  fi
-  g++ "${flags[@]}" "${includes[@]}" -c "$source" -o "$scratch/$(basename "$source" .cpp).o" &
-  jobs+=($!)
-done
-for job in "${jobs[@]}"; do wait "$job"; done
+build() {
+  # The flags of setup.py that decide bits; no optimizations, so that a report names its line.
+  flags=(-std=c++17 -O0 -g1 -ffp-contract=off -fno-math-errno -Wno-psabi -Wno-maybe-uninitialized -fPIC -fvisibility=hidden
+    -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all)
+  read -ra includes <<<"-Icsrc $("$python" -m pybind11 --includes)"
+  jobs=()
+  for source in csrc/*.cpp; do
+    if [[ $source == *avx512* ]] && ! grep -qsw avx512vl /proc/cpuinfo; then  # nothing here can call it: a trap in its place
+      source=$scratch/no_avx512.cpp
+      printf '#include "kernels.h"\nconst hdrq::Kernels& hdrq::avx512_kernels() { __builtin_trap(); }\n' >"$source"
+    fi
+    g++ "${flags[@]}" "${includes[@]}" -c "$source" -o "$scratch/$(basename "$source" .cpp).o" &
+    jobs+=($!)
+  done
+  for job in "${jobs[@]}"; do wait "$job"; done
 
-g++ -fsanitize=address,undefined -shared "$scratch"/*.o -o "$scratch/_C.so"
+  g++ -fsanitize=address,undefined -shared "$scratch"/*.o -o "$scratch/_C.so"
+}
+
+mkdir -p "$scratch"
+[ "$step" = run ] || build
+[ "$step" != build ] || exit 0
 preload=$(for runtime in libasan.so libubsan.so libstdc++.so; do g++ -print-file-name="$runtime"; done | paste -sd:)
 
 export PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
