@@ -1,7 +1,7 @@
 """The jitted pieces that the kernels share: the random stream, the arithmetic, and which scale is an element's own.
 
-A tile is BLOCK neighbouring elements, from ``start`` (int64, a multiple of BLOCK) on; ``i`` counts them from 0. Tensors
-are passed as pointers to their first element.
+A tile is BLOCK neighbouring elements, from ``start`` (a multiple of BLOCK, int64 in large tensors) on; ``i`` counts them
+from 0. Tensors are passed as pointers to their first element.
 
 Every operation must round by itself, those of :func:`quotient` apart: kernels are launched with
 ``enable_fp_fusion=False``, and divide with it or with ``tl.div_rn``, since ``/`` is an approximation on a GPU.
@@ -16,13 +16,11 @@ M0, M1 = (tl.constexpr(m) for m in stream_constants.MULTIPLIERS)
 W0, W1 = (tl.constexpr(w) for w in stream_constants.KEY_STEPS)
 ROUNDS = tl.constexpr(stream_constants.ROUNDS)
 DROP_STREAM = tl.constexpr(stream_constants.DROP_STREAM)
-KEEP_ALL = tl.constexpr(stream_constants.KEEP_ALL)
 
 # The interpreter's fused multiply-add may round twice.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-LARGEST = tl.constexpr(
-    2.0**128 - 2.0**104
-)  # compared with infinity, a test of bits would be made of it, which is dearer
+# The largest finite float32. A comparison with infinity would become a test of bits, which is dearer.
+LARGEST = tl.constexpr(2.0**128 - 2.0**104)
 TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # in [2²³, 2²⁴) float32 holds the integers and nothing between
 
 
