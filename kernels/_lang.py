@@ -1,7 +1,7 @@
 """The jitted pieces that the kernels share: the random stream, the arithmetic, and which scale is an element's own.
 
-A tile is BLOCK neighbouring elements, from ``start`` (a multiple of BLOCK, int64 in large tensors) on; ``i`` counts them
-from 0. Tensors are passed as pointers to their first element.
+A tile is BLOCK neighbouring elements, from ``start`` (a multiple of BLOCK, int64 in large tensors) on; ``i`` counts
+them from 0. Tensors are passed as pointers to their first element.
 
 Every operation must round by itself, those of :func:`quotient` apart: kernels are launched with
 ``enable_fp_fusion=False``, and divide with it or with ``tl.div_rn``, since ``/`` is an approximation on a GPU.
