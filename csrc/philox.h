@@ -72,7 +72,7 @@ class Philox {
   }
 
  private:
-  static constexpr int kRounds = 7, kGroups = HDRQ_VECTOR_BYTES / 8, kTogether = 4;
+  static constexpr int kRounds = 7, kGroups = HDRQ_VECTOR_BYTES / 8, kTogether = HDRQ_VECTOR_BYTES == 64 ? 4 : 2;
 
 #if defined(HDRQ_AVX512)
   static vu64 interleave_low(vu64 a, vu64 b) { return (vu64)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b); }
