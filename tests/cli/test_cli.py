@@ -27,8 +27,8 @@ ROWS = [
 
 
 def few(domain, split):
-    """Two hundred images of a domain."""
-    return tuple(part[:200] for part in data.load(domain, split))
+    """A hundred images of a domain."""
+    return tuple(part[:100] for part in data.load(domain, split))
 
 
 @pytest.fixture(scope="module")
