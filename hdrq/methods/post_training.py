@@ -28,7 +28,7 @@ from hdrq.evaluate.metrics import accumulated_errors
 from hdrq.methods.nearest import round_to_nearest
 from hdrq.methods.reconstruct.method import Reconstruction
 from hdrq.prepare.attention import quantized_operands
-from hdrq.prepare.coverage import coverage, warn_of_float
+from hdrq.prepare.coverage import coverage, warn_of_float, warn_of_products
 from hdrq.prepare.float_model import check_module, device_of, prepare_float
 from hdrq.prepare.prepared import prepare
 from hdrq.quantizers.layers import input_quantizers, quantized_layers
@@ -151,6 +151,8 @@ def quantize(
     placement = attach_quantizers(quantized, reaching, bits, plan, units, ready.operands, seed)
     share = coverage(quantized, full, example, sum(call.size for call in reaching))
     warn_of_float(quantized, full, share, bits)
+    if plan.attention:
+        warn_of_products(quantized, share)
 
     def errors() -> dict[str, float]:
         return {} if checked is None else accumulated_errors(quantized, full, checked, units)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -15,10 +16,11 @@ from hdrq import checks
 from hdrq.prepare.attention import quantized_operands
 from hdrq.prepare.observe import observe
 from hdrq.quantizers.bits import matches
-from hdrq.quantizers.layers import quantized_layers
+from hdrq.quantizers.layers import input_quantizers, quantized_layers
 
 aten = torch.ops.aten
 FEW = 0.9  # share of the parameters below which a warning names what stays in full precision
+SOME = 0.001  # share of the multiply-adds from which a warning names products of activations in full precision
 
 
 def _recurrent(x, *weights) -> int:
@@ -46,10 +48,12 @@ class Coverage:
     ``parameters`` are numbers that the prepared model holds: a weight that layers share counts once. ``macs`` are the
     multiply-adds of convolutions, matrix products and attentions for one sample; None where they cannot be counted.
     Those of a layer are quantized if its weight is, those of ``q·k`` and of ``softmax·v`` if both operands are.
+    ``products`` are the modules that multiply activations outside of layers and of attentions whose operands are known.
     """
 
     parameters: tuple[int, int]
     macs: tuple[int, int] | None
+    products: Mapping[str, int] = field(default_factory=dict, compare=False)  # multiply-adds of a sample, by name
 
     def __str__(self) -> str:
         parts = [f"{_share(*self.parameters)} of {self.parameters[1]:,} parameters"]
@@ -76,11 +80,12 @@ def coverage(quantized: nn.Module, full: nn.Module, run: Callable, samples: int)
     weights = _weights(quantized, full)
     every = sum(p.numel() for p in full.parameters() if p.is_floating_point())
     try:
-        own, total = _macs(quantized, full, run)
+        own, total, products = _macs(quantized, full, run)
         macs = own // samples, total // samples
     except Exception:  # a model may do what no counter understands; that is no reason to refuse it
-        macs = None
-    return Coverage((sum(w.numel() for w in weights.values()), every), macs)
+        macs, products = None, {}
+    mean = {name: count // samples for name, count in products.items()}
+    return Coverage((sum(w.numel() for w in weights.values()), every), macs, mean)
 
 
 def _weights(quantized: nn.Module, full: nn.Module) -> dict[int, nn.Parameter]:
@@ -90,28 +95,32 @@ def _weights(quantized: nn.Module, full: nn.Module) -> dict[int, nn.Parameter]:
 
 
 @torch.no_grad()
-def _macs(quantized: nn.Module, full: nn.Module, run: Callable) -> tuple[int, int]:
+def _macs(quantized: nn.Module, full: nn.Module, run: Callable) -> tuple[int, int, dict[str, int]]:
     from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
     layers, attentions = quantized_layers(quantized), quantized_operands(quantized)
-    spent = dict.fromkeys((*layers, *attentions), 0)  # in a layer, or in an attention outside of its layers
-    running: list[tuple[str, int]] = []  # and what the counter said when it began
+    known = {*layers, *attentions}
+    spent: defaultdict[str, int] = defaultdict(int)  # in a layer, in an attention outside of its layers, or elsewhere
+    running: list[tuple[str, int]] = []  # whose a call is, and what the counter said when it began
 
     def enter(name, module, args, kwargs) -> None:
-        running.append((name, counter.get_total_flops()))
+        caller = running[-1][0] if running else None
+        running.append((caller if caller in known and name not in known else name, counter.get_total_flops()))
 
     def leave(name, module, args, kwargs, output) -> None:
-        _, before = running.pop()
-        spent[name] += (own := counter.get_total_flops() - before)
+        owner, before = running.pop()
+        spent[owner] += (own := counter.get_total_flops() - before)
         if running:
             spent[running[-1][0]] -= own
 
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        observe(full, run, before=enter, after=leave, names=list(spent))
+        observe(full, run, before=enter, after=leave)
     own: float = sum(spent[name] for name in layers)
     for name, labels in attentions.items():  # its two products are of one size
         own += spent[name] * (({"q", "k"} <= {*labels}) + ({"softmax", "v"} <= {*labels})) / 2
-    return round(own) // 2, counter.get_total_flops() // 2
+    weighted = {name for name, module in full.named_modules() if any(p.ndim > 1 for p in module.parameters(False))}
+    products = {name: n // 2 for name, n in spent.items() if n and name not in known and name not in weighted}
+    return round(own) // 2, counter.get_total_flops() // 2, products
 
 
 def warn_of_float(quantized: nn.Module, full: nn.Module, found: Coverage, bits: str | Mapping[str, str]) -> None:
@@ -132,6 +141,20 @@ def warn_of_float(quantized: nn.Module, full: nn.Module, found: Coverage, bits: 
         'layer of a known class that calibration reaches; bits={"NAME": "float", …} says that this is meant',
         stacklevel=5,
     )
+
+
+def warn_of_products(quantized: nn.Module, found: Coverage) -> None:
+    """Warn of products of activations whose operands nothing quantizes, in a model that quantizes activations."""
+    if found.macs is None or not input_quantizers(quantized):
+        return
+    large = {name: n for name, n in found.products.items() if n >= SOME * found.macs[1]}
+    if large:
+        shown = checks.listed(repr(name or "the model itself") for name in sorted(large, key=lambda name: -large[name]))
+        warnings.warn(
+            f"{_share(sum(large.values()), found.macs[1])} of the multiply-adds are products of activations that stay "
+            f"in full precision, in {shown}: attentions of an unknown structure; attention=False says that it is meant",
+            stacklevel=5,
+        )
 
 
 def _share(part: int, whole: int) -> str:

@@ -79,6 +79,30 @@ def test_of_a_fused_attention_the_product_with_the_softmax_stays_in_float():
     assert found.macs == (layers + product, layers + 2 * product)
 
 
+class Gram(nn.Module):
+    """Two products of activations by a name of their own: one in a child, one in the module itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.inner = nn.Linear(8, 8), nn.Linear(8, 8), nn.Identity()
+        self.inner.forward = lambda pair: pair[0] @ pair[1].mT
+
+    def forward(self, x):
+        a, b = self.a(x), self.b(x)
+        return self.inner((a, b)) @ b
+
+
+def test_products_that_no_attention_of_a_known_structure_has_are_named():
+    model, product = nn.Sequential(nn.Linear(8, 8), Gram()), 5 * 5 * 8
+    with pytest.warns(UserWarning, match=r"29\.4% of the multiply-adds are products .*, in '1'; '1\.inner': att"):
+        found = covered(model, 3, 5, 8)
+    assert found.products == {"1": product, "1.inner": product}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        covered(model, 3, 5, 8, attention=False)  # as it is meant
+        covered(nn.Sequential(nn.Linear(8, 8), Sdpa()), 3, 5, 8)  # a known one
+
+
 class Mixed(nn.Module):
     """What PyTorch's counter does not know."""
 
