@@ -17,8 +17,7 @@ if not torch.cuda.is_available():
 
 def pytest_collection_modifyitems(config, items):
     """Of a test's interpreted Triton cases few run, since Python takes long for what the same code does with each
-    dtype, range and axis: in an order that hashes of their names give, every case with a value of a parameter that none
-    before it has, then others up to an eighth. HDRQ_ALL_CASES=1 runs them all, as a GPU does."""
+    dtype, range and axis. HDRQ_ALL_CASES=1 runs them all, as a GPU does."""
     if "TRITON_INTERPRET" not in os.environ or "HDRQ_ALL_CASES" in os.environ:
         return
     cases = defaultdict(list)
@@ -27,18 +26,25 @@ def pytest_collection_modifyitems(config, items):
             cases[item.function].append(item)
     left_out = set()
     for own in cases.values():
-        own.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        seen, others = set(), []
-        for item in own:
-            values = set(item.callspec.indices.items())
-            if values <= seen:
-                others.append(item)
-            seen |= values
-        chosen = len(own) - len(others)
-        left_out.update(others[max(0, len(own) // 8 - chosen) :])
+        left_out |= set(own) - set(spread(own))
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
+
+
+def spread(cases):
+    """An eighth of a test's cases, or as many as it takes: in an order that hashes of their names give, every case with
+    a value of a parameter that none before it has, then others.
+
+    A value is told by its identity, which the cases that ``parametrize`` makes share; ``callspec.indices`` number the
+    cases in pytest 9, and no longer the values.
+    """
+    seen, chosen, others = set(), [], []
+    for case in sorted(cases, key=lambda case: zlib.crc32(case.nodeid.encode())):
+        values = {(name, id(value)) for name, value in case.callspec.params.items()}
+        (others if values <= seen else chosen).append(case)
+        seen |= values
+    return chosen + others[: max(0, len(cases) // 8 - len(chosen))]
 
 
 @pytest.fixture
