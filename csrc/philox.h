@@ -37,8 +37,9 @@ class Philox {
     for (int lane = 0; lane < kGroups; ++lane) lane_[lane] = (lane >> 1) + (lane & 1) * (kGroups / 2);
   }
 
-  // The words of the elements from `first` (a multiple of 4) on; writes up to the next multiple of 8·kGroups·kTogether.
-  // Counters are worked on kTogether vectors at a time, to fill the waits of each other's multiplications.
+  // The words of the elements from `first` (a multiple of 4) on; writes up to the next multiple of 4·kGroups·kTogether.
+  // Counters are worked on kTogether vectors at a time, to fill the waits of each other's multiplications: four
+  // where there are 32 registers, two where there are 16, since four would not fit.
   void fill(uint32_t* words, int64_t first, int64_t count) const {
     vu64 counter = lane_ + (uint64_t(first) >> 2);
     for (int64_t i = 0; i < count; i += 4 * kGroups * kTogether) {

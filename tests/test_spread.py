@@ -1,6 +1,5 @@
 """Which of a test's interpreted cases run: few, with every value of every parameter (``spread`` of conftest.py)."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ pytest_plugins = "pytester"
 
 @pytest.mark.parametrize("every", [False, True])
 def test_few_interpreted_cases_have_every_value(pytester, monkeypatch, every):
-    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv("HDRQ_ALL_CASES", raising=False)
     if every:
         monkeypatch.setenv("HDRQ_ALL_CASES", "1")

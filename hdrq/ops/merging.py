@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from hdrq import checks
@@ -238,7 +239,7 @@ def _systematic(codes, scales, zero_points, ranges, qmin, qmax, rng, weights, ta
     axis = _check_systematic(codes, scales, zero_points, ranges, qmin, qmax, rng, weights, tau, axis, shape, packed)
     signed = _check_values(codes, scales, zero_points, ranges, weights, shape)
     run = implementation("systematic", "merge_systematic", codes[0])
-    args = (rng, weights, torch.tensor(tau, dtype=torch.float32).item(), axis, torch.Size(shape), signed, packed)
+    args = (rng, weights, float(np.float32(tau)), axis, torch.Size(shape), signed, packed)
     return run(*_laid_out(codes, scales, zero_points), qmin, qmax, *args)
 
 

@@ -81,11 +81,10 @@ def coverage(quantized: nn.Module, full: nn.Module, run: Callable, samples: int)
     every = sum(p.numel() for p in full.parameters() if p.is_floating_point())
     try:
         own, total, products = _macs(quantized, full, run)
-        macs = own // samples, total // samples
+        macs, products = (own // samples, total // samples), {name: n // samples for name, n in products.items()}
     except Exception:  # a model may do what no counter understands; that is no reason to refuse it
         macs, products = None, {}
-    mean = {name: count // samples for name, count in products.items()}
-    return Coverage((sum(w.numel() for w in weights.values()), every), macs, mean)
+    return Coverage((sum(w.numel() for w in weights.values()), every), macs, products)
 
 
 def _weights(quantized: nn.Module, full: nn.Module) -> dict[int, nn.Parameter]:
