@@ -1,7 +1,8 @@
 """Golden fingerprints of whole runs: a refactoring that changes one bit of a code, scale or bias changes one of these.
 
-``python tests/golden/fingerprints.py`` takes them anew, for the processor and the torch that it runs on. Convolutions
-and matrix products sum in an order of the processor's, so elsewhere there is nothing to compare with.
+``python tests/golden/fingerprints.py`` takes them for the processor and the torch that it runs on, beside those of
+others. Convolutions and matrix products sum in an order of the processor's, so elsewhere there is nothing to compare
+with. A change that is meant to move bits takes them anew on one processor and deletes the others'.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ def environment() -> str:
     names = {line for line in _cpuinfo() if line.startswith("model name")}
     processor = min(names).partition(":")[2].strip() if names else platform.processor()
     return f"{processor}, {capability}, torch {torch.__version__}"
+
+
+def stored() -> dict[str, dict[str, str]]:
+    """The fingerprint of every run, by the environment that it was taken in."""
+    return json.loads(STORED.read_text())
 
 
 def _cpuinfo() -> list[str]:
@@ -138,7 +144,7 @@ def main() -> None:
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
     found = {name: fingerprint(name) for name in RUNS}
-    STORED.write_text(json.dumps({"environment": environment(), "runs": found}, indent=2) + "\n")
+    STORED.write_text(json.dumps({**stored(), environment(): found}, indent=2) + "\n")
     print(STORED.read_text())
 
 
