@@ -38,7 +38,7 @@ template <class Body>
 void for_kept(Job job, uint32_t threshold, Stream stream, const Body& body) {
   for_tiles(job, [&](int64_t, int64_t tile_begin, int64_t tile_end) {
     KeepSome keep(stream, threshold);
-    for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
+    for_chunks<kDraw>(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
       keep.seek(begin, n);
       for_vectors(n, [&](int64_t i, auto count) { body(begin + i, count, keep.at(i)); });
     });

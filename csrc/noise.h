@@ -6,39 +6,40 @@
 
 namespace hdrq::HDRQ_ISA {
 
-// The noise of a chunk: n = m·2^-24 − 0.5, from one 24-bit integer m per element.
+// The noise of a chunk: n = m·2^-24 − 0.5, from one 24-bit integer m per element, the upper bits of a word.
 class ChunkNoise {
  public:
-  ChunkNoise(Stream stream, const Histogram* histogram) : philox_(stream), histogram_(histogram) {}
+  ChunkNoise(Stream stream, const Histogram* histogram) : philox_(stream), histograwords_(histogram) {}
 
   void seek(int64_t begin, int64_t n) {
-    philox_.fill(m_, begin, n);
-    if (!histogram_) {
-      for_vectors(n, [&](int64_t i, auto) { write(read<vu>(m_ + i, kLanes) >> 8, m_ + i, kLanes); });
-    } else if (histogram_->empty) {
-      fill(m_, n, 1u << 23);  // n = 0
+    philox_.fill(words_, begin, n);
+    if (!histograwords_) return;
+    if (histograwords_->empty) {
+      fill(words_, n, 1u << 31);  // n = 0
     } else {
-      const Histogram& h = *histogram_;
+      const Histogram& h = *histograwords_;
       for_vectors(n, [&](int64_t i, auto count) {
-        const vu word = read<vu>(m_ + i, kLanes), of = gather(h.guide, word >> Histogram::kCellBits);
+        const vu word = read<vu>(words_ + i, kLanes), of = gather(h.guide, word >> Histogram::kCellBits);
         const vu next = (of >> 8) & (2 * Histogram::kCell - 1);
         vu bin = (of & 0xff) + ((word & (Histogram::kCell - 1)) >= next ? vu{} + 1 : vu{});
         if (any(bits<vi>(of) < 0))  // rare: a bin narrower than a cell
           for (int lane = 0; lane < count; ++lane)
             while (word[lane] > h.last[bin[lane] + 1]) ++bin[lane];  // ends: no word is above the last
-        write((bin << 16) | (word & 0xffff), m_ + i, kLanes);
+        write((bin << 24) | ((word & 0xffff) << 8), words_ + i, kLanes);
       });
     }
   }
 
+  // With its top bit turned, a word is the integer 2^32·n: 24 bits and a sign, which a float32 holds.
   vf at(int64_t i) const {
-    return __builtin_convertvector(bits<vi>(read<vu>(m_ + i, kLanes)), vf) * 0x1p-24f - 0.5f;
+    const vu turned = (read<vu>(words_ + i, kLanes) & 0xffffff00u) ^ 0x80000000u;
+    return __builtin_convertvector(bits<vi>(turned), vf) * 0x1p-32f;
   }
 
  private:
   Philox philox_;
-  const Histogram* histogram_;
-  alignas(HDRQ_VECTOR_BYTES) uint32_t m_[kChunk];
+  const Histogram* histograwords_;
+  alignas(HDRQ_VECTOR_BYTES) uint32_t words_[kChunk];
 };
 
 // The quantizer that adds noise, for quantizer.h.

@@ -66,7 +66,8 @@ void quantizer_forward(int threads, const Quantizer* quantizers, int count) {
     auto* y = T::out(q.y);
     Sum square;
     with_rounding(q, [&](auto& rounding, auto& keep) {
-      for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
+      for_chunks<kDraw>(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
+        prefetch(x + begin + n, y + begin + n);
         rounding.seek(begin, n);
         keep.seek(begin, n);
         for_vectors(n, [&](int64_t i, auto count) {
@@ -105,19 +106,22 @@ void quantizer_backward(int threads, const Quantizer* quantizers, int count) {
     auto* grad_x = T::out(q.grad_x);
     alignas(HDRQ_VECTOR_BYTES) float terms[kChunk];
     with_rounding(q, [&](auto& rounding, auto& keep) {
-      for_chunks(tile_begin, tile_end, [&](int64_t begin, int64_t n) {
-        rounding.seek(begin, n);
-        keep.seek(begin, n);
-        for_vectors(n, [&](int64_t i, auto count) {
-          const vf g = T::load(grad + begin + i, count), v = T::load(x + begin + i, count);
-          const Slopes slopes = rounding.backward(v, i);
-          const vi kept = keep.at(i);
-          write(kept ? g * slopes.scale : vf{}, terms + i, kLanes);
-          vf result = slopes.inside | ~kept ? g : vf{};
-          if (source) result += (v - T::load(source + begin + i, count)) * q.pull;
-          T::store(result, grad_x + begin + i, count);
+      for_chunks(tile_begin, tile_end, [&](int64_t chunk, int64_t length) {
+        for_chunks<kDraw>(chunk, chunk + length, [&](int64_t begin, int64_t n) {
+          prefetch(grad + begin + n, x + begin + n, grad_x + begin + n);
+          rounding.seek(begin, n);
+          keep.seek(begin, n);
+          for_vectors(n, [&](int64_t i, auto count) {
+            const vf g = T::load(grad + begin + i, count), v = T::load(x + begin + i, count);
+            const Slopes slopes = rounding.backward(v, i);
+            const vi kept = keep.at(i);
+            write(kept ? g * slopes.scale : vf{}, terms + (begin - chunk) + i, kLanes);
+            vf result = slopes.inside | ~kept ? g : vf{};
+            if (source) result += (v - T::load(source + begin + i, count)) * q.pull;
+            T::store(result, grad_x + begin + i, count);
+          });
         });
-        sums[k].add(tile, begin, n, terms);
+        sums[k].add(tile, chunk, length, terms);
       });
     });
   });

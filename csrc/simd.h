@@ -275,10 +275,19 @@ inline void for_tiles(Job job, const Body& body) {
             [&](int64_t tile) { body(tile, tile * kTile, min((tile + 1) * kTile, job.count)); });
 }
 
-// body(begin, n): chunks of a tile.
-template <class Body>
+// Begin to fetch the next kDraw elements of each tensor, line by line in turn; an address that is no memory does no harm.
+template <class T, class... Same>
+inline void prefetch(const T* p, const Same*... others) {
+  for (int64_t i = 0; i < kDraw; i += 64 / int64_t(sizeof(T))) {
+    __builtin_prefetch(p + i);
+    (__builtin_prefetch(others + i), ...);
+  }
+}
+
+// body(begin, n): chunks of a tile, or parts of `size` elements.
+template <int64_t size = kChunk, class Body>
 inline void for_chunks(int64_t begin, int64_t end, const Body& body) {
-  for (int64_t c = begin; c < end; c += kChunk) body(c, min(kChunk, end - c));
+  for (int64_t c = begin; c < end; c += size) body(c, min(size, end - c));
 }
 
 // Calls body with the struct of an element type.
