@@ -19,12 +19,12 @@ class NearestRounding {
 
   void seek(int64_t begin, int64_t n) { chunk_.seek(begin, n); }
 
-  vf forward(vf x, int64_t i) const {
+  HDRQ_INLINE vf forward(vf x, int64_t i) const {
     const vf s = chunk_.scale(i), z = chunk_.zero(i);
     return (clamp(Rounded(x, s, z).shifted, q_.grid.qmin, q_.grid.qmax) - z) * s;
   }
 
-  Slopes backward(vf x, int64_t i) const {
+  HDRQ_INLINE Slopes backward(vf x, int64_t i) const {
     const vf z = chunk_.zero(i);
     const Rounded r(x, chunk_.scale(i), z);
     const vi inside = (r.shifted >= q_.grid.qmin) & (r.shifted <= q_.grid.qmax);

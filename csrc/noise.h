@@ -52,14 +52,14 @@ class NoiseRounding {
     noise_.seek(begin, n);
   }
 
-  vf forward(vf x, int64_t i) const {
+  HDRQ_INLINE vf forward(vf x, int64_t i) const {
     const vf s = chunk_.scale(i), above = s * q_.grid.qmax, below = s * q_.grid.qmin;
     vf y = x + noise_.at(i) * s;
     y = x >= above ? above : y;
     return x <= below ? below : y;
   }
 
-  Slopes backward(vf x, int64_t i) const {
+  HDRQ_INLINE Slopes backward(vf x, int64_t i) const {
     const vf s = chunk_.scale(i), above = s * q_.grid.qmax, below = s * q_.grid.qmin;
     const vi inside = (x < above) & (x > below);
     vf slope = inside ? noise_.at(i) : vf{};

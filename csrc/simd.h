@@ -15,6 +15,9 @@
 #define HDRQ_VECTOR_BYTES 16
 #endif
 
+// For what a loop does to each vector: where it stands in many loops, a compiler leaves a call in some.
+#define HDRQ_INLINE inline __attribute__((always_inline))
+
 namespace hdrq::HDRQ_ISA {
 
 constexpr int kLanes = HDRQ_VECTOR_BYTES / 4;
