@@ -150,7 +150,8 @@ def steps(name: str, samples: int, device: str) -> dict:
     activations = input_quantizers(quantized)
     unit = Unit(0, node, quantized[0], model[0], layers, activations, rows[:1], rows[1:2], rows[2])
     learner = Learner(unit, plan, source, seed=0, graph="auto")
-    learner._set_modes("noise")
+    learner.phase = learner._phase(5000)
+    learner._set_modes()
     learner.row.copy_(learner.schedule[5000])
     run = learner._graphed()
     batch = [row.tensor for row in rows]
