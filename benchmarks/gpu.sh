@@ -104,6 +104,8 @@ left=$((limit - SECONDS))
 # shellcheck disable=SC2086  # lists of words
 step benches "$left" "$python" -m hdrq.benchmarks --device "$device" --out "$OUT" \
     --sizes $sizes --dtypes ${DTYPES:-float32 bfloat16} --seconds $((left > 60 ? left - 40 : left / 2))
+step predicted 30 "$python" -m hdrq.benchmarks.predicted "$OUT"
+sed -n '/^picoseconds/,$p' "$OUT/gpu-predicted.txt" | tee -a "$summary"
 sed -n '/^Where we lose/,$p' "$OUT/gpu-benches.txt" | tee -a "$summary"
 
 echo "all of it in $SECONDS s, under $OUT, exit status $status" | tee -a "$summary"
