@@ -85,6 +85,29 @@ def backward(x: torch.Tensor, s: torch.Tensor, zero: torch.Tensor) -> list[Provi
     ]
 
 
+def step(x: torch.Tensor, s: torch.Tensor, zero: torch.Tensor) -> list[Provider]:
+    """Forward and backward as a training loop runs them, through autograd: on small tensors its way is the price."""
+    grad, rng = normal(x.shape, x.device, x.dtype, seed=1), hdrq.rng_state(1, device=x.device)
+    learned, scale = x.clone().requires_grad_(), s.clone().requires_grad_()
+
+    def run(function) -> None:
+        learned.grad = scale.grad = None
+        function().backward(grad)
+
+    learnable, moved = torch._fake_quantize_learnable_per_tensor_affine, 5 * x.element_size()
+    noisy = lambda: hdrq.ops.noise_quantize(learned, scale, QMIN, QMAX, rng)  # noqa: E731
+    return [
+        *copies(x),
+        Provider("hdrq", lambda: run(lambda: hdrq.ops.fake_quantize(learned, scale, QMIN, QMAX)), moved),
+        Provider("hdrq, noise", lambda: run(noisy), moved),
+        Provider(
+            "torch._fake_quantize_learnable",
+            lambda: run(lambda: learnable(learned, scale, zero, QMIN, QMAX, 1.0)),
+            moved,
+        ),
+    ]
+
+
 def inputs(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return normal(shape, device, dtype), torch.full((1,), 0.3, device=device), torch.zeros(1, device=device)
 
@@ -93,6 +116,6 @@ BENCH = Bench(
     "fake_quantize",
     inputs,
     verify,
-    {"forward": forward, "backward": backward},
+    {"forward": forward, "backward": backward, "forward and backward": step},
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
 )

@@ -93,6 +93,7 @@ def implementation(family: str, op: str, x: torch.Tensor) -> Callable:
     return _load(name, family, op)
 
 
+@cache
 def chosen(family: str, device_type: str) -> str:
     """The name of the backend that runs a family on a device when none is forced."""
     return next(n for n in _preferences(device_type) if implements(n, family))

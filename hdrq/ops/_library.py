@@ -11,7 +11,8 @@ from torch._C._functorch import peek_interpreter_stack
 from hdrq.backends.dispatch import forced, forcing
 
 _LIBRARY = torch.library.Library("hdrq", "DEF")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+_VALUES = {int, float, bool, type(None)}  # asking isinstance of them costs more, since a tensor's class answers it
 
 
 class Op:
@@ -38,17 +39,20 @@ class Op:
     def __call__(self, *args):
         learns, plain = False, not _watched()
         for argument in args:
+            kind = type(argument)
+            if kind in _VALUES:
+                continue
             if isinstance(argument, torch.Tensor):
                 learns |= argument.requires_grad
-                plain &= type(argument) in _PLAIN and not argument.is_meta
-            elif isinstance(argument, list):
+                plain &= kind in _PLAIN and not argument.is_meta
+            elif kind is list:
                 plain = False
         learns &= torch.is_grad_enabled()
         if not plain or (learns and self.gradient is None):
             if self._check is not None:
                 self._check(*args)
             return self._packet(*args)
-        return _Differentiable.apply(self, *args) if learns else self.function(*args)
+        return _apply(self, *args) if learns else self.function(*args)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -64,6 +68,20 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         return None, *ctx.op.gradient(ctx, *grads)
+
+
+# Without the search of all arguments for tensors of a transform that has ended: a transform is watched for above.
+_apply = super(torch.autograd.Function, _Differentiable).apply
+
+
+def as_type(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x.to(dtype)``, which is not free where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def as_shape(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """``x.reshape(shape)``, which is not free where there is nothing to do."""
+    return x if x.shape == shape else x.reshape(shape)
 
 
 def _watched() -> bool:

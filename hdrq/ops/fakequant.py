@@ -6,7 +6,7 @@ import torch
 
 from hdrq import checks
 from hdrq.backends.dispatch import implementation
-from hdrq.ops._library import differentiable, not_differentiable, register
+from hdrq.ops._library import as_shape, as_type, differentiable, not_differentiable, register
 from hdrq.rng import KEEP_ALL
 
 NO_VMAP = "put the batch into x itself and name its channel with axis"
@@ -151,7 +151,7 @@ def _forward(
     axis = _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
     _check_values(scale, zero_point)
     run = implementation("fakequant", "fake_quantize", x)
-    return run(x.contiguous(), scale.flatten(), qmin, qmax, _flat(zero_point), axis, rng, threshold).to(x.dtype)
+    return as_type(run(x.contiguous(), scale.flatten(), qmin, qmax, _flat(zero_point), axis, rng, threshold), x.dtype)
 
 
 def _forward_fake(
@@ -172,8 +172,8 @@ def _gradients(grad, x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, th
     run = implementation("fakequant", "fake_quantize_backward", x)
     axis = checks.axis_of(x, axis)
     args = (scale.flatten(), qmin, qmax, _flat(zero_point), axis, grad_scale, rng, threshold)
-    grad_x, grad_s = run(grad.to(x.dtype).contiguous(), x.contiguous(), *args)
-    return grad_x.to(x.dtype), grad_s.reshape(scale.shape)
+    grad_x, grad_s = run(as_type(grad, x.dtype).contiguous(), x.contiguous(), *args)
+    return as_type(grad_x, x.dtype), as_shape(grad_s, scale.shape)
 
 
 def _backward_fake(
