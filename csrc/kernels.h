@@ -70,6 +70,9 @@ struct Merge {
   Stream stream;
   Noise noise;
   bool fast;
+
+  Grid grid(int model) const { return {scales[model], zero_points[model], channels, inner, qmin, qmax}; }
+  Grid merged_grid() const { return {merged_scale, merged_zero, channels, inner, qmin, qmax}; }
 };
 
 // Candidates for the scale of each of `rows` rows of `length` elements.

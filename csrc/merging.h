@@ -20,13 +20,13 @@ class MergeChunk {
   explicit MergeChunk(const Merge& merge)
       : merge_(merge),
         steps_(merge.models),
-        merged_(grid(merge.merged_scale, merge.merged_zero)),
+        merged_(merge.merged_grid()),
         values_(merge.models * kChunk),
         distances_(merge.models * kChunk),
         middle_(kChunk),
         noisy_(kChunk),
         words_(merge.models * kChunk) {
-    for (int k = 0; k < models(); ++k) steps_[k] = ChunkGrid(grid(merge.scales[k], merge.zero_points[k]));
+    for (int k = 0; k < models(); ++k) steps_[k] = ChunkGrid(merge.grid(k));
   }
 
   void seek(int64_t begin, int64_t n) {
@@ -104,10 +104,6 @@ class MergeChunk {
   vu word(int k, int64_t i) const { return read<vu>(words_.at(k * kChunk + i), kLanes); }
 
  private:
-  Grid grid(const float* scale, const float* zero_point) const {
-    return {scale, zero_point, merge_.channels, merge_.inner, merge_.qmin, merge_.qmax};
-  }
-
   vf value(int k, int64_t i) const { return read<vf>(values_.at(k * kChunk + i), kLanes); }
 
   // Where there is noise, given the mean integer: "odd" where it is nearer to a tie than to an integer.

@@ -58,9 +58,8 @@ class GroupWords {
 // Any models: the outcomes of a chunk's elements, each computed.
 class ComputedOutcomes {
  public:
-  ComputedOutcomes(const Merge& merge, float tau) : merge_(merge), tau_(tau), steps_(merge.models) {
-    for (int k = 0; k < merge.models; ++k) steps_[k] = ChunkGrid(grid(merge.scales[k], merge.zero_points[k]));
-    merged_ = ChunkGrid(grid(merge.merged_scale, merge.merged_zero));
+  ComputedOutcomes(const Merge& merge, float tau) : merge_(merge), tau_(tau), steps_(merge.models), merged_(merge.merged_grid()) {
+    for (int k = 0; k < merge.models; ++k) steps_[k] = ChunkGrid(merge.grid(k));
   }
 
   template <class Lane>
@@ -84,10 +83,6 @@ class ComputedOutcomes {
   }
 
  private:
-  Grid grid(const float* scale, const float* zero_point) const {
-    return {scale, zero_point, merge_.channels, merge_.inner, merge_.qmin, merge_.qmax};
-  }
-
   const Merge& merge_;
   float tau_;
   Buffer<ChunkGrid> steps_;
