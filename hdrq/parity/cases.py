@@ -146,10 +146,7 @@ class Op:
 
 
 def terms(op: str) -> Close:
-    """The gradient of ``scale``: a sum, whose terms appear when the reference gives each element a scale of its own.
-
-    A term is a float32 product: below float32's normal range it is as coarse as at its end, and counts as much.
-    """
+    """The gradient of ``scale``: a sum, whose terms appear when the reference gives each element a scale of its own."""
 
     def magnitude(arguments: dict[str, Any], want: torch.Tensor) -> torch.Tensor:
         x, axis = arguments["x"], arguments["axis"]
@@ -162,8 +159,7 @@ def terms(op: str) -> Close:
                 flat[name] = value.flatten()
         with use_backend("reference"):
             parts = run(op, flat | {"axis": 0})["grad scale"]
-        counted = parts.abs().clamp(min=torch.finfo(torch.float32).tiny)
-        return sum_but(counted.reshape(x.shape), axis).reshape(want.shape)
+        return sum_but(parts.abs().reshape(x.shape), axis).reshape(want.shape)
 
     return Close(magnitude)
 
