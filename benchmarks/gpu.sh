@@ -104,8 +104,10 @@ left=$((limit - SECONDS))
 # shellcheck disable=SC2086  # lists of words
 step benches "$left" "$python" -m hdrq.benchmarks --device "$device" --out "$OUT" \
     --sizes $sizes --dtypes ${DTYPES:-float32 bfloat16} --seconds $((left > 60 ? left - 40 : left / 2))
-step predicted 30 "$python" -m hdrq.benchmarks.predicted "$OUT"
-sed -n '/^picoseconds/,$p' "$OUT/gpu-predicted.txt" | tee -a "$summary"
+if [ "$device" = cuda ]; then
+    step predicted 30 "$python" -m hdrq.benchmarks.predicted "$OUT"
+    tee -a "$summary" <"$OUT/gpu-predicted.txt"
+fi
 sed -n '/^Where we lose/,$p' "$OUT/gpu-benches.txt" | tee -a "$summary"
 
 echo "all of it in $SECONDS s, under $OUT, exit status $status" | tee -a "$summary"

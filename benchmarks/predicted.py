@@ -61,13 +61,13 @@ def lines(record: dict) -> list[Line]:
     if machine is None:
         raise ValueError(f"the GPU must be one of {', '.join(MACHINES)}, got {record['gpu']}")
     instructions, largest = budgets(), {}
-    for figure in sorted(record["figures"], key=lambda each: each["elements"]):
-        launched = LAUNCHED.get((figure["operation"], figure["provider"]))
-        if launched is not None:
-            case = Case(launched[0], DTYPES[figure["dtype"]], "one", launched[1])
-            issue = instructions[case] / ABOVE / machine.issue * 1e12
-            move = figure["bytes_per_element"] / machine.copy * 1e12
-            largest[case] = Line(case, figure["elements"], figure["p50"] * 1e3, issue, move)
+    known = [each for each in record["figures"] if (each.get("operation"), each.get("provider")) in LAUNCHED]
+    for figure in sorted(known, key=lambda each: each["elements"]):
+        op, options = LAUNCHED[figure["operation"], figure["provider"]]
+        case = Case(op, DTYPES[figure["dtype"]], "one", options)
+        issue = instructions[case] / ABOVE / machine.issue * 1e12
+        move = figure["bytes_per_element"] / machine.copy * 1e12
+        largest[case] = Line(case, figure["elements"], figure["p50"] * 1e3, issue, move)
     return list(largest.values())
 
 

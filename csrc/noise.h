@@ -9,15 +9,15 @@ namespace hdrq::HDRQ_ISA {
 // The noise of a chunk: n = m·2^-24 − 0.5, from one 24-bit integer m per element, the upper bits of a word.
 class ChunkNoise {
  public:
-  ChunkNoise(Stream stream, const Histogram* histogram) : philox_(stream), histograwords_(histogram) {}
+  ChunkNoise(Stream stream, const Histogram* histogram) : philox_(stream), histogram_(histogram) {}
 
   void seek(int64_t begin, int64_t n) {
     philox_.fill(words_, begin, n);
-    if (!histograwords_) return;
-    if (histograwords_->empty) {
+    if (!histogram_) return;
+    if (histogram_->empty) {
       fill(words_, n, 1u << 31);  // n = 0
     } else {
-      const Histogram& h = *histograwords_;
+      const Histogram& h = *histogram_;
       for_vectors(n, [&](int64_t i, auto count) {
         const vu word = read<vu>(words_ + i, kLanes), of = gather(h.guide, word >> Histogram::kCellBits);
         const vu next = (of >> 8) & (2 * Histogram::kCell - 1);
@@ -38,7 +38,7 @@ class ChunkNoise {
 
  private:
   Philox philox_;
-  const Histogram* histograwords_;
+  const Histogram* histogram_;
   alignas(HDRQ_VECTOR_BYTES) uint32_t words_[kChunk];
 };
 

@@ -6,7 +6,7 @@
 namespace hdrq {
 
 constexpr int64_t kChunk = 1024;        // elements that stay in the first-level cache between steps of one kernel
-constexpr int64_t kDraw = kChunk / 4;    // elements drawn for at once: few, so that reading the next goes on meanwhile
+constexpr int64_t kDraw = kChunk / 4;   // elements drawn for at once: few, so that reading the next goes on meanwhile
 constexpr int64_t kTile = 16 * kChunk;  // elements of one unit of work and of one partial sum
 constexpr int64_t kTilesPerThread = 2;  // fewer are not worth waking a thread for
 

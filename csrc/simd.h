@@ -278,7 +278,7 @@ inline void for_tiles(Job job, const Body& body) {
             [&](int64_t tile) { body(tile, tile * kTile, min((tile + 1) * kTile, job.count)); });
 }
 
-// Begin to fetch the next kDraw elements of each tensor, line by line in turn; an address that is no memory does no harm.
+// Begin to fetch kDraw elements of each tensor, line by line in turn; an address that is no memory does no harm.
 template <class T, class... Same>
 inline void prefetch(const T* p, const Same*... others) {
   for (int64_t i = 0; i < kDraw; i += 64 / int64_t(sizeof(T))) {

@@ -58,7 +58,8 @@ class GroupWords {
 // Any models: the outcomes of a chunk's elements, each computed.
 class ComputedOutcomes {
  public:
-  ComputedOutcomes(const Merge& merge, float tau) : merge_(merge), tau_(tau), steps_(merge.models), merged_(merge.merged_grid()) {
+  ComputedOutcomes(const Merge& merge, float tau)
+      : merge_(merge), tau_(tau), steps_(merge.models), merged_(merge.merged_grid()) {
     for (int k = 0; k < merge.models; ++k) steps_[k] = ChunkGrid(merge.grid(k));
   }
 

@@ -45,7 +45,7 @@ class Op:
             if isinstance(argument, torch.Tensor):
                 learns |= argument.requires_grad
                 plain &= kind in _PLAIN and not argument.is_meta
-            elif kind is list:
+            elif isinstance(argument, list):
                 plain = False
         learns &= torch.is_grad_enabled()
         if not plain or (learns and self.gradient is None):

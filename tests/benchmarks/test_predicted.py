@@ -34,6 +34,11 @@ def test_half_types_and_instructions_that_outweigh_memory():
     assert str(line.case) == "adaround forward penalty bf16 one" and line.ratio == line.measured / line.issue
 
 
+def test_figures_of_other_kinds_are_passed_over():
+    step = {"block": "ViT-B block", "step": "hdrq", "p50": 1.0}  # as the bench of a step writes them
+    assert predicted.lines(record(step)) == []
+
+
 def test_every_operation_named_is_one_of_the_benches():
     known = {f"{harness.load(f).op} {op}" for f in harness.families() for op in harness.load(f).operations}
     assert {operation for operation, _ in predicted.LAUNCHED} <= known
