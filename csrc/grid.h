@@ -46,7 +46,8 @@ struct Slopes {
   vf scale;
 };
 
-// Sums over the elements of each channel. A tile keeps its own; rows are consecutive inside it, so few slots suffice.
+// Sums of products over the elements of each channel, in float64, in which a product of two float32 is exact. A tile
+// keeps its own sums; rows are consecutive inside it, so few slots suffice.
 class ChannelSums {
  public:
   ChannelSums() = default;
@@ -59,17 +60,20 @@ class ChannelSums {
   int64_t size() const { return tiles_ * slots_; }
   void use(double* zeros) { partial_ = zeros; }
 
-  // The terms of a chunk that begins at element `begin` of tile `tile`.
-  void add(int64_t tile, int64_t begin, int64_t n, const float* terms) const {
-    double* sums = partial_ + tile * slots_;
-    if (grid_.channels == 1) {
-      sums[0] += sum(terms, n);
-      return;
-    }
-    const int64_t first = tile * kTile / grid_.inner;
+  bool one_channel(int64_t begin, int64_t n) const {
+    return grid_.channels == 1 || (begin + n - 1) / grid_.inner == begin / grid_.inner;
+  }
+
+  // What a chunk of one channel that begins at element `begin` of tile `tile` adds.
+  void add(int64_t tile, int64_t begin, double sum) const {
+    partial_[tile * slots_ + (grid_.channels == 1 ? 0 : slot(tile, begin / grid_.inner))] += sum;
+  }
+
+  // The factors of the products of a chunk of any channels.
+  void add(int64_t tile, int64_t begin, int64_t n, const float* a, const float* b) const {
     for (int64_t i = 0, r = begin / grid_.inner; i < n; ++r) {
       const int64_t stop = min(n, (r + 1) * grid_.inner - begin);
-      sums[(r - first) % slots_modulus()] += sum(terms + i, stop - i);
+      partial_[tile * slots_ + slot(tile, r)] += sum(a + i, b + i, stop - i);
       i = stop;
     }
   }
@@ -83,12 +87,15 @@ class ChannelSums {
   }
 
  private:
-  // Where every channel has its slot, rows share them in turn; else a tile has fewer rows than slots.
-  int64_t slots_modulus() const { return slots_ == grid_.channels ? grid_.channels : INT64_MAX; }
+  // A row's slot. Where every channel has its own, rows share them in turn; else a tile has fewer rows than slots.
+  int64_t slot(int64_t tile, int64_t row) const {
+    const int64_t own = row - tile * kTile / grid_.inner;
+    return slots_ == grid_.channels ? own % slots_ : own;
+  }
 
-  static double sum(const float* terms, int64_t n) {
+  static double sum(const float* a, const float* b, int64_t n) {
     Sum total;
-    for_vectors(n, [&](int64_t i, auto count) { total.add(read<vf>(terms + i, count)); });
+    for_vectors(n, [&](int64_t i, auto count) { total.add_product(read<vf>(a + i, count), read<vf>(b + i, count)); });
     return total.total();
   }
 

@@ -104,24 +104,35 @@ void quantizer_backward(int threads, const Quantizer* quantizers, int count) {
     const Quantizer& q = quantizers[k];
     const auto *grad = T::in(q.grad), *x = T::in(q.x), *source = T::in(q.source);
     auto* grad_x = T::out(q.grad_x);
-    alignas(HDRQ_VECTOR_BYTES) float terms[kChunk];
+    alignas(HDRQ_VECTOR_BYTES) float grads[kChunk], slopes[kChunk];
     with_rounding(q, [&](auto& rounding, auto& keep) {
       for_chunks(tile_begin, tile_end, [&](int64_t chunk, int64_t length) {
+        const bool one_channel = sums[k].one_channel(chunk, length);
+        Sum sum;
         for_chunks<kDraw>(chunk, chunk + length, [&](int64_t begin, int64_t n) {
           prefetch(grad + begin + n, x + begin + n, grad_x + begin + n);
           rounding.seek(begin, n);
           keep.seek(begin, n);
           for_vectors(n, [&](int64_t i, auto count) {
             const vf g = T::load(grad + begin + i, count), v = T::load(x + begin + i, count);
-            const Slopes slopes = rounding.backward(v, i);
+            const Slopes of = rounding.backward(v, i);
             const vi kept = keep.at(i);
-            write(kept ? g * slopes.scale : vf{}, terms + (begin - chunk) + i, kLanes);
-            vf result = slopes.inside | ~kept ? g : vf{};
+            const vf factor = only(kept ? g : vf{}, count), slope = only(kept ? of.scale : vf{}, count);
+            if (one_channel) {
+              sum.add_product(factor, slope);
+            } else {
+              write(factor, grads + (begin - chunk) + i, kLanes);
+              write(slope, slopes + (begin - chunk) + i, kLanes);
+            }
+            vf result = of.inside | ~kept ? g : vf{};
             if (source) result += (v - T::load(source + begin + i, count)) * q.pull;
             T::store(result, grad_x + begin + i, count);
           });
         });
-        sums[k].add(tile, chunk, length, terms);
+        if (one_channel)
+          sums[k].add(tile, chunk, sum.total());
+        else
+          sums[k].add(tile, chunk, length, grads, slopes);
       });
     });
   });
