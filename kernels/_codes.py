@@ -9,9 +9,8 @@ from hdrq.kernels import _lang as lang
 
 
 @triton.jit
-def _load_code(codes, k, stride, start, i, live, PACKED: tl.constexpr):
-    """Codes of input k, whose rows are ``stride`` long; PACKED: "signed" or "unsigned" nibbles; "": none."""
-    codes += tl.cast(k, tl.int64) * stride
+def _load_code(codes, start, i, live, PACKED: tl.constexpr):
+    """A tile's codes, float32; PACKED: "signed" or "unsigned" nibbles; "": none."""
     if PACKED == "":
         code = tl.load(codes + start + i, mask=live, other=0).to(tl.int32)
     else:
@@ -34,19 +33,19 @@ def store_code(merged, code, start, i, numel, PACK: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def input_tile(inputs, k, start, i, live, ROWS: tl.constexpr, PACKED: tl.constexpr):
-    """``J_k`` of a tile, and Δ_k."""
-    codes, stride, scales, zeros, inner, channels = inputs
+def input_tile(inputs, k: tl.constexpr, start, i, live, ROWS: tl.constexpr, PACKED: tl.constexpr):
+    """``J_k`` of a tile, and Δ_k. ``inputs`` has a tuple of the models' codes first."""
+    codes, scales, zeros, inner, channels = inputs
     row = tl.cast(k, tl.int64) * channels
     delta = lang.valid_scale(lang.per_element(scales + row, start, i, inner, channels, ROWS))
     zero = lang.per_element(zeros + row, start, i, inner, channels, ROWS)
-    return _load_code(codes, k, stride, start, i, live, PACKED) - zero, delta
+    return _load_code(codes[k], start, i, live, PACKED) - zero, delta
 
 
-def alike(codes: list, shape: torch.Size, signed: list[bool]) -> tuple[torch.Tensor, str]:
-    """The inputs as rows of one tensor, and what they hold; inputs that differ in layout are widened to int16."""
+def alike(codes: list, shape: torch.Size, signed: list[bool]) -> tuple[tuple[torch.Tensor, ...], str]:
+    """The inputs as the kernels take them, and what they hold; inputs that differ in layout are widened to int16."""
     if all(c.dtype == codes[0].dtype for c in codes) and (codes[0].dtype != torch.uint8 or len(set(signed)) == 1):
         layout = "" if codes[0].dtype != torch.uint8 else "signed" if signed[0] else "unsigned"
-        return torch.stack([c.flatten() for c in codes]), layout
+        return tuple(c.contiguous() for c in codes), layout
     plain = [packing.unpack(c, shape, s) if c.dtype == torch.uint8 else c for c, s in zip(codes, signed, strict=True)]
-    return torch.stack([c.flatten().to(torch.int16) for c in plain]), ""
+    return tuple(c.to(torch.int16).contiguous() for c in plain), ""

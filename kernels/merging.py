@@ -25,7 +25,7 @@ def _midpoint(
     """``Σ λw`` of a tile, and where there is noise. A sum may start at 0: exact."""
     midpoint = tl.zeros([BLOCK], tl.float32)
     mean = tl.zeros([BLOCK], tl.float32)
-    for k in range(MODELS):
+    for k in tl.static_range(MODELS):
         integer, delta = input_tile(inputs, k, start, i, live, ROWS, PACKED)
         weight = tl.load(weights + k)
         midpoint += weight * (integer * delta)
@@ -45,7 +45,7 @@ def _exact(
     seed, stream, step = lang.read_state(rng)
     step += draw.to(tl.uint32)
     total = tl.zeros([BLOCK], tl.float32)
-    for k in range(MODELS):
+    for k in tl.static_range(MODELS):
         integer, delta = input_tile(inputs, k, start, i, live, ROWS, PACKED)
         w = integer * delta
         if NOISE != "none":
@@ -127,13 +127,13 @@ def merged_grid_kernel(
 
 @triton.jit(do_not_specialize=["tiles", "programs", "inner", "channels"])
 def merge_score_kernel(
-    sums, codes, stride, scales, zeros, merged_scale, merged_zero, weights, rng, qmin, qmax,
+    sums, codes, scales, zeros, merged_scale, merged_zero, weights, rng, qmin, qmax,
     tiles, programs, numel, inner, channels,
     MODELS: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``sums[draw, program] = (Σ d², Σ d·r, Σ r²)`` for each model, float64, over the tiles of this program."""
     PADDED: tl.constexpr = triton.next_power_of_2(MODELS)
-    inputs = codes, stride, scales, zeros, inner, channels
+    inputs = codes, scales, zeros, inner, channels
     draw, tile = tl.program_id(0) // programs, tl.program_id(0) % programs
     i = tl.arange(0, BLOCK)
     model = tl.arange(0, PADDED)
@@ -149,7 +149,7 @@ def merge_score_kernel(
         q = _exact(inputs, weights, rng, draw, step_size, noisy, start, i, live, MODELS, NOISE, ROWS, PACKED, BLOCK)
         r = _residue(q, zero, step_size, midpoint, qmin, qmax, live).to(tl.float64)
         rr += tl.sum(r * r)
-        for k in range(MODELS):
+        for k in tl.static_range(MODELS):
             integer, delta = input_tile(inputs, k, start, i, live, ROWS, PACKED)
             d = tl.where(live, midpoint - integer * delta, 0.0).to(tl.float64)
             dd += tl.where(model == k, tl.sum(d * d), 0.0)
@@ -163,14 +163,14 @@ def merge_score_kernel(
 
 @triton.jit(do_not_specialize=["tiles", "programs", "draws", "inner", "channels"])
 def merge_fast_score_kernel(
-    sums, codes, stride, scales, zeros, merged_scale, merged_zero, weights, rng, qmin, qmax,
+    sums, codes, scales, zeros, merged_scale, merged_zero, weights, rng, qmin, qmax,
     tiles, programs, draws, numel, inner, channels,
     MODELS: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``sums[draw, program]`` as above, for GROUP draws, which share their two words."""
     PADDED: tl.constexpr = triton.next_power_of_2(MODELS)
-    inputs = codes, stride, scales, zeros, inner, channels
+    inputs = codes, scales, zeros, inner, channels
     group, tile = tl.program_id(0) // programs, tl.program_id(0) % programs
     program = tile
     i = tl.arange(0, BLOCK)
@@ -196,7 +196,7 @@ def merge_fast_score_kernel(
             r = tl.where(_up(word, threshold), upper, lower)
             rr += tl.where(member == d, tl.sum(r * r), 0.0)
             word += gap
-        for k in range(MODELS):
+        for k in tl.static_range(MODELS):
             integer, delta = input_tile(inputs, k, start, i, live, ROWS, PACKED)
             distance = tl.where(live, midpoint - integer * delta, 0.0)
             dd += tl.where(model == k, tl.sum(distance * distance), 0.0)
@@ -216,12 +216,12 @@ def merge_fast_score_kernel(
 
 @triton.jit(do_not_specialize=["inner", "channels"])
 def merge_codes_kernel(
-    merged, best, codes, stride, scales, zeros, merged_scale, merged_zero, weights, rng, qmin, qmax,
+    merged, best, codes, scales, zeros, merged_scale, merged_zero, weights, rng, qmin, qmax,
     numel, inner, channels,
     MODELS: tl.constexpr, NOISE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr,
     PACK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    inputs = codes, stride, scales, zeros, inner, channels
+    inputs = codes, scales, zeros, inner, channels
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     live = i < numel - start
@@ -256,7 +256,7 @@ def merge(
     t = tiling(result, axis)
     programs = min(t.count, PROGRAMS)
     sums = torch.empty((draws, programs, 3, models), dtype=torch.float64, device=rng.device)
-    inputs = (codes, codes.shape[1], scales, zeros, merged_scale, merged_zero, lam, rng, float(qmin), float(qmax))
+    inputs = (codes, scales, zeros, merged_scale, merged_zero, lam, rng, float(qmin), float(qmax))
     lengths = (t.numel, t.inner, t.channels)
     constants = {"NOISE": noise, "ROWS": t.rows, "PACKED": layout, "block": t.block}
     if mode == "fast":

@@ -28,17 +28,17 @@ def _group_word(rng, group):
 
 @triton.jit(do_not_specialize=["inner", "channels"])
 def merge_systematic_kernel(
-    merged, codes, stride, scales, zeros, merged_scale, merged_zero, weights, rng, tau, qmin, qmax,
+    merged, codes, scales, zeros, merged_scale, merged_zero, weights, rng, tau, qmin, qmax,
     numel, inner, channels,
     MODELS: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    inputs = codes, stride, scales, zeros, inner, channels
+    inputs = codes, scales, zeros, inner, channels
     group = tl.program_id(0).to(tl.int64)
     start = group * BLOCK
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     midpoint = tl.zeros([BLOCK], tl.float32)
-    for k in range(MODELS):
+    for k in tl.static_range(MODELS):
         integer, delta = input_tile(inputs, k, start, i, live, ROWS, PACKED)
         midpoint += tl.load(weights + k) * (integer * delta)
     v = tl.div_rn(midpoint, lang.per_element(merged_scale, start, i, inner, channels, ROWS))
@@ -64,7 +64,7 @@ def merge_systematic(
     merged_scale, merged_zero = merged_grid(scales, zeros, lam)
     if result.numel() > 0:
         t = _groups(result, axis)
-        args = (merged, codes, codes.shape[1], scales, zeros, merged_scale, merged_zero, lam, rng, tau)
+        args = (merged, codes, scales, zeros, merged_scale, merged_zero, lam, rng, tau)
         args += (float(qmin), float(qmax), t.numel, t.inner, t.channels)
         constants = {"MODELS": len(weights), "ROWS": t.rows, "PACKED": layout, "PACK": packed}
         launch(merge_systematic_kernel, t.count, rng, *args, block=t.block, **constants)
