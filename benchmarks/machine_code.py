@@ -174,7 +174,7 @@ def _wide_bytes(launch: Launch, threads: int) -> int:
     Integer codes may go narrower: a thread has as many as it has floats, which are two to four times their size, and a
     warp's are neighbours all the same.
     """
-    block, tensors = launch.elements(), launch.tensors()
+    block, tensors = launch.elements(), launch.tensors(scratch=False)
     size = max(block, *(a.numel() for a in tensors))
     return sum(a.element_size() * block // threads for a in tensors if a.is_floating_point() and a.numel() >= size)
 
@@ -234,14 +234,27 @@ def _amd(launch: Launch, compiled, threads: int) -> Code:
 def fused_outside_division(ir: str) -> list[str]:
     """The fused multiply-adds of LLVM's IR that are not the two of a division.
 
-    Those are ``e = fma(q, −s, x)`` and ``fma(e, r, q)``, as ``hdrq.kernels._lang.quotient`` has them.
+    Those are ``e = fma(q, −s, x)`` and ``fma(e, r, q)``, as ``hdrq.kernels._lang.quotient`` has them; LLVM may put
+    values of two elements into a vector, or take them out, in between.
     """
     value, kind = r"([^\s,;()]+)", r"(?:float|<\d+ x float>)"
     operands = ", ".join([f"{kind} {value}"] * 3)
     fused = re.findall(rf"{value} = (?:tail )?call {kind} @llvm\.fma\.\w+\({operands}\)", ir)
-    factors = {result: {a, b} for result, a, b, _ in fused}
-    second = {result for result, a, b, c in fused for e in (a, b) if c in factors.get(e, ())}
-    used = {e for result, a, b, _ in fused if result in second for e in (a, b)}
+    made = {vector: {below, part} for vector, below, part in re.findall(
+        rf"{value} = insertelement {kind} {value}, float {value},", ir)}  # fmt: skip
+    made |= {part: {vector} for part, vector in re.findall(rf"{value} = extractelement {kind} {value},", ir)}
+
+    def parts(name: str) -> set[str]:
+        return set().union(*map(parts, made[name])) if name in made else {name}
+
+    factors = {result: parts(a) | parts(b) for result, a, b, _ in fused}
+    second, used = set(), set()
+    for result, a, b, c in fused:
+        for e in (parts(a), parts(b)):
+            known = e & factors.keys()
+            if known and parts(c) <= {"poison"}.union(*(factors[each] for each in known)):
+                second.add(result)
+                used |= known
     wrong = [f"fma {' '.join(f)}" for f in fused if f[0] not in second | used]
     if len(re.findall(r"\bcall [^@\n]*@llvm\.(?:fma|fmuladd)\.", ir)) != len(fused):
         wrong.append("fma of an unknown form")

@@ -1,5 +1,7 @@
 """Codes of several models, as the kernels of a merge read them, and merged ones, as they write them."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -7,16 +9,22 @@ import triton.language as tl
 from hdrq.backends.eager import packing
 from hdrq.kernels import _lang as lang
 
+ALIGNMENT = tl.constexpr(16)  # bytes
+
 
 @triton.jit
-def _load_code(codes, start, i, live, PACKED: tl.constexpr):
-    """A tile's codes, float32; PACKED: "signed" or "unsigned" nibbles; "": none."""
-    if PACKED == "":
-        code = tl.load(codes + start + i, mask=live, other=0).to(tl.int32)
+def _load_codes(address, start, numel, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile's codes, float32, of the tensor of this address: int8, int16, or "signed" or "unsigned" nibbles."""
+    if LAYOUT == "int8" or LAYOUT == "int16":
+        i = tl.arange(0, BLOCK)
+        codes = address.to(tl.pointer_type(tl.int8 if LAYOUT == "int8" else tl.int16))
+        code = tl.load(tl.multiple_of(codes, ALIGNMENT) + start + i, mask=i < numel - start, other=0).to(tl.int32)
     else:
-        pair = tl.load(codes + start // 2 + i // 2, mask=live, other=0).to(tl.int32)
-        code = (pair >> (4 * (i % 2))) & 15
-        if PACKED == "signed":
+        i = tl.arange(0, BLOCK // 2)
+        pairs = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), ALIGNMENT)
+        pair = tl.load(pairs + start // 2 + i, mask=2 * i < numel - start, other=0).to(tl.int32)
+        code = tl.interleave(pair & 15, pair >> 4)
+        if LAYOUT == "signed":
             code = (code ^ 8) - 8
     return code.to(tl.float32)
 
@@ -33,19 +41,45 @@ def store_code(merged, code, start, i, numel, PACK: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def input_tile(inputs, k: tl.constexpr, start, i, live, ROWS: tl.constexpr, PACKED: tl.constexpr):
-    """``J_k`` of a tile, and Δ_k. ``inputs`` has a tuple of the models' codes first."""
-    codes, scales, zeros, inner, channels = inputs
+def input_tile(inputs, k, tile, ROWS: tl.constexpr, GROUP: tl.constexpr, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
+    """``J_k`` of a tile, and Δ_k. ``tile`` is its start and ``_lang.place``; ``inputs`` the models' codes and grids."""
+    codes, scales, zeros, numel, channels = inputs
+    start, at = tile
     row = tl.cast(k, tl.int64) * channels
-    delta = lang.valid_scale(lang.per_element(scales + row, start, i, inner, channels, ROWS))
-    zero = lang.per_element(zeros + row, start, i, inner, channels, ROWS)
-    return _load_code(codes[k], start, i, live, PACKED) - zero, delta
+    delta = lang.element_scales(scales + row, at, ROWS, GROUP)
+    zero = lang.element_values(zeros + row, at, ROWS, GROUP)
+    return _load_codes(tl.load(codes + k), start, numel, LAYOUT, BLOCK) - zero, delta
 
 
-def alike(codes: list, shape: torch.Size, signed: list[bool]) -> tuple[tuple[torch.Tensor, ...], str]:
-    """The inputs as the kernels take them, and what they hold; inputs that differ in layout are widened to int16."""
-    if all(c.dtype == codes[0].dtype for c in codes) and (codes[0].dtype != torch.uint8 or len(set(signed)) == 1):
-        layout = "" if codes[0].dtype != torch.uint8 else "signed" if signed[0] else "unsigned"
-        return tuple(c.contiguous() for c in codes), layout
-    plain = [packing.unpack(c, shape, s) if c.dtype == torch.uint8 else c for c, s in zip(codes, signed, strict=True)]
-    return tuple(c.to(torch.int16).contiguous() for c in plain), ""
+class Codes(NamedTuple):
+    """The codes of all models, where they lie: one tensor of them would be two more passes over memory."""
+
+    tensors: list[torch.Tensor]  # alike, each from an aligned address on
+    layout: str  # as ``_load_codes`` takes it
+
+    @property
+    def addresses(self) -> torch.Tensor:
+        """Of the tensors, int64 on their device."""
+        return on_device([c.data_ptr() for c in self.tensors], torch.int64, self.tensors[0].device)
+
+
+def _layout(codes: torch.Tensor, signed: bool) -> str:
+    if codes.dtype == torch.uint8:
+        return "signed" if signed else "unsigned"
+    return "int8" if codes.dtype == torch.int8 else "int16"
+
+
+def alike(codes: list, shape: torch.Size, signed: list[bool]) -> Codes:
+    """The models' codes for the kernels; those that differ in layout are widened to int16."""
+    known = [_layout(c, s) for c, s in zip(codes, signed, strict=True)]
+    if len(set(known)) > 1:
+        nibbles = [layout in ("signed", "unsigned") for layout in known]
+        plain = [packing.unpack(c, shape, s) if n else c for c, s, n in zip(codes, signed, nibbles, strict=True)]
+        codes, known = [c.to(torch.int16) for c in plain], ["int16"]
+    codes = [c.contiguous() for c in codes]
+    return Codes([c.clone() if c.data_ptr() % ALIGNMENT.value else c for c in codes], known[0])
+
+
+def on_device(values: list[float] | list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Filled on the device: a copy of a list from the host would wait for the device, and could not be captured."""
+    return torch.stack([torch.full((), v, dtype=dtype, device=device) for v in values])

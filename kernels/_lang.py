@@ -318,13 +318,6 @@ def quotient(x, divisor, ROWS: tl.constexpr):
 
 
 @triton.jit
-def per_element(values, start, i, inner, channels, ROWS: tl.constexpr):
-    """Each element's entry of ``values``, of rows that are not told in groups."""
-    at = place(start.to(tl.int64), i, (inner, channels, 0, 0), ROWS, 1, 1)  # no product divides for these rows
-    return element_values(values, at, ROWS, 1)
-
-
-@triton.jit
 def store_row_sums(
     partial, values, start, i, live, numel, inner, slots, ROWS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr
 ):

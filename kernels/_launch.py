@@ -88,7 +88,7 @@ def tiling(x: torch.Tensor, axis: int | None, *, groups: bool = False) -> Tiling
 
     ``groups`` says that the kernel knows rows of whole groups.
     """
-    group = 8 if x.element_size() == 2 else 4
+    group = 8 if x.element_size() <= 2 else 4
     if axis is None:
         return Tiling(x.numel(), x.numel(), 1, "one", BLOCK, group)
     inner, channels = prod(x.shape[axis + 1 :]), x.shape[axis]

@@ -13,7 +13,7 @@ from hdrq.backends.dispatch import implementation
 STATE = (11, 2, 2**32 - 1)
 REPEATING = ("torch", "cpp", "triton")[: 2 + (DEVICE == "cuda")]  # an interpreter runs programs one after the other
 USUAL = {"_launch.SHORTEST": 16, "noise.TILES": 3}  # rows that have tiles of their own are short here
-SMALLER = {"noise.TILES": 2, "merging.PROGRAMS": 2, "merging.GROUP": 1, "ranges.CANDIDATES": 1}
+SMALLER = {"noise.TILES": 2, "merging.PROGRAMS": 2, "merging.TOGETHER": 1, "ranges.CANDIDATES": 1}
 
 
 def results(backend, shape, axis=None):
