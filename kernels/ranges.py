@@ -8,6 +8,7 @@ from hdrq.kernels import _lang as lang
 from hdrq.kernels._launch import launch, operand, row_block
 
 CANDIDATES = 64  # that are scored on a tile while it is in registers
+COPIES = 2**17  # words of the copies of a table: its middle bins take most elements, and each takes one at a time
 
 
 @triton.jit
@@ -67,11 +68,14 @@ def range_errors_kernel(
         tl.store(sums + c, tl.sum(_power(e, norm) * weight))
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts", "copies"])
 def range_table_kernel(
-    table, x, origin, factor, length, parts, BINS: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr
+    table, x, origin, factor, length, parts, copies, BINS: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Counts of each bin and sums of what its positions are beyond its start: in one word if ONCE."""
+    """Counts of each bin and sums of what its positions are beyond its start: in one word if ONCE.
+
+    ``table[row, copy]``, whose copies the tiles of a row take in turn.
+    """
     row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     start = tl.cast(part, tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
@@ -80,7 +84,7 @@ def range_table_kernel(
     v = (value * 0.5 - tl.load(origin + row)) * tl.load(factor + row)
     position = tl.minimum(tl.maximum(v, 0.0), 2.0**24 - 1.0).to(tl.int32)
     WIDTH: tl.constexpr = 2**24 // BINS
-    cell = tl.cast(row, tl.int64) * BINS + position // WIDTH
+    cell = (tl.cast(row, tl.int64) * copies + part % copies) * BINS + position // WIDTH
     beyond = (position % WIDTH).to(tl.int64)
     if ONCE:
         tl.atomic_add(table + cell, beyond + 2**32, mask=live, sem="relaxed")
@@ -104,8 +108,10 @@ def range_table(x, origin, factor, bins) -> torch.Tensor:
     x = operand(x)
     (rows, length), block = x.shape, row_block(x.shape[1])
     once = length < 2**31 and length * (2**24 // bins) < 2**32  # so that neither sum leaves its half of a word
-    table = torch.zeros((rows, bins, 1 if once else 2), dtype=torch.int64, device=x.device)
-    parts = triton.cdiv(length, block)
-    args = (table, x, origin, factor, length, parts)
+    parts, words = triton.cdiv(length, block), 1 if once else 2
+    copies = max(1, min(parts, COPIES // (rows * bins * words)))
+    table = torch.zeros((rows, copies, bins, words), dtype=torch.int64, device=x.device)
+    args = (table, x, origin, factor, length, parts, copies)
     launch(range_table_kernel, rows * parts, x, *args, BINS=bins, ONCE=once, block=block)
+    table = table.sum(dim=1)
     return torch.cat((table >> 32, table & 0xFFFFFFFF), 2) if once else table
