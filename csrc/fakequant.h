@@ -6,13 +6,18 @@
 
 namespace hdrq::HDRQ_ISA {
 
-// v = x/s and round(v) + z, before the clamp.
+// v = x/s, and the rounded integer before the clamp.
 struct Rounded {
   vf v, shifted;
-  Rounded(vf x, vf s, vf z) : v(x / s), shifted(round_even(v) + z) {}
+  HDRQ_INLINE Rounded(vf x, vf s, vf z, Rounding rounding = Rounding::quotient) {
+    v = rounding == Rounding::reciprocal ? x * (1.0f / s) : x / s;
+    shifted = rounding == Rounding::shifted ? round_even(v + z) + 0.0f : round_even(v) + z;
+  }
 };
 
-// The quantizer that rounds, for quantizer.h.
+// The quantizer that rounds, for quantizer.h. A plain one has the default rounding and gradient, which the compiler
+// knows; another looks up its own for each vector.
+template <bool kPlain>
 class NearestRounding {
  public:
   explicit NearestRounding(const Quantizer& q) : q_(q), chunk_(q.grid) {}
@@ -21,17 +26,23 @@ class NearestRounding {
 
   HDRQ_INLINE vf forward(vf x, int64_t i) const {
     const vf s = chunk_.scale(i), z = chunk_.zero(i);
-    return (clamp(Rounded(x, s, z).shifted, q_.grid.qmin, q_.grid.qmax) - z) * s;
+    return (clamp(Rounded(x, s, z, rounding()).shifted, q_.grid.qmin, q_.grid.qmax) - z) * s;
   }
 
   HDRQ_INLINE Slopes backward(vf x, int64_t i) const {
-    const vf z = chunk_.zero(i);
-    const Rounded r(x, chunk_.scale(i), z);
-    const vi inside = (r.shifted >= q_.grid.qmin) & (r.shifted <= q_.grid.qmax);
-    return {inside, clamp(r.shifted, q_.grid.qmin, q_.grid.qmax) - z - (inside ? r.v : vf{})};
+    const vf s = chunk_.scale(i), z = chunk_.zero(i);
+    const Rounded r(x, s, z, rounding());
+    const vf bounded = gradient() == Gradient::clamp_first ? r.v + z : r.shifted;
+    vi inside = (bounded >= q_.grid.qmin) & (bounded <= q_.grid.qmax);
+    if (gradient() == Gradient::pass_through) inside = ~vi{};
+    const vf slope = clamp(r.shifted, q_.grid.qmin, q_.grid.qmax) - z - (inside ? r.v : vf{});
+    return {inside, slope, inside ? vf{} : -s};
   }
 
  private:
+  Rounding rounding() const { return kPlain ? Rounding::quotient : q_.rounding; }
+  Gradient gradient() const { return kPlain ? Gradient::round_first : q_.gradient; }
+
   const Quantizer& q_;
   ChunkGrid chunk_;
 };

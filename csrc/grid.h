@@ -40,10 +40,12 @@ class ChunkGrid {
   alignas(HDRQ_VECTOR_BYTES) float scales_[kChunk]{}, zeros_[kChunk]{};
 };
 
-// What a gradient needs of a quantizer at some elements: where it passes to x, and the slope in the scale.
+// What a gradient needs of a quantizer at some elements: where it passes to x, and the slopes in the scale and in the
+// zero point.
 struct Slopes {
   vi inside;
   vf scale;
+  vf zero{};
 };
 
 // Sums of products over the elements of each channel, in float64, in which a product of two float32 is exact. A tile

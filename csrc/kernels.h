@@ -6,6 +6,8 @@
 namespace hdrq {
 
 enum class Float { f32, bf16, f16 };  // the order of hdrq.backends.native.FLOATS
+enum class Rounding { quotient, reciprocal, shifted };  // the order of hdrq.backends.native.fakequant.ROUNDINGS
+enum class Gradient { round_first, clamp_first, pass_through };  // of GRADIENTS there
 enum class Code { i8, i16, i4, u4 };  // the order of hdrq.backends.native.CODES; the last two packed two to a byte
 
 // One scale (and zero point) for all elements, or the channel (e / inner) % channels for element e.
@@ -44,6 +46,8 @@ struct Quantizer {
   const Histogram* histogram;  // of the noise; null: uniform
   uint32_t threshold;          // an element is quantized where its coin of 16 bits is below
   const void* source;          // what its distance is measured from; null: nothing
+  Rounding rounding;           // without noise
+  Gradient gradient;
   // Forward.
   void* y;
   double* squared_distance;
@@ -51,6 +55,7 @@ struct Quantizer {
   const void* grad;
   void* grad_x;
   double* grad_s;
+  double* grad_z;  // null: it does not learn
   float pull;  // factor on x − source in the gradient of x
 };
 

@@ -101,12 +101,13 @@ struct QuantizerArgs {
 
 QuantizerArgs quantizer_of(int64_t count, uintptr_t x, uintptr_t scale, uintptr_t zero_point, int64_t channels,
                            int64_t inner, int qmin, int qmax, bool noise, uintptr_t rng, uintptr_t counts,
-                           uint32_t threshold, uintptr_t source) {
+                           uint32_t threshold, uintptr_t source, int rounding, int gradient) {
   const GridArgs grid{scale, zero_point, channels, inner, qmin, qmax};
   QuantizerArgs args{};
   if (counts) args.histogram = std::make_unique<Histogram>(histogram_of(at<int64_t>(counts)));
   const Stream stream = rng ? stream_of(rng) : Stream{};
-  args.quantizer = {count, at<void>(x), grid, noise, stream, args.histogram.get(), threshold, at<void>(source)};
+  args.quantizer = {count, at<void>(x), grid, noise, stream, args.histogram.get(), threshold, at<void>(source),
+                    Rounding(rounding), Gradient(gradient)};
   return args;
 }
 
@@ -167,19 +168,25 @@ void bind(py::module_& m) {
   }, Released());
   m.def("quantizer_backward", [](int threads, int f, const std::vector<const QuantizerArgs*>& list,
                                  const std::vector<uintptr_t>& grad, const std::vector<uintptr_t>& grad_x,
-                                 const std::vector<uintptr_t>& grad_s, const std::vector<double>& factor,
-                                 const std::vector<float>& pull) {
+                                 const std::vector<uintptr_t>& grad_s, const std::vector<uintptr_t>& grad_z,
+                                 const std::vector<double>& factor, const std::vector<float>& pull) {
     std::vector<Quantizer> quantizers;
-    std::vector<std::vector<double>> sums;
+    std::vector<std::vector<double>> sums, zero_sums(grad_z.size());
     for (const QuantizerArgs* each : list) sums.emplace_back(each->quantizer.grid.channels);
+    for (size_t k = 0; k < grad_z.size(); ++k) zero_sums[k].resize(sums[k].size());
     for (size_t k = 0; k < list.size(); ++k) {
       quantizers.push_back(list[k]->quantizer);
       quantizers[k].grad = at<void>(grad[k]), quantizers[k].grad_x = at<void>(grad_x[k]);
       quantizers[k].grad_s = sums[k].data(), quantizers[k].pull = pull[k];
+      if (!grad_z.empty()) quantizers[k].grad_z = zero_sums[k].data();
     }
     in_use()->quantizer_backward(threads, Float(f), quantizers.data(), int(list.size()));
-    for (size_t k = 0; k < list.size(); ++k)
-      for (size_t c = 0; c < sums[k].size(); ++c) at<float>(grad_s[k])[c] = float(sums[k][c] * factor[k]);
+    const auto give = [&](const std::vector<std::vector<double>>& from, const std::vector<uintptr_t>& to) {
+      for (size_t k = 0; k < to.size(); ++k)
+        for (size_t c = 0; c < from[k].size(); ++c) at<float>(to[k])[c] = float(from[k][c] * factor[k]);
+    };
+    give(sums, grad_s);
+    give(zero_sums, grad_z);
   }, Released());
   m.def("error_histogram", [](Job j, int f, uintptr_t x, uintptr_t counts, const GridArgs& g) {
     in_use()->error_histogram(j, Float(f), at<void>(x), at<int64_t>(counts), g);

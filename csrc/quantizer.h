@@ -50,8 +50,11 @@ void with_rounding(const Quantizer& q, const Body& body) {
   if (q.noise) {
     NoiseRounding rounding(q);
     with_keep(rounding);
+  } else if (q.rounding == Rounding::quotient && q.gradient == Gradient::round_first) {
+    NearestRounding<true> rounding(q);
+    with_keep(rounding);
   } else {
-    NearestRounding rounding(q);
+    NearestRounding<false> rounding(q);
     with_keep(rounding);
   }
 }
@@ -89,54 +92,86 @@ void quantizer_forward(int threads, const Quantizer* quantizers, int count) {
   }
 }
 
+// The sums of a chunk's products, g times a slope, on their way to their channels: in a register where all elements are
+// of one channel, else both factors wait for the end of the chunk.
+class ChunkSums {
+ public:
+  ChunkSums(const ChannelSums& sums, int64_t begin, int64_t n)
+      : sums_(sums), begin_(begin), n_(n), one_channel_(sums.one_channel(begin, n)) {}
+
+  HDRQ_INLINE void add(vf g, vf slope, int64_t i) {
+    if (one_channel_) {
+      sum_.add_product(g, slope);
+    } else {
+      write(g, grads_ + i, kLanes);
+      write(slope, slopes_ + i, kLanes);
+    }
+  }
+
+  void end(int64_t tile) {
+    if (one_channel_)
+      sums_.add(tile, begin_, sum_.total());
+    else
+      sums_.add(tile, begin_, n_, grads_, slopes_);
+  }
+
+ private:
+  const ChannelSums& sums_;
+  int64_t begin_, n_;
+  bool one_channel_;
+  Sum sum_;
+  alignas(HDRQ_VECTOR_BYTES) float grads_[kChunk], slopes_[kChunk];
+};
+
 template <class T>
 void quantizer_backward(int threads, const Quantizer* quantizers, int count) {
   const TilesOfMany all(quantizers, count);
-  Buffer<ChannelSums> sums(count);
+  Buffer<ChannelSums> sums(count), zero_sums(count);
   int64_t size = 0;
   for (int k = 0; k < count; ++k) {
-    sums[k] = ChannelSums(quantizers[k].grid, quantizers[k].count);
-    size += sums[k].size();
+    sums[k] = zero_sums[k] = ChannelSums(quantizers[k].grid, quantizers[k].count);
+    size += sums[k].size() * (quantizers[k].grad_z ? 2 : 1);
   }
   Buffer<double> partial(size);
-  for (int64_t k = 0, used = 0; k < count; used += sums[k].size(), ++k) sums[k].use(partial.at(used));
+  for (int64_t k = 0, used = 0; k < count; ++k) {
+    sums[k].use(partial.at(used));
+    used += sums[k].size();
+    if (!quantizers[k].grad_z) continue;
+    zero_sums[k].use(partial.at(used));
+    used += zero_sums[k].size();
+  }
   all.run(threads, [&](int k, int64_t tile, int64_t tile_begin, int64_t tile_end) {
     const Quantizer& q = quantizers[k];
     const auto *grad = T::in(q.grad), *x = T::in(q.x), *source = T::in(q.source);
     auto* grad_x = T::out(q.grad_x);
-    alignas(HDRQ_VECTOR_BYTES) float grads[kChunk], slopes[kChunk];
     with_rounding(q, [&](auto& rounding, auto& keep) {
       for_chunks(tile_begin, tile_end, [&](int64_t chunk, int64_t length) {
-        const bool one_channel = sums[k].one_channel(chunk, length);
-        Sum sum;
+        ChunkSums sum(sums[k], chunk, length), zero_sum(zero_sums[k], chunk, length);
         for_chunks<kDraw>(chunk, chunk + length, [&](int64_t begin, int64_t n) {
           prefetch(grad + begin + n, x + begin + n, grad_x + begin + n);
           rounding.seek(begin, n);
           keep.seek(begin, n);
           for_vectors(n, [&](int64_t i, auto count) {
             const vf g = T::load(grad + begin + i, count), v = T::load(x + begin + i, count);
-            const Slopes of = rounding.backward(v, i);
+            const Slopes slopes = rounding.backward(v, i);
             const vi kept = keep.at(i);
-            const vf factor = only(kept ? g : vf{}, count), slope = only(kept ? of.scale : vf{}, count);
-            if (one_channel) {
-              sum.add_product(factor, slope);
-            } else {
-              write(factor, grads + (begin - chunk) + i, kLanes);
-              write(slope, slopes + (begin - chunk) + i, kLanes);
-            }
-            vf result = of.inside | ~kept ? g : vf{};
+            const vf factor = only(kept ? g : vf{}, count);
+            sum.add(factor, only(kept ? slopes.scale : vf{}, count), begin - chunk + i);
+            if (q.grad_z) zero_sum.add(factor, only(kept ? slopes.zero : vf{}, count), begin - chunk + i);
+            vf result = slopes.inside | ~kept ? g : vf{};
             if (source) result += (v - T::load(source + begin + i, count)) * q.pull;
             T::store(result, grad_x + begin + i, count);
           });
         });
-        if (one_channel)
-          sums[k].add(tile, chunk, sum.total());
-        else
-          sums[k].add(tile, chunk, length, grads, slopes);
+        sum.end(tile);
+        if (q.grad_z) zero_sum.end(tile);
       });
     });
   });
-  for (int k = 0; k < count; ++k) sums[k].total(quantizers[k].grad_s);
+  for (int k = 0; k < count; ++k) {
+    sums[k].total(quantizers[k].grad_s);
+    if (quantizers[k].grad_z) zero_sums[k].total(quantizers[k].grad_z);
+  }
 }
 
 }  // namespace hdrq::HDRQ_ISA

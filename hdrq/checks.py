@@ -138,14 +138,15 @@ def scale_values(name: str, scale: torch.Tensor) -> None:
         raise ValueError(f"{name} must be positive and finite, got {values[wrong][0]}")
 
 
-def zero_point_values(zero_point: torch.Tensor | None) -> None:
-    """Integers, exact in float32, on a CPU. Elsewhere a value is not read."""
+def zero_point_values(zero_point: torch.Tensor | None, *, integers: bool = True) -> None:
+    """Integers (or any numbers) of at most 2¹⁶, on a CPU. Elsewhere a value is not read."""
     if zero_point is None or zero_point.device.type != "cpu":
         return
     values = zero_point.detach().numpy()
-    wrong = ~((np.abs(values) <= 2**16) & (values == np.rint(values)))
+    wrong = ~((np.abs(values) <= 2**16) & ((values == np.rint(values)) | (not integers)))
     if wrong.any():
-        raise ValueError(f"zero_point must be an integer of magnitude at most {2**16}, got {values[wrong][0]}")
+        what = "an integer" if integers else "a number"
+        raise ValueError(f"zero_point must be {what} of magnitude at most {2**16}, got {values[wrong][0]}")
 
 
 def code_values(name: str, codes: torch.Tensor, qmin: int, qmax: int) -> None:

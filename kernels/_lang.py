@@ -174,17 +174,25 @@ def noise_backward(x, s, n, qmin, qmax):
 
 
 @triton.jit
-def nearest_forward(v, s, z, qmin, qmax):
-    """``(clamp(round(v) + z) − z)·s`` of v = x/s. Without a zero point z is 0.0, still added: it makes −0.0 of 0.0."""
-    return (clamp(round_half_even(v) + z, qmin, qmax) - z) * s
+def rounded(v, z, SHIFTED: tl.constexpr = False):
+    """The integer before the clamp, of v = x/s. Without a zero point z is 0.0, still added: it makes −0.0 of 0.0."""
+    return round_half_even(v + z) if SHIFTED else round_half_even(v) + z
 
 
 @triton.jit
-def nearest_backward(v, z, qmin, qmax):
+def nearest_forward(integer, s, z, qmin, qmax):
+    """``(clamp(integer) − z)·s``."""
+    return (clamp(integer, qmin, qmax) - z) * s
+
+
+@triton.jit
+def nearest_backward(v, integer, z, qmin, qmax, GRADIENT: tl.constexpr = "round-first"):
     """Where the gradient of :func:`nearest_forward` passes to x, and its slope in s."""
-    shifted = round_half_even(v) + z
-    inside = (shifted >= qmin) & (shifted <= qmax)
-    return inside, (clamp(shifted, qmin, qmax) - z) - tl.where(inside, v, 0.0)
+    bounded = v + z if GRADIENT == "clamp-first" else integer
+    inside = (bounded >= qmin) & (bounded <= qmax)
+    if GRADIENT == "pass-through":
+        inside = inside | True
+    return inside, (clamp(integer, qmin, qmax) - z) - tl.where(inside, v, 0.0)
 
 
 @triton.jit
@@ -295,6 +303,13 @@ def divisors(scale, at, ROWS: tl.constexpr, GROUP: tl.constexpr):
             spread(inverse, next_inverse, at, ROWS, GROUP),
         )
     return result
+
+
+@triton.jit
+def inverses(scale, at, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """Each element's ``1/s``, made once for each channel."""
+    own, following = valid_scale(tl.load(scale + at[0])), valid_scale(tl.load(scale + at[1]))
+    return spread(tl.div_rn(1.0, own), tl.div_rn(1.0, following), at, ROWS, GROUP)
 
 
 @triton.jit

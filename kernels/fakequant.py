@@ -16,6 +16,17 @@ def _grid_of(scale, zero_point, start, i, rows, ROWS: tl.constexpr, GROUP: tl.co
     return lang.divisors(scale, at, ROWS, GROUP), z
 
 
+@triton.jit
+def _divided(value, divisor, scale, start, i, rows, ROUNDING: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+             BLOCK: tl.constexpr):  # fmt: skip
+    """v: ``x/s``, or x times the reciprocal of s."""
+    if ROUNDING == "reciprocal":
+        v = value * lang.inverses(scale, lang.place(start, i, rows, ROWS, GROUP, BLOCK), ROWS, GROUP)
+    else:
+        v = lang.quotient(value, divisor, ROWS)
+    return v
+
+
 @triton.jit(do_not_specialize=["threshold", "inner", "channels", "over_inner", "over_channels"])
 def fake_quantize_kernel(
     y,
@@ -31,6 +42,7 @@ def fake_quantize_kernel(
     channels,
     over_inner,
     over_channels,
+    ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     DROP: tl.constexpr,
@@ -42,7 +54,8 @@ def fake_quantize_kernel(
     value = tl.load(x + start + i, mask=live, other=0.0).to(tl.float32)
     rows = inner, channels, over_inner, over_channels
     divisor, z = _grid_of(scale, zero_point, start, i, rows, ROWS, GROUP, BLOCK)
-    result = lang.nearest_forward(lang.quotient(value, divisor, ROWS), divisor[0], z, qmin, qmax)
+    v = _divided(value, divisor, scale, start, i, rows, ROUNDING, ROWS, GROUP, BLOCK)
+    result = lang.nearest_forward(lang.rounded(v, z, ROUNDING == "shifted"), divisor[0], z, qmin, qmax)
     if DROP:
         result = tl.where(lang.kept(rng, threshold, start, BLOCK), result, value)
     tl.store(y + start + i, result.to(y.dtype.element_ty), mask=live)
@@ -52,6 +65,7 @@ def fake_quantize_kernel(
 def fake_quantize_backward_kernel(
     grad_x,
     row_sums,
+    zero_sums,
     grad,
     x,
     scale,
@@ -66,6 +80,8 @@ def fake_quantize_backward_kernel(
     over_inner,
     over_channels,
     slots,
+    ROUNDING: tl.constexpr,
+    GRADIENT: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     SPAN: tl.constexpr,
@@ -79,10 +95,14 @@ def fake_quantize_backward_kernel(
     g = tl.load(grad + start + i, mask=live, other=0.0).to(tl.float32)
     rows = inner, channels, over_inner, over_channels
     divisor, z = _grid_of(scale, zero_point, start, i, rows, ROWS, GROUP, BLOCK)
-    inside, slope = lang.nearest_backward(lang.quotient(value, divisor, ROWS), z, qmin, qmax)
+    v = _divided(value, divisor, scale, start, i, rows, ROUNDING, ROWS, GROUP, BLOCK)
+    inside, slope = lang.nearest_backward(v, lang.rounded(v, z, ROUNDING == "shifted"), z, qmin, qmax, GRADIENT)
     if DROP:
         keep = lang.kept(rng, threshold, start, BLOCK)
         inside, slope = inside | ~keep, tl.where(keep, slope, 0.0)
+    if zero_sums is not None:
+        zero_slope = tl.where(inside, 0.0, -divisor[0])
+        lang.store_row_sums(zero_sums, g * zero_slope, start, i, live, numel, inner, slots, ROWS, SPAN, BLOCK)
     tl.store(grad_x + start + i, tl.where(inside, g, 0.0).to(grad_x.dtype.element_ty), mask=live)
     lang.store_row_sums(row_sums, g * slope, start, i, live, numel, inner, slots, ROWS, SPAN, BLOCK)
 
@@ -120,28 +140,33 @@ def dequantize_kernel(
     tl.store(y + start + i, (q - z) * divisor[0], mask=live)
 
 
-def fake_quantize(x, scale, qmin, qmax, zero_point, axis, rng, threshold) -> torch.Tensor:
+def fake_quantize(x, scale, qmin, qmax, zero_point, axis, rng, threshold, rounding="quotient") -> torch.Tensor:
     x = operand(x)
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
     t = tiling(x, axis, groups=True)
     args = (y, x, scale, zero_point, rng, threshold, float(qmin), float(qmax), *t.lengths)
-    launch(fake_quantize_kernel, t.count, x, *args, DROP=drops(threshold), **t.cut)
+    launch(fake_quantize_kernel, t.count, x, *args, ROUNDING=rounding, DROP=drops(threshold), **t.cut)
     return y
 
 
-def fake_quantize_backward(grad, x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold) -> tuple:
+def fake_quantize_backward(
+    grad, x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold,
+    rounding="quotient", gradient="round-first", learns_zero_point=False,
+) -> tuple:  # fmt: skip
     grad, x = operand(grad), operand(x)
     grad_x = torch.empty_like(x)
     if x.numel() == 0:
-        return grad_x, torch.zeros_like(scale)
+        return grad_x, torch.zeros_like(scale), torch.zeros_like(scale) if learns_zero_point else scale.new_empty(0)
     t = tiling(x, axis, groups=True)
     sums = t.row_sums(x.device)
-    args = (grad_x, sums, grad, x, scale, zero_point, rng, threshold, float(qmin), float(qmax))
-    args += (*t.lengths, t.slots)
-    launch(fake_quantize_backward_kernel, t.count, x, *args, SPAN=t.span, DROP=drops(threshold), **t.cut)
-    return grad_x, t.channel_sums(sums, grad_scale)
+    zero_sums = t.row_sums(x.device) if learns_zero_point else None
+    args = (grad_x, sums, zero_sums, grad, x, scale, zero_point, rng, threshold, float(qmin), float(qmax))
+    forms = {"ROUNDING": rounding, "GRADIENT": gradient, "DROP": drops(threshold)}
+    launch(fake_quantize_backward_kernel, t.count, x, *args, *t.lengths, t.slots, SPAN=t.span, **forms, **t.cut)
+    grad_z = scale.new_empty(0) if zero_sums is None else t.channel_sums(zero_sums, grad_scale)
+    return grad_x, t.channel_sums(sums, grad_scale), grad_z
 
 
 def quantize(x, scale, qmin, qmax, zero_point, axis) -> tuple[torch.Tensor, torch.Tensor]:

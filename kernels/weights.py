@@ -34,7 +34,9 @@ def _forward_tile(
         result = lang.noise_forward(value, s, n, qmin, qmax)
     else:
         divisor = lang.divisors(scale, at, ROWS, GROUP)
-        result = lang.nearest_forward(lang.quotient(value, divisor, ROWS), divisor[0], 0.0, qmin, qmax)
+        result = lang.nearest_forward(
+            lang.rounded(lang.quotient(value, divisor, ROWS), 0.0), divisor[0], 0.0, qmin, qmax
+        )
     tl.store(y + start + i, result.to(y.dtype.element_ty), mask=live)
     if SOURCES:
         d = lang.difference(x, source, start, i, live)
@@ -60,7 +62,7 @@ def _backward_tile(
         inside, slope = lang.noise_backward(value, s, n, qmin, qmax)
     else:
         v = lang.quotient(value, lang.divisors(scale, at, ROWS, GROUP), ROWS)
-        inside, slope = lang.nearest_backward(v, 0.0, qmin, qmax)
+        inside, slope = lang.nearest_backward(v, lang.rounded(v, 0.0), 0.0, qmin, qmax)
     result = tl.where(inside, g, 0.0)
     if SOURCES:
         result += lang.difference(x, source, start, i, live) * lang.pull(grad_distance, distance)

@@ -12,7 +12,7 @@ from hdrq.backends.dispatch import forced, forcing
 
 _LIBRARY = torch.library.Library("hdrq", "DEF")
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
-_VALUES = {int, float, bool, type(None)}  # asking isinstance of them costs more, since a tensor's class answers it
+_VALUES = {int, float, bool, str, type(None)}  # asking isinstance of them costs more, since a tensor's class answers it
 
 
 class Op:

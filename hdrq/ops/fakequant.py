@@ -9,6 +9,8 @@ from hdrq.backends.dispatch import implementation
 from hdrq.ops._library import as_shape, as_type, differentiable, not_differentiable, register
 from hdrq.rng import KEEP_ALL
 
+ROUNDINGS = ("quotient", "reciprocal", "shifted")
+GRADIENTS = ("round-first", "clamp-first", "pass-through")
 NO_VMAP = "put the batch into x itself and name its channel with axis"
 
 
@@ -23,8 +25,10 @@ def fake_quantize(
     grad_scale: float = 1.0,
     keep: float = 1.0,
     rng: torch.Tensor | None = None,
+    rounding: str = "quotient",
+    gradient: str = "round-first",
 ) -> torch.Tensor:
-    """Round to the grid and back, with the straight-through gradient and a learnable scale.
+    """Round to the grid and back, with the straight-through gradient, a learnable scale and a learnable zero point.
 
     Equation, s and z the element's scale and zero point::
 
@@ -33,17 +37,29 @@ def fake_quantize(
     With ``keep`` under 1, ``y = x`` with probability ``1 − keep`` for each element (QDrop): the same bits as
     :func:`drop_mix` of the result and x, in the same pass.
 
-    Gradients, upstream g, inside meaning ``qmin ≤ round(x/s) + z ≤ qmax``: ``∂x = g`` inside, else 0; ``∂scale =
-    grad_scale · Σ g·((q − z) − [inside]·x/s)``; none for z. A dropped element passes g on, and adds no term.
+    ``rounding`` says in which order the integer before the clamp is found, where codes differ by one rounding::
+
+        "quotient"    round_half_even(x/s) + z
+        "reciprocal"  round_half_even(x·(1/s)) + z   as torch.ao has it
+        "shifted"     round_half_even(x/s + z)       as Brevitas and compressed-tensors have it; z may be any number
+
+    Gradients, upstream g: ``∂x = g`` inside, else 0; ``∂scale = grad_scale · Σ g·((q − z) − [inside]·x/s)``;
+    ``∂zero_point = grad_scale · Σ −g·s`` outside. A dropped element passes g on, and adds no term. ``gradient`` says
+    where inside is::
+
+        "round-first"   qmin ≤ the integer before the clamp ≤ qmax
+        "clamp-first"   qmin ≤ x/s + z ≤ qmax: LSQ's, which clamps before it rounds
+        "pass-through"  everywhere
 
     Args:
         x: float32, bfloat16 or float16, any shape and strides. Half types are computed in float32 and rounded once.
         scale: float32, one element, or ``x.shape[axis]`` elements. Positive and finite: a CPU raises; elsewhere no
             value is read on the host, and a bad scale yields NaN.
         qmin, qmax: the integer range.
-        zero_point: integer-valued float32, shaped as ``scale``; None for 0.
+        zero_point: integer-valued float32, shaped as ``scale``; None for 0. One that learns is rounded before it comes
+            here, by a rounding that passes gradients through.
         axis: the axis along which ``scale`` and ``zero_point`` vary; None for one of each.
-        grad_scale: factor on the gradient of ``scale``; LSQ uses ``1/sqrt(numel·qmax)``.
+        grad_scale: factor on the gradients of ``scale`` and ``zero_point``; LSQ uses ``1/sqrt(numel·qmax)``.
         keep: probability in [0, 1] that an element is quantized.
         rng: :func:`hdrq.rng_state`, on the device of x; needed where keep < 1.
 
@@ -53,7 +69,8 @@ def fake_quantize(
     Raises:
         TypeError, ValueError: "X must be …, got …".
 
-    Source: Esser et al., "Learned Step Size Quantization", ICLR 2020; QDrop (Wei et al., ICLR 2022).
+    Source: Esser et al., "Learned Step Size Quantization", ICLR 2020; Bhalgat et al., "LSQ+", CVPR Workshops 2020;
+    QDrop (Wei et al., ICLR 2022).
 
     Example::
 
@@ -64,7 +81,7 @@ def fake_quantize(
         (tensor([0.5000, 1.0000, 1.5000]), tensor([1., 1., 0.]))
     """
     threshold = checks.keep_threshold("keep", keep)
-    return _forward_op(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
+    return _forward_op(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold, rounding, gradient)
 
 
 def quantize(
@@ -120,8 +137,12 @@ def _check(x, scale, qmin, qmax, zero_point, axis) -> int | None:
     return _check_grid(x, scale, zero_point, axis)
 
 
-def _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold) -> int | None:
+def _check_forward(
+    x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold, rounding, gradient
+) -> int | None:
     checks.real("grad_scale", grad_scale)
+    checks.choice("rounding", rounding, ROUNDINGS)
+    checks.choice("gradient", gradient, GRADIENTS)
     if checks.integer("threshold", threshold, 0, KEEP_ALL) < KEEP_ALL or rng is not None:
         checks.tensor("x", x, checks.FLOATS)
         checks.rng(rng, x.device)
@@ -136,9 +157,9 @@ def _check_grid(x, scale, zero_point, axis) -> int | None:
     return axis
 
 
-def _check_values(scale, zero_point) -> None:
+def _check_values(scale, zero_point, rounding="quotient") -> None:
     checks.scale_values("scale", scale)
-    checks.zero_point_values(zero_point)
+    checks.zero_point_values(zero_point, integers=rounding != "shifted")
 
 
 def _flat(values: torch.Tensor | None) -> torch.Tensor | None:
@@ -146,40 +167,50 @@ def _flat(values: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _forward(
-    x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0, rng=None, threshold=KEEP_ALL
-) -> torch.Tensor:
-    axis = _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
-    _check_values(scale, zero_point)
+    x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0, rng=None, threshold=KEEP_ALL,
+    rounding="quotient", gradient="round-first",
+) -> torch.Tensor:  # fmt: skip
+    axis = _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold, rounding, gradient)
+    _check_values(scale, zero_point, rounding)
     run = implementation("fakequant", "fake_quantize", x)
-    return as_type(run(x.contiguous(), scale.flatten(), qmin, qmax, _flat(zero_point), axis, rng, threshold), x.dtype)
+    args = (scale.flatten(), qmin, qmax, _flat(zero_point), axis, rng, threshold, rounding)
+    return as_type(run(x.contiguous(), *args), x.dtype)
 
 
 def _forward_fake(
-    x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0, rng=None, threshold=KEEP_ALL
-) -> torch.Tensor:
-    _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
+    x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0, rng=None, threshold=KEEP_ALL,
+    rounding="quotient", gradient="round-first",
+) -> torch.Tensor:  # fmt: skip
+    _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold, rounding, gradient)
     return x.new_empty(x.shape)
 
 
-def _backward(grad, x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0, rng=None, threshold=KEEP_ALL):
-    _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
+def _backward(
+    grad, x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0, rng=None, threshold=KEEP_ALL,
+    rounding="quotient", gradient="round-first", learns_zero_point=False,
+) -> tuple:  # fmt: skip
+    _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold, rounding, gradient)
     checks.same_shape("grad", grad, "x", x)
-    return _gradients(grad, x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold)
+    args = (zero_point, axis, grad_scale, rng, threshold, rounding, gradient, learns_zero_point)
+    return _gradients(grad, x, scale, qmin, qmax, *args)
 
 
-def _gradients(grad, x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold):
+def _gradients(grad, x, scale, qmin, qmax, zero_point, axis, *rest) -> tuple:
     """Of arguments that the forward pass has checked."""
     run = implementation("fakequant", "fake_quantize_backward", x)
-    axis = checks.axis_of(x, axis)
-    args = (scale.flatten(), qmin, qmax, _flat(zero_point), axis, grad_scale, rng, threshold)
-    grad_x, grad_s = run(as_type(grad, x.dtype).contiguous(), x.contiguous(), *args)
-    return as_type(grad_x, x.dtype), as_shape(grad_s, scale.shape)
+    args = (scale.flatten(), qmin, qmax, _flat(zero_point), checks.axis_of(x, axis), *rest)
+    grad_x, grad_s, grad_z = run(as_type(grad, x.dtype).contiguous(), x.contiguous(), *args)
+    if rest[-1]:
+        grad_z = as_shape(grad_z, zero_point.shape)
+    return as_type(grad_x, x.dtype), as_shape(grad_s, scale.shape), grad_z
 
 
 def _backward_fake(
-    grad, x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0, rng=None, threshold=KEEP_ALL
-):
-    return x.new_empty(x.shape), scale.new_empty(scale.shape)
+    grad, x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0, rng=None, threshold=KEEP_ALL,
+    rounding="quotient", gradient="round-first", learns_zero_point=False,
+) -> tuple:  # fmt: skip
+    grad_z = scale.new_empty(zero_point.shape if learns_zero_point else 0)
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), grad_z
 
 
 def _quantize(x, scale, qmin, qmax, zero_point=None, axis=None):
@@ -213,25 +244,28 @@ def _check_codes(codes, scale, zero_point, axis) -> int | None:
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, scale, ctx.qmin, ctx.qmax, zero_point, ctx.axis, ctx.grad_scale, rng, ctx.threshold = inputs
+    x, scale, ctx.qmin, ctx.qmax, zero_point, ctx.axis, ctx.grad_scale, rng, ctx.threshold, *ctx.forms = inputs
+    ctx.learns_zero_point = zero_point is not None and zero_point.requires_grad
     ctx.save_for_backward(x, scale, zero_point, rng)
 
 
 def _autograd(ctx, grad):
     x, scale, zero_point, rng = ctx.saved_tensors
-    args = (ctx.qmin, ctx.qmax, zero_point, ctx.axis, ctx.grad_scale, rng, ctx.threshold)
-    grad_x, grad_s = _backward_op(grad, x, scale, *args)
-    return grad_x, grad_s, None, None, None, None, None, None, None
+    args = (ctx.qmin, ctx.qmax, zero_point, ctx.axis, ctx.grad_scale, rng, ctx.threshold, *ctx.forms)
+    grad_x, grad_s, grad_z = _backward_op(grad, x, scale, *args, ctx.learns_zero_point)
+    return grad_x, grad_s, None, None, grad_z if ctx.learns_zero_point else None, *(None,) * 6
 
 
 _GRID = "Tensor? zero_point=None, int? axis=None"
 _ARGS = f"Tensor x, Tensor scale, int qmin, int qmax, {_GRID}"
 _TRAINED = f"{_ARGS}, float grad_scale=1.0, Tensor? rng=None, int threshold={KEEP_ALL}"
+_FORMS = 'str rounding="quotient", str gradient="round-first"'
 _forward_op = register(
-    f"fake_quantize({_TRAINED}) -> Tensor", _forward, _forward_fake, check=_check_forward, no_vmap=NO_VMAP
+    f"fake_quantize({_TRAINED}, {_FORMS}) -> Tensor", _forward, _forward_fake, check=_check_forward, no_vmap=NO_VMAP
 )
 _backward_op = register(
-    f"fake_quantize_backward(Tensor grad, {_TRAINED}) -> (Tensor, Tensor)",
+    f"fake_quantize_backward(Tensor grad, {_TRAINED}, {_FORMS}, bool learns_zero_point=False)"
+    " -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     checked=_gradients,

@@ -145,8 +145,8 @@ class Op:
     call: Callable[..., Any] | None = None  # None: the function of hdrq.ops with the name that stands before a comma
 
 
-def terms(op: str) -> Close:
-    """The gradient of ``scale``: a sum, whose terms appear when the reference gives each element a scale of its own."""
+def terms(op: str, leaf: str = "scale") -> Close:
+    """The gradient of a leaf: a sum, whose terms appear when the reference gives each element a scale of its own."""
 
     def magnitude(arguments: dict[str, Any], want: torch.Tensor) -> torch.Tensor:
         x, axis = arguments["x"], arguments["axis"]
@@ -158,7 +158,7 @@ def terms(op: str) -> Close:
             elif isinstance(value, torch.Tensor) and value.shape == x.shape:
                 flat[name] = value.flatten()
         with use_backend("reference"):
-            parts = run(op, flat | {"axis": 0})["grad scale"]
+            parts = run(op, flat | {"axis": 0})[f"grad {leaf}"]
         return sum_but(parts.abs().reshape(x.shape), axis).reshape(want.shape)
 
     return Close(magnitude)
@@ -176,6 +176,18 @@ def noise(draw: Draw) -> dict[str, Any]:
 def fakequant(draw: Draw) -> dict[str, Any]:
     grid = draw.trained(draw.grid())
     return grid | {"zero_point": draw.zero_point(grid), "keep": draw.choice(1.0, 0.6), "rng": draw.rng()}
+
+
+def conventions(draw: Draw) -> dict[str, Any]:
+    """As other codes round and differentiate, with a zero point that learns."""
+    arguments = fakequant(draw)
+    arguments["rounding"] = draw.choice("quotient", "reciprocal", "shifted")
+    arguments["gradient"] = draw.choice("round-first", "clamp-first", "pass-through")
+    if arguments["zero_point"] is None:
+        arguments["zero_point"] = torch.zeros_like(arguments["scale"])
+    if arguments["rounding"] == "shifted":
+        arguments["zero_point"] += draw.choice(0.0, 0.5, 0.3)
+    return arguments
 
 
 def finite(draw: Draw) -> dict[str, Any]:
@@ -343,6 +355,12 @@ SEARCHED = {"error": Close(ITSELF.magnitude, SEARCH_BOUND)}
 OPS: dict[str, Op] = {
     "noise_quantize": Op("noise", noise, ("x", "scale"), {"grad scale": terms("noise_quantize")}),
     "fake_quantize": Op("fakequant", fakequant, ("x", "scale"), {"grad scale": terms("fake_quantize")}),
+    "fake_quantize, conventions": Op(
+        "fakequant",
+        conventions,
+        ("x", "scale", "zero_point"),
+        {f"grad {leaf}": terms("fake_quantize, conventions", leaf) for leaf in ("scale", "zero_point")},
+    ),
     "quantize": Op("fakequant", finite),
     "dequantize": Op("fakequant", coded),
     "adaround": Op("rounding", lambda draw: learned(draw) | {"hard": draw.chance(0.5)}),

@@ -94,6 +94,9 @@ def _others(extent: str) -> None:
     block = ([half] * 2, [rows] * 2, [-8] * 2, [7] * 2, [], [], [], [0] * 2)
     weights.quantize_weights(*block)
     weights.quantize_weights_backward([half] * 2, empty(2), empty(2), *block, [1.0] * 2)
+    fakequant.fake_quantize(half, rows, -8, 7, rows, 0, None, 2**16, "reciprocal")
+    fakequant.fake_quantize_backward(x, x, *grid, one, None, 1.0, None, 2**16, "shifted", "clamp-first", True)
+    fakequant.fake_quantize_backward(half, half, rows, -8, 7, rows, 0, 1.0, rng, 1, "reciprocal", "pass-through", True)
     fakequant.dequantize(codes, rows, None, 0)
     packed = empty(codes.numel() // 2, dtype=torch.uint8)
     exact = "official", "exact", codes.shape, [False] * 2, False

@@ -49,6 +49,76 @@ def test_forward_has_the_bits_of_the_contract(backend, affine, dtype, shaped, qu
     assert_same_bits(y, torch.tensor(np.array(expected, np.float32)).reshape(shape).to(dtype))
 
 
+@pytest.mark.parametrize("rounding", ["reciprocal", "shifted"])
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize(("shaped", "quant_range"), CASES[::3])
+def test_other_roundings_have_the_bits_of_the_contract(backend, rounding, shaped, quant_range):
+    (shape, axis), (qmin, qmax) = shaped, quant_range
+    x = sample(shape)
+    s = scales(length(x, axis))
+    z = zero_points(len(s)) + (0.3 if rounding == "shifted" else 0.0)
+    y, _, _ = run(backend, x, s, qmin, qmax, torch.ones_like(x), z, axis=axis, rounding=rounding)
+    elements = zip(x.flatten().numpy(), per_element(x, s, axis), per_element(x, z, axis), strict=True)
+    with np.errstate(all="ignore"):
+        expected = [contract.fake_quantize(*e, qmin, qmax, rounding) for e in elements]
+    assert_same_bits(y, torch.tensor(np.array(expected, np.float32)).reshape(shape))
+
+
+@pytest.mark.parametrize("gradient", ["round-first", "clamp-first", "pass-through"])
+@pytest.mark.parametrize("rounding", ["quotient", "reciprocal", "shifted"])
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize("backend", backend_params())
+def test_gradients_are_those_of_the_written_out_quantizer(backend, axis, rounding, gradient):
+    """Autograd differentiates it in float64: roundings pass gradients on, and so does the clamp of "pass-through"."""
+    x, upstream = sample((3, 40), special=False), sample((3, 40), seed=1, special=False)
+    s, z = scales(1 if axis is None else 3), zero_points(1 if axis is None else 3)
+    device = device_of(backend)
+    leaves = [t.clone().to(device).requires_grad_() for t in (x, s, z)]
+    with hdrq.use_backend(backend):
+        y = hdrq.ops.fake_quantize(
+            leaves[0], leaves[1], -2, 5, zero_point=leaves[2], axis=axis, grad_scale=0.3, rounding=rounding,
+            gradient=gradient,
+        )  # fmt: skip
+        found = torch.autograd.grad(y, leaves, upstream.to(device))
+
+    def passing(value, result):
+        return value + (result - value).detach()
+
+    x64, s64, z64 = wide = [t.double().requires_grad_() for t in (x, s, z)]
+    shape = (-1, 1) if axis == 0 else (1,)
+    s64, z64 = s64.view(shape), z64.view(shape)
+    v = x64 / s64
+    if gradient == "clamp-first":
+        q = (v + z64).clamp(-2, 5)
+        q = passing(q, q.round() if rounding == "shifted" else (v.round() + z64).clamp(-2, 5))
+    else:
+        q = passing(v + z64, (v + z64).round()) if rounding == "shifted" else passing(v, v.round()) + z64
+        q = passing(q, q.clamp(-2, 5)) if gradient == "pass-through" else q.clamp(-2, 5)
+    expected = torch.autograd.grad((q - z64) * s64, wide, upstream.double())
+    torch.testing.assert_close(found[0].cpu().double(), expected[0], rtol=1e-6, atol=0)
+    for got, want in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(got.cpu().double(), 0.3 * want, rtol=0, atol=1e-5)
+
+
+def test_a_zero_point_learns_as_torchs_own_op_has_it():
+    x, upstream = sample((500,), special=False), sample((500,), seed=1, special=False)
+    ours = [t.clone().requires_grad_() for t in (x, torch.tensor([0.25]), torch.tensor([2.0]))]
+    theirs = [t.clone().requires_grad_() for t in ours]
+    y = hdrq.ops.fake_quantize(ours[0], ours[1], -3, 4, zero_point=ours[2], rounding="reciprocal")
+    want = torch._fake_quantize_learnable_per_tensor_affine(*theirs, -3, 4, 1.0)
+    assert_same_bits(y, want)
+    for got, expected in zip(
+        torch.autograd.grad(y, ours, upstream), torch.autograd.grad(want, theirs, upstream), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_zero_point_that_does_not_learn_has_no_gradient():
+    x, s, z = torch.ones(4), torch.ones(1, requires_grad=True), torch.zeros(1)
+    hdrq.ops.fake_quantize(x, s, -4, 3, zero_point=z).sum().backward()
+    assert s.grad is not None and z.grad is None
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("backend", backend_params(only=("torch", "cpp", "triton")))
@@ -127,6 +197,19 @@ BAD = [
     (ValueError, "qmin must be less than qmax", {"qmin": 9}),
     (TypeError, "qmin must be an int, got float", {"qmin": -4.0}),
 ]
+
+
+FORMS = [
+    ("rounding must be one of 'quotient', 'reciprocal', 'shifted', got 'up'", {"rounding": "up"}),
+    ("gradient must be one of 'round-first', .*, got 'none'", {"gradient": "none"}),
+    ("zero_point must be a number of .*, got nan", {"rounding": "shifted", "zero_point": torch.tensor([torch.nan])}),
+]
+
+
+@pytest.mark.parametrize(("message", "change"), FORMS)
+def test_unknown_forms_are_refused(message, change):
+    with pytest.raises(ValueError, match=message):
+        hdrq.ops.fake_quantize(torch.zeros(4), torch.ones(1), -4, 3, **change)
 
 
 @pytest.mark.parametrize("backend", backend_params())

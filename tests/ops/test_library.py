@@ -60,6 +60,18 @@ CASES = {
         -8,
         7,
     ),
+    "fake_quantize, a zero point learns": lambda: (
+        *tensors(0),
+        -8,
+        7,
+        torch.ones(6, requires_grad=True),
+        0,
+        0.1,
+        None,
+        2**16,
+        "shifted",
+        "clamp-first",
+    ),
     "drop_mix": lambda: (tensors()[0], tensors()[0], 2**15, RNG),
     "drop_mix_backward": lambda: (torch.ones(6, 4), 2**15, RNG),
     "source_distance": lambda: (tensors()[0], torch.zeros(6, 4, 3)),
@@ -111,6 +123,7 @@ def test_every_registered_op_is_checked():
 def step(x, scale, rng):
     y = hdrq.ops.noise_quantize(x, scale, -8, 7, rng, noise="empirical", grad_scale=0.1)
     z = hdrq.ops.fake_quantize(hdrq.ops.drop_mix(y, x, 0.5, rng), scale, -8, 7)
+    z = hdrq.ops.fake_quantize(z, scale, -2, 1, zero_point=scale, rounding="shifted", gradient="pass-through")
     return z.square().sum() + hdrq.ops.source_distance(y, torch.zeros_like(y))
 
 

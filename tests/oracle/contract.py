@@ -76,8 +76,11 @@ def code(x, s, z, qmin: int, qmax: int) -> np.float32:
     return q if np.isnan(q) else f32(min(max(q, qmin), qmax))
 
 
-def fake_quantize(x, s, z, qmin: int, qmax: int) -> np.float32:
-    return (code(x, s, z, qmin, qmax) - z) * s
+def fake_quantize(x, s, z, qmin: int, qmax: int, rounding: str = "quotient") -> np.float32:
+    if rounding == "quotient":
+        return (code(x, s, z, qmin, qmax) - z) * s
+    q = nearest_even(x / s + z) + f32(0) if rounding == "shifted" else nearest_even(x * (f32(1) / s)) + z
+    return (q if np.isnan(q) else f32(min(max(q, qmin), qmax)) - z) * s
 
 
 def keeps(state, e: int, p: float) -> bool:

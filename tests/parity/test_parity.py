@@ -61,7 +61,8 @@ def test_a_case_is_a_function_of_op_seed_and_number(op, number):
 
 def test_a_sabotaged_backend_is_found_and_found_again(sabotaged):
     report = parity.check(0, backends=["torch", "cpp"], families=["fakequant", "drop"])
-    (mismatch,) = report.mismatches
+    mismatch, conventions = report.mismatches
+    assert conventions.op == "fake_quantize, conventions"
     assert (mismatch.op, mismatch.backend, mismatch.result, mismatch.index) == ("fake_quantize", "torch", "y", 5)
     assert mismatch.got != mismatch.want and mismatch.different == 1
     again = parity.repeat(mismatch.op, mismatch.backend, seed=mismatch.seed, case=mismatch.case)
@@ -75,7 +76,7 @@ def test_a_sabotaged_backend_ends_with_status_one(sabotaged):
     assert result.exit_code == 1
     assert "fake_quantize on torch: y at 5 is" in result.output
     assert "again: hdrq.parity.repeat('fake_quantize', 'torch', seed=0, case=" in result.output
-    (found,) = (t["mismatch"] for t in json.loads(call("--json", *arguments).stdout)["tallies"] if t["mismatch"])
+    found, _ = (t["mismatch"] for t in json.loads(call("--json", *arguments).stdout)["tallies"] if t["mismatch"])
     assert found["index"] == 5 and found["arguments"]["x"].startswith("torch.")
 
 

@@ -35,7 +35,7 @@ def quantize_weights_backward(
             args = (rngs[k], cumulative, axes[k], grad_scales[k], KEEP_ALL)
             grad_w, grad_s = noise_quantize_backward(*grid, *args)
         else:
-            grad_w, grad_s = fake_quantize_backward(*grid, None, axes[k], grad_scales[k], None, KEEP_ALL)
+            grad_w, grad_s, _ = fake_quantize_backward(*grid, None, axes[k], grad_scales[k], None, KEEP_ALL)
         if sources:
             grad_w = grad_w + (w.float() - sources[k].float()) * factors[k]
         grad_ws.append(grad_w)

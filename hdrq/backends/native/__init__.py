@@ -7,6 +7,7 @@ The same signatures and the same bits as :mod:`hdrq.backends.reference`. Work is
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -56,7 +57,22 @@ def grid(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, 
     return _C.Grid(scale.data_ptr(), address(zero_point), *layout(x, axis), qmin, qmax)
 
 
-def quantizer(x, scale, zero_point, qmin, qmax, axis, rng, threshold, *, noise, cumulative=None, source=None):
+def quantizer(
+    x,
+    scale,
+    zero_point,
+    qmin,
+    qmax,
+    axis,
+    rng,
+    threshold,
+    *,
+    noise,
+    cumulative=None,
+    source=None,
+    rounding=0,
+    gradient=0,
+):
     """A tensor to quantize, for :func:`forward` and :func:`backward`; the tensors given here must outlive the call."""
     channels, inner = layout(x, axis)
     return _C.Quantizer(
@@ -73,6 +89,8 @@ def quantizer(x, scale, zero_point, qmin, qmax, axis, rng, threshold, *, noise, 
         address(cumulative),
         threshold,
         address(source),
+        rounding,
+        gradient,
     )
 
 
@@ -84,12 +102,15 @@ def forward(quantizers: list, tensors: list) -> tuple[list[torch.Tensor], list[f
     return results, squares
 
 
-def backward(quantizers: list, grads: list, scales: list, grad_scales: list, pulls: list) -> tuple[list, list]:
-    """Gradients of tensors and of their scales, in one pass."""
+def backward(
+    quantizers: list, grads: list, scales: list, grad_scales: list, pulls: list, grad_zs: Sequence = ()
+) -> tuple[list, list]:
+    """Gradients of tensors and of their scales, and into ``grad_zs`` those of their zero points, in one pass."""
     grad_xs = [empty_like(g) for g in grads]
     grad_ss = [torch.empty_like(s) for s in scales]
     addresses = ([t.data_ptr() for t in tensors] for tensors in (grads, grad_xs, grad_ss))
-    _C.quantizer_backward(threads(), FLOATS[grads[0].dtype], quantizers, *addresses, grad_scales, pulls)
+    zeros = [z.data_ptr() for z in grad_zs]
+    _C.quantizer_backward(threads(), FLOATS[grads[0].dtype], quantizers, *addresses, zeros, grad_scales, pulls)
     return grad_xs, grad_ss
 
 

@@ -8,17 +8,25 @@ import hdrq._C as _C
 from hdrq import checks
 from hdrq.backends.native import CODES, FLOATS, address, backward, empty, forward, grid, job, quantizer
 
+ROUNDINGS = {"quotient": 0, "reciprocal": 1, "shifted": 2}  # enum Rounding of csrc/kernels.h
+GRADIENTS = {"round-first": 0, "clamp-first": 1, "pass-through": 2}  # enum Gradient
 
-def fake_quantize(x, scale, qmin, qmax, zero_point, axis, rng, threshold) -> torch.Tensor:
-    q = quantizer(x, scale, zero_point, qmin, qmax, axis, rng, threshold, noise=False)
+
+def fake_quantize(x, scale, qmin, qmax, zero_point, axis, rng, threshold, rounding="quotient") -> torch.Tensor:
+    q = quantizer(x, scale, zero_point, qmin, qmax, axis, rng, threshold, noise=False, rounding=ROUNDINGS[rounding])
     ((y,), _) = forward([q], [x])
     return y
 
 
-def fake_quantize_backward(grad, x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold) -> tuple:
-    q = quantizer(x, scale, zero_point, qmin, qmax, axis, rng, threshold, noise=False)
-    ((grad_x,), (grad_s,)) = backward([q], [grad], [scale], [grad_scale], [0.0])
-    return grad_x, grad_s
+def fake_quantize_backward(
+    grad, x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold,
+    rounding="quotient", gradient="round-first", learns_zero_point=False,
+) -> tuple:  # fmt: skip
+    forms = {"rounding": ROUNDINGS[rounding], "gradient": GRADIENTS[gradient]}
+    q = quantizer(x, scale, zero_point, qmin, qmax, axis, rng, threshold, noise=False, **forms)
+    grad_z = torch.empty_like(zero_point) if learns_zero_point else torch.empty(0)
+    ((grad_x,), (grad_s,)) = backward([q], [grad], [scale], [grad_scale], [0.0], [grad_z] if learns_zero_point else [])
+    return grad_x, grad_s, grad_z
 
 
 def quantize(x, scale, qmin, qmax, zero_point, axis) -> tuple[torch.Tensor, torch.Tensor]:

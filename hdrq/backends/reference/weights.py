@@ -33,7 +33,7 @@ def quantize_weights_backward(
             cumulative = cumulatives[k] if cumulatives else None
             grad_w, grad_s = noise_quantize_backward(*grid, rngs[k], cumulative, axes[k], grad_scales[k])
         else:
-            grad_w, grad_s = fake_quantize_backward(*grid, None, axes[k], grad_scales[k])
+            grad_w, grad_s, _ = fake_quantize_backward(*grid, None, axes[k], grad_scales[k])
         if sources:
             factor = grad_distances[k] / distances[k] if distances[k] > 0 else np.float32(0)
             grad_w = grad_w + (w - sources[k]) * factor
