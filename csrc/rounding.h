@@ -35,8 +35,9 @@ double adaround(Job job, const typename T::type* x, const float* alpha, typename
       for_vectors(n, [&](int64_t i, auto count) {
         const vf s = chunk.scale(i), a = F32::load(alpha + begin + i, count);
         const vf h = hard ? (a >= 0.0f ? splat(1.0f) : vf{}) : Soft(a).h;
-        const vf q = clamp(floor(T::load(x + begin + i, count) / s) + h, grid.qmin, grid.qmax);
-        T::store(q * s, y + begin + i, count);
+        const vf z = chunk.zero(i);
+        const vf q = clamp(floor(T::load(x + begin + i, count) / s) + h + z, grid.qmin, grid.qmax);
+        T::store((q - z) * s, y + begin + i, count);
         if (beta && any(soft(h))) penalty.add(only(1.0f - power(magnitude(2.0f * h - 1.0f), *beta), count));
       });
     });
@@ -58,7 +59,7 @@ void adaround_backward(Job job, const typename T::type* grad, float grad_penalty
       for_vectors(n, [&](int64_t i, auto count) {
         const vf s = chunk.scale(i);
         const Soft learned(F32::load(alpha + begin + i, count));
-        const vf q = floor(T::load(x + begin + i, count) / s) + learned.h;
+        const vf q = floor(T::load(x + begin + i, count) / s) + learned.h + chunk.zero(i);
         vf total = (q >= grid.qmin) & (q <= grid.qmax) ? T::load(grad + begin + i, count) * s : vf{};
         if (beta && any(soft(learned.h))) {
           const vf t = 2.0f * learned.h - 1.0f, pull = factor * power(magnitude(t), *beta - 1.0f);

@@ -162,7 +162,8 @@ def _check_values(scale, zero_point, rounding="quotient") -> None:
     checks.zero_point_values(zero_point, integers=rounding != "shifted")
 
 
-def _flat(values: torch.Tensor | None) -> torch.Tensor | None:
+def flat(values: torch.Tensor | None) -> torch.Tensor | None:
+    """Of one dimension, where there are any."""
     return None if values is None else values.flatten()
 
 
@@ -173,7 +174,7 @@ def _forward(
     axis = _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold, rounding, gradient)
     _check_values(scale, zero_point, rounding)
     run = implementation("fakequant", "fake_quantize", x)
-    args = (scale.flatten(), qmin, qmax, _flat(zero_point), axis, rng, threshold, rounding)
+    args = (scale.flatten(), qmin, qmax, flat(zero_point), axis, rng, threshold, rounding)
     return as_type(run(x.contiguous(), *args), x.dtype)
 
 
@@ -198,7 +199,7 @@ def _backward(
 def _gradients(grad, x, scale, qmin, qmax, zero_point, axis, *rest) -> tuple:
     """Of arguments that the forward pass has checked."""
     run = implementation("fakequant", "fake_quantize_backward", x)
-    args = (scale.flatten(), qmin, qmax, _flat(zero_point), checks.axis_of(x, axis), *rest)
+    args = (scale.flatten(), qmin, qmax, flat(zero_point), checks.axis_of(x, axis), *rest)
     grad_x, grad_s, grad_z = run(as_type(grad, x.dtype).contiguous(), x.contiguous(), *args)
     if rest[-1]:
         grad_z = as_shape(grad_z, zero_point.shape)
@@ -218,7 +219,7 @@ def _quantize(x, scale, qmin, qmax, zero_point=None, axis=None):
     checks.code_range(qmin, qmax)
     _check_values(scale, zero_point)
     run = implementation("fakequant", "quantize", x)
-    return run(x.contiguous(), scale.flatten(), qmin, qmax, _flat(zero_point), axis)
+    return run(x.contiguous(), scale.flatten(), qmin, qmax, flat(zero_point), axis)
 
 
 def _quantize_fake(x, scale, qmin, qmax, zero_point=None, axis=None):
@@ -230,7 +231,7 @@ def _dequantize(codes, scale, zero_point=None, axis=None) -> torch.Tensor:
     axis = _check_codes(codes, scale, zero_point, axis)
     _check_values(scale, zero_point)
     run = implementation("fakequant", "dequantize", codes)
-    return run(codes.contiguous(), scale.flatten(), _flat(zero_point), axis)
+    return run(codes.contiguous(), scale.flatten(), flat(zero_point), axis)
 
 
 def _dequantize_fake(codes, scale, zero_point=None, axis=None) -> torch.Tensor:

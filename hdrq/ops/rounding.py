@@ -8,7 +8,7 @@ from hdrq import checks
 from hdrq.backends.dispatch import implementation
 from hdrq.backends.eager import per_element
 from hdrq.ops._library import differentiable, not_differentiable, register
-from hdrq.ops.fakequant import NO_VMAP
+from hdrq.ops.fakequant import NO_VMAP, flat
 
 CLOSEST = 2**-10  # of a starting h to 0 and 1, where its gradient ends
 
@@ -20,17 +20,19 @@ def adaround(
     qmin: int,
     qmax: int,
     *,
+    zero_point: torch.Tensor | None = None,
     axis: int | None = None,
     hard: bool = False,
 ) -> torch.Tensor:
     """Round each element up or down, as α says: softly while α is learned, hard at the end.
 
-    Equation, s the element's scale::
+    Equation, s and z the element's scale and zero point::
 
-        y = clamp(floor(x/s) + h(α), qmin, qmax)·s,  h = clamp(1.2·sigmoid(α) − 0.1, 0, 1);  hard: h = [α ≥ 0]
+        y = (clamp(floor(x/s) + h(α) + z, qmin, qmax) − z)·s
+        h = clamp(1.2·sigmoid(α) − 0.1, 0, 1);  hard: h = [α ≥ 0]
 
-    Gradient, to α alone (x and scale stay as they are while AdaRound learns; none is given to them): ``∂α = g·s·h'``
-    where ``qmin ≤ floor(x/s) + h ≤ qmax``, else 0, with ``h' = 1.2·σ·(1 − σ)`` where h is not clamped, else 0. Hard
+    Gradient, to α alone (all else stays as it is while AdaRound learns, and is given none): ``∂α = g·s·h'``
+    where ``qmin ≤ floor(x/s) + h + z ≤ qmax``, else 0, with ``h' = 1.2·σ·(1 − σ)`` where h is not clamped, else 0. Hard
     rounding has none.
 
     Args:
@@ -39,7 +41,8 @@ def adaround(
             value is read on the host, and a bad scale yields NaN.
         alpha: float32, shaped as x.
         qmin, qmax: the integer range.
-        axis: the axis along which ``scale`` varies; None for one scale.
+        zero_point: integer-valued float32, shaped as ``scale``; None for 0.
+        axis: the axis along which ``scale`` and ``zero_point`` vary; None for one of each.
         hard: round by the sign of α.
 
     Returns:
@@ -51,8 +54,9 @@ def adaround(
 
     Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020.
     """
-    _check(x, scale, alpha, qmin, qmax, None, axis)
-    return _forward_op(x, scale, alpha, qmin, qmax, None, axis, checks.choice("hard", hard, (False, True)))[0]
+    _check(x, scale, alpha, qmin, qmax, None, axis, zero_point)
+    hard = checks.choice("hard", hard, (False, True))
+    return _forward_op(x, scale, alpha, qmin, qmax, None, axis, hard, zero_point)[0]
 
 
 def adaround_regularized(
@@ -63,6 +67,7 @@ def adaround_regularized(
     qmax: int,
     beta: float | torch.Tensor,
     *,
+    zero_point: torch.Tensor | None = None,
     axis: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`adaround`, and in the same pass the penalty that drives every h to 0 or 1, ``Σ (1 − |2h − 1|^β)``.
@@ -72,7 +77,7 @@ def adaround_regularized(
     Args:
         beta: at least 1; annealed from 20 to 2 as a rule. A float, or a float32 tensor of one element on the device of
             x, whose value is not checked off the CPU: it can be annealed inside a captured CUDA graph.
-        x, scale, alpha, qmin, qmax, axis: as :func:`adaround`.
+        x, scale, alpha, qmin, qmax, zero_point, axis: as :func:`adaround`.
 
     Returns:
         y, and the penalty: float32, zero-dimensional, within 1e-6 of a float64 sum.
@@ -80,8 +85,8 @@ def adaround_regularized(
     if not isinstance(beta, torch.Tensor):
         checks.tensor("x", x, checks.FLOATS)
         beta = torch.full((), checks.real("beta", beta, 1.0), dtype=torch.float32, device=x.device)
-    _check(x, scale, alpha, qmin, qmax, beta, axis)
-    y, penalty = _forward_op(x, scale, alpha, qmin, qmax, beta, axis, False)
+    _check(x, scale, alpha, qmin, qmax, beta, axis, zero_point)
+    y, penalty = _forward_op(x, scale, alpha, qmin, qmax, beta, axis, False, zero_point)
     return y, penalty
 
 
@@ -101,11 +106,13 @@ def adaround_init(x: torch.Tensor, scale: torch.Tensor, *, axis: int | None = No
     return -torch.log(1.2 / (h + 0.1) - 1)
 
 
-def _check(x, scale, alpha, qmin, qmax, beta, axis) -> int | None:
+def _check(x, scale, alpha, qmin, qmax, beta, axis, zero_point) -> int | None:
     checks.tensor("x", x, checks.FLOATS)
     checks.quant_range(qmin, qmax)
     axis = checks.axis_of(x, axis)
     checks.per_axis("scale", scale, x, axis)
+    if zero_point is not None:
+        checks.per_axis("zero_point", zero_point, x, axis)
     checks.tensor("alpha", alpha, (torch.float32,), x.device)
     checks.same_shape("alpha", alpha, "x", x)
     if beta is not None:
@@ -113,56 +120,63 @@ def _check(x, scale, alpha, qmin, qmax, beta, axis) -> int | None:
     return axis
 
 
-def _check_values(scale, beta) -> None:
+def _check_values(scale, beta, zero_point) -> None:
     checks.scale_values("scale", scale)
+    checks.zero_point_values(zero_point)
     if beta is not None and beta.device.type == "cpu":
         checks.real("beta", float(beta.detach()), 1.0)
 
 
-def _forward(x, scale, alpha, qmin, qmax, beta=None, axis=None, hard=False):
-    axis = _check(x, scale, alpha, qmin, qmax, beta, axis)
-    _check_values(scale, beta)
+def _forward(x, scale, alpha, qmin, qmax, beta=None, axis=None, hard=False, zero_point=None):
+    axis = _check(x, scale, alpha, qmin, qmax, beta, axis, zero_point)
+    _check_values(scale, beta, zero_point)
     run = implementation("rounding", "adaround", x)
-    y, penalty = run(x.contiguous(), scale.flatten(), alpha.contiguous(), qmin, qmax, beta, axis, hard)
+    tensors = (x.contiguous(), scale.flatten(), alpha.contiguous())
+    y, penalty = run(*tensors, qmin, qmax, beta, axis, hard, flat(zero_point))
     return y.to(x.dtype), penalty
 
 
-def _forward_fake(x, scale, alpha, qmin, qmax, beta=None, axis=None, hard=False):
-    _check(x, scale, alpha, qmin, qmax, beta, axis)
+def _forward_fake(x, scale, alpha, qmin, qmax, beta=None, axis=None, hard=False, zero_point=None):
+    _check(x, scale, alpha, qmin, qmax, beta, axis, zero_point)
     return x.new_empty(x.shape), alpha.new_empty(())
 
 
-def _backward(grad, grad_penalty, x, scale, alpha, qmin, qmax, beta=None, axis=None) -> torch.Tensor:
-    axis = _check(x, scale, alpha, qmin, qmax, beta, axis)
+def _backward(grad, grad_penalty, x, scale, alpha, qmin, qmax, beta=None, axis=None, zero_point=None) -> torch.Tensor:
+    axis = _check(x, scale, alpha, qmin, qmax, beta, axis, zero_point)
     checks.same_shape("grad", grad, "x", x)
     run = implementation("rounding", "adaround_backward", x)
     tensors = (grad.to(x.dtype).contiguous(), grad_penalty, x.contiguous(), scale.flatten(), alpha.contiguous())
-    return run(*tensors, qmin, qmax, beta, axis)
+    return run(*tensors, qmin, qmax, beta, axis, flat(zero_point))
 
 
-def _backward_fake(grad, grad_penalty, x, scale, alpha, qmin, qmax, beta=None, axis=None) -> torch.Tensor:
+def _backward_fake(
+    grad, grad_penalty, x, scale, alpha, qmin, qmax, beta=None, axis=None, zero_point=None
+) -> torch.Tensor:
     return alpha.new_empty(alpha.shape)
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, scale, alpha, ctx.qmin, ctx.qmax, beta, ctx.axis, ctx.hard = inputs
-    ctx.save_for_backward(x, scale, alpha, beta)
+    x, scale, alpha, ctx.qmin, ctx.qmax, beta, ctx.axis, ctx.hard, zero_point = inputs
+    ctx.save_for_backward(x, scale, alpha, beta, zero_point)
 
 
 def _autograd(ctx, grad, grad_penalty):
-    x, scale, alpha, beta = ctx.saved_tensors
+    x, scale, alpha, beta, zero_point = ctx.saved_tensors
     if ctx.hard:
-        return (None,) * 8
-    args = (x, scale, alpha, ctx.qmin, ctx.qmax, beta, ctx.axis)
-    return None, None, _backward_op(grad, grad_penalty, *args), None, None, None, None, None
+        return (None,) * 9
+    args = (x, scale, alpha, ctx.qmin, ctx.qmax, beta, ctx.axis, zero_point)
+    return None, None, _backward_op(grad, grad_penalty, *args), *(None,) * 6
 
 
 _ARGS = "Tensor x, Tensor scale, Tensor alpha, int qmin, int qmax, Tensor? beta=None, int? axis=None"
 _forward_op = register(
-    f"adaround({_ARGS}, bool hard=False) -> (Tensor, Tensor)", _forward, _forward_fake, no_vmap=NO_VMAP
+    f"adaround({_ARGS}, bool hard=False, Tensor? zero_point=None) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    no_vmap=NO_VMAP,
 )
 _backward_op = register(
-    f"adaround_backward(Tensor grad, Tensor grad_penalty, {_ARGS}) -> Tensor",
+    f"adaround_backward(Tensor grad, Tensor grad_penalty, {_ARGS}, Tensor? zero_point=None) -> Tensor",
     _backward,
     _backward_fake,
     no_vmap=NO_VMAP,

@@ -204,7 +204,7 @@ def coded(draw: Draw) -> dict[str, Any]:
 def learned(draw: Draw) -> dict[str, Any]:
     grid = draw.grid()
     x = grid["x"]
-    return grid | {"alpha": 2 * draw.normal(tuple(x.shape), torch.float32)}
+    return grid | {"alpha": 2 * draw.normal(tuple(x.shape), torch.float32), "zero_point": draw.zero_point(grid)}
 
 
 def adaround_regularized(alpha, **arguments) -> dict[str, torch.Tensor]:

@@ -60,6 +60,16 @@ CASES = {
         -8,
         7,
     ),
+    "adaround, with a zero point": lambda: (
+        *tensors(0),
+        torch.zeros(6, 4, 3, requires_grad=True),
+        -8,
+        7,
+        torch.full((), 3.0),
+        0,
+        False,
+        torch.ones(6),
+    ),
     "fake_quantize, a zero point learns": lambda: (
         *tensors(0),
         -8,

@@ -27,38 +27,48 @@ def each(x, s, axis):
     return s.reshape(shape).expand(x.shape).flatten().numpy()
 
 
+def zero_points(count: int) -> torch.Tensor:
+    return torch.randint(-3, 4, (count,), generator=torch.Generator().manual_seed(2)).float()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("backend", backend_params())
 @pytest.mark.parametrize(("shaped", "quant_range"), CASES[1::4])
-def test_forward_has_the_bits_of_the_contract(backend, hard, dtype, shaped, quant_range):
+def test_forward_has_the_bits_of_the_contract(backend, hard, affine, dtype, shaped, quant_range):
     (shape, axis), (qmin, qmax) = shaped, quant_range
     x, alpha = sample(shape, dtype), alphas(shape)
     s, device = scales(length(x, axis)), device_of(backend)
     with hdrq.use_backend(backend):
-        y = hdrq.ops.adaround(*(t.to(device) for t in (x, s, alpha)), qmin, qmax, axis=axis, hard=hard)
+        options = {"axis": axis, "hard": hard, "zero_point": zero_points(len(s)).to(device) if affine else None}
+        y = hdrq.ops.adaround(*(t.to(device) for t in (x, s, alpha)), qmin, qmax, **options)
+    z = each(x, zero_points(len(s)) if affine else torch.zeros(len(s)), axis)
     with np.errstate(all="ignore"):
-        elements = zip(x.float().flatten().numpy(), each(x, s, axis), alpha.flatten().numpy(), strict=True)
-        expected = [contract.adaround(*element, qmin, qmax, hard) for element in elements]
+        elements = zip(x.float().flatten().numpy(), each(x, s, axis), alpha.flatten().numpy(), z, strict=True)
+        expected = [contract.adaround(*element, qmin, qmax, hard, shift) for *element, shift in elements]
     assert_same_bits(y, torch.tensor(np.array(expected, np.float32)).reshape(shape).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("beta", [2.0, 7.5, 20.0])
 @pytest.mark.parametrize(("shape", "axis"), [((1029,), None), ((5, 4, 3), 1), ((2, 1100), 0), ((0,), None)])
+@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("backend", backend_params())
-def test_penalty_and_gradient(backend, shape, axis, beta, dtype):
+def test_penalty_and_gradient(backend, affine, shape, axis, beta, dtype):
     x, alpha, device = sample(shape, dtype, special=False), alphas(shape).nan_to_num(0, 3, -3), device_of(backend)
     s, grad = scales(length(x, axis)), sample(shape, dtype, seed=1, special=False)
-    own = alpha.clone().to(device).requires_grad_()
+    own, z = alpha.clone().to(device).requires_grad_(), zero_points(len(s)) * affine
+    options = {"axis": axis, "zero_point": z.to(device) if affine else None}
     with hdrq.use_backend(backend):
-        y, penalty = hdrq.ops.adaround_regularized(x.to(device), s.to(device), own, -8, 7, beta, axis=axis)
+        y, penalty = hdrq.ops.adaround_regularized(x.to(device), s.to(device), own, -8, 7, beta, **options)
         torch.autograd.backward([y, penalty], [grad.to(device), torch.tensor(0.01, device=device)])
-        assert_same_bits(y, hdrq.ops.adaround(x.to(device), s.to(device), own, -8, 7, axis=axis))
+        assert_same_bits(y, hdrq.ops.adaround(x.to(device), s.to(device), own, -8, 7, **options))
     wide, factor = alpha.double().requires_grad_(), torch.from_numpy(each(x, s, axis)).reshape(shape).double()
     u = 1.2 * torch.sigmoid(wide) - 0.1
     h = torch.where((u - u.round()).abs() < 1e-6, u.round(), u).clamp(0, 1)  # the corner is float32's to decide
-    q = (torch.floor((x.float() / factor.float()).double()) + h).clamp(-8, 7)
+    z = torch.from_numpy(each(x, z, axis)).reshape(shape).double()
+    q = (torch.floor((x.float() / factor.float()).double()) + h + z).clamp(-8, 7) - z
     terms = 1 - (2 * h - 1).abs() ** beta
     ((q * factor * grad.double()).sum() + 0.01 * terms.sum()).backward()
     assert penalty.dtype == torch.float32

@@ -166,7 +166,7 @@ def exponential(x: np.float32) -> np.float32:
     return (f32(1) + (r + (r * r) * q)) * f32(2.0 ** int(k))
 
 
-def adaround(x, s, alpha, qmin: int, qmax: int, hard: bool) -> np.float32:
+def adaround(x, s, alpha, qmin: int, qmax: int, hard: bool, z=f32(0)) -> np.float32:
     if hard:
         h = f32(1) if alpha >= 0 else f32(0)
     elif np.isnan(alpha):
@@ -174,5 +174,5 @@ def adaround(x, s, alpha, qmin: int, qmax: int, hard: bool) -> np.float32:
     else:
         sigma = f32(1) / (f32(1) + exponential(-f32(min(max(alpha, -16), 16))))
         h = f32(min(max(f32(1.2) * sigma + f32(-0.1), 0), 1))
-    q = np.floor(x / s) + h
-    return (q if np.isnan(q) else f32(min(max(q, qmin), qmax))) * s
+    q = np.floor(x / s) + h + z
+    return ((q if np.isnan(q) else f32(min(max(q, qmin), qmax))) - z) * s

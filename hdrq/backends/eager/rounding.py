@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hdrq.backends.eager import valid_scale
+from hdrq.backends.eager import per_element, valid_scale
 from hdrq.backends.eager.elementary import power, sigmoid
 
 
@@ -14,20 +14,24 @@ def _soft(alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return u.clamp(0, 1), torch.where((u >= 0) & (u <= 1), 1.2 * sigma * (1 - sigma), 0.0)
 
 
-def adaround(x, scale, alpha, qmin, qmax, beta, axis, hard) -> tuple[torch.Tensor, torch.Tensor]:
-    s = valid_scale(scale, x.ndim, axis)
+def _grid(x, scale, zero_point, axis) -> tuple:
+    return valid_scale(scale, x.ndim, axis), 0.0 if zero_point is None else per_element(zero_point, x.ndim, axis)
+
+
+def adaround(x, scale, alpha, qmin, qmax, beta, axis, hard, zero_point=None) -> tuple[torch.Tensor, torch.Tensor]:
+    s, z = _grid(x, scale, zero_point, axis)
     h = (alpha >= 0).float() if hard else _soft(alpha)[0]
-    y = (torch.floor(x.float() / s) + h).clamp(qmin, qmax) * s
+    y = ((torch.floor(x.float() / s) + h + z).clamp(qmin, qmax) - z) * s
     if beta is None:
         return y, alpha.new_zeros(())
     terms = 1 - power((2 * h - 1).abs(), beta.reshape(()))
     return y, terms.sum(dtype=torch.float64).float()
 
 
-def adaround_backward(grad, grad_penalty, x, scale, alpha, qmin, qmax, beta, axis) -> torch.Tensor:
-    s = valid_scale(scale, x.ndim, axis)
+def adaround_backward(grad, grad_penalty, x, scale, alpha, qmin, qmax, beta, axis, zero_point=None) -> torch.Tensor:
+    s, z = _grid(x, scale, zero_point, axis)
     h, slope = _soft(alpha)
-    q = torch.floor(x.float() / s) + h
+    q = torch.floor(x.float() / s) + h + z
     total = torch.where((q >= qmin) & (q <= qmax), grad.float() * s, 0.0)
     if beta is not None:
         beta, t = beta.reshape(()), 2 * h - 1

@@ -18,25 +18,34 @@ def _soft(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(u, np.float32(0), np.float32(1)), slope
 
 
-def adaround(x, scale, alpha, qmin, qmax, beta=None, axis=None, hard=False) -> tuple[np.ndarray, np.ndarray]:
-    """``y = clamp(floor(x/s) + h, qmin, qmax)·s``, h soft, or 1 where α ≥ 0 and else 0; and ``Σ (1 − |2h − 1|^β)``.
+def _grid(x, scale, zero_point, axis) -> tuple[np.ndarray, np.ndarray]:
+    s = per_element(scale, x.ndim, axis)
+    return s, np.zeros_like(s) if zero_point is None else per_element(zero_point, x.ndim, axis)
+
+
+def adaround(
+    x, scale, alpha, qmin, qmax, beta=None, axis=None, hard=False, zero_point=None
+) -> tuple[np.ndarray, np.ndarray]:
+    """``y = (clamp(floor(x/s) + h + z, qmin, qmax) − z)·s``, h soft, or 1 where α ≥ 0 and else 0; and ``Σ (1 − |2h − 1|^β)``.
 
     The penalty is a float64 sum of float32 terms, rounded once to float32; 0 without β.
     """
-    s = per_element(scale, x.ndim, axis)
+    s, z = _grid(x, scale, zero_point, axis)
     h = np.where(alpha >= 0, np.float32(1), np.float32(0)) if hard else _soft(alpha)[0]
-    y = np.clip(np.floor(x / s) + h, np.float32(qmin), np.float32(qmax)) * s
+    y = (np.clip(np.floor(x / s) + h + z, np.float32(qmin), np.float32(qmax)) - z) * s
     if beta is None:
         return y, np.zeros((), np.float32)
     terms = np.float32(1) - power(np.abs(np.float32(2) * h - np.float32(1)), beta.reshape(())[()])
     return y, terms.sum(dtype=np.float64).astype(np.float32).reshape(())
 
 
-def adaround_backward(grad, grad_penalty, x, scale, alpha, qmin, qmax, beta=None, axis=None) -> np.ndarray:
-    """``∂α = (g·s·[qmin ≤ floor(x/s) + h ≤ qmax] − g_pen·2β·|2h − 1|^(β−1)·sign(2h − 1))·h'``."""
-    s = per_element(scale, x.ndim, axis)
+def adaround_backward(
+    grad, grad_penalty, x, scale, alpha, qmin, qmax, beta=None, axis=None, zero_point=None
+) -> np.ndarray:
+    """``∂α = (g·s·[qmin ≤ floor(x/s) + h + z ≤ qmax] − g_pen·2β·|2h − 1|^(β−1)·sign(2h − 1))·h'``."""
+    s, z = _grid(x, scale, zero_point, axis)
     h, slope = _soft(alpha)
-    q = np.floor(x / s) + h
+    q = np.floor(x / s) + h + z
     total = np.where((q >= qmin) & (q <= qmax), grad * s, np.float32(0))
     if beta is not None:
         b, t = beta.reshape(())[()], np.float32(2) * h - np.float32(1)
