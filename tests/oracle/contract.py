@@ -166,7 +166,7 @@ def exponential(x: np.float32) -> np.float32:
     return (f32(1) + (r + (r * r) * q)) * f32(2.0 ** int(k))
 
 
-def adaround(x, s, alpha, qmin: int, qmax: int, hard: bool, z=f32(0)) -> np.float32:
+def adaround(x, s, alpha, qmin: int, qmax: int, hard: bool, z) -> np.float32:
     if hard:
         h = f32(1) if alpha >= 0 else f32(0)
     elif np.isnan(alpha):

@@ -26,9 +26,10 @@ def _grid(x, scale, zero_point, axis) -> tuple[np.ndarray, np.ndarray]:
 def adaround(
     x, scale, alpha, qmin, qmax, beta=None, axis=None, hard=False, zero_point=None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``y = (clamp(floor(x/s) + h + z, qmin, qmax) − z)·s``, h soft, or 1 where α ≥ 0 and else 0; and ``Σ (1 − |2h − 1|^β)``.
+    """``y = (clamp(floor(x/s) + h + z, qmin, qmax) − z)·s``, h soft, or 1 where α ≥ 0 and else 0; and the
+    penalty ``Σ (1 − |2h − 1|^β)``.
 
-    The penalty is a float64 sum of float32 terms, rounded once to float32; 0 without β.
+    That is a float64 sum of float32 terms, rounded once to float32; 0 without β.
     """
     s, z = _grid(x, scale, zero_point, axis)
     h = np.where(alpha >= 0, np.float32(1), np.float32(0)) if hard else _soft(alpha)[0]

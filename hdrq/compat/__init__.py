@@ -1,0 +1,23 @@
+"""Our ops under the argument lists, classes and conventions of other people's quantization loops.
+
+:mod:`hdrq.compat.functional` has functions, :mod:`hdrq.compat.modules` modules for a loop or a parametrization, and
+:mod:`hdrq.compat.torch_ao` the fake-quantize of ``torch.ao.quantization``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hdrq.compat import functional
+from hdrq.compat.modules import LSQ, NoiseQuantize
+
+__all__ = ["LSQ", "FakeQuantize", "NoiseQuantize", "functional"]
+
+
+def __getattr__(name: str) -> Any:
+    """``FakeQuantize`` imports ``torch.ao``, which nothing else needs."""
+    if name == "FakeQuantize":
+        from hdrq.compat.torch_ao import FakeQuantize
+
+        return FakeQuantize
+    raise AttributeError(f"module 'hdrq.compat' has no attribute {name!r}")

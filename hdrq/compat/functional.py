@@ -1,0 +1,196 @@
+"""Quantizer functions with the arguments that other codes pass: ``x, scale, zero_point, quant_min, quant_max, …``.
+
+A scale, or a zero point, may be a Python number or a tensor of any real dtype, and may have any shape that broadcasts
+to x along one axis. It reaches our op without a copy where it is float32 and learns; what does not learn is copied, so
+that an observer may write to it before the gradients are taken. Gradients come back in the shape and dtype given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hdrq import checks, ops
+from hdrq.backends.eager import per_element
+from hdrq.ops._library import as_shape
+
+ZERO_POINTS = ("half-even", "half-up", None)
+
+
+def fake_quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor | float,
+    zero_point: torch.Tensor | float | None,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None = None,
+    grad_factor: float = 1.0,
+    *,
+    rounding: str = "quotient",
+    gradient: str = "round-first",
+    zero_point_rounding: str | None = "half-even",
+    signed_scale: bool = False,
+    keep: float = 1.0,
+    rng: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`hdrq.ops.fake_quantize`, of the arguments of QDrop-, BRECQ-, MQBench-, LSQ+- and torch-style functions.
+
+    The quantizer functions of those codes differ in ``rounding``, ``gradient`` and ``zero_point_rounding`` alone::
+
+        QDrop, HDRQ, BRECQ, MQBench   the defaults
+        torch.ao, torch's own ops     rounding="reciprocal"
+        torch's learnable ops         rounding="reciprocal", zero_point_rounding="half-up"
+        Brevitas                      rounding="shifted", zero_point_rounding=None (TensorClampSte: "pass-through")
+        compressed-tensors            rounding="shifted"
+        LSQ                           gradient="clamp-first"
+
+    Args:
+        x: float32, bfloat16 or float16. Half types are computed in float32 and rounded once.
+        scale: positive; one for each of ``x.shape[ch_axis]``, or of a shape that broadcasts along one axis; of the
+            shape ``(*x.shape[:-1], groups)`` it is one for each group of the last axis.
+        zero_point: like ``scale``; None for 0.
+        quant_min, quant_max: the integer range.
+        ch_axis: the axis of ``scale``; None (or −1 with one scale, as in torch.ao) for what its shape says.
+        grad_factor: on the gradients of ``scale`` and ``zero_point``.
+        zero_point_rounding: what becomes of a zero point that learns, while its gradient passes as if nothing did:
+            "half-even" rounds it; "half-up" is torch's ``floor(z + ½)``, then clamped to the range; None leaves it,
+            which "shifted" alone can take.
+        signed_scale: scales may be negative: ``y = (q − z)·s`` and ``q = clamp(round(x/s) + z)`` as they stand, by two
+            more passes over x.
+        rounding, gradient, keep, rng: as :func:`hdrq.ops.fake_quantize`.
+
+    Raises:
+        TypeError: x is float64, which is not computed in float32 behind your back; and as the op.
+        ValueError: a shape that does not broadcast along one axis; and as the op.
+    """
+    checks.choice("zero_point_rounding", zero_point_rounding, ZERO_POINTS)
+    x_in, s, z, axis = _grid(x, scale, zero_point, ch_axis)
+    if z is not None and z.requires_grad and zero_point_rounding is not None:
+        z = _Integer.apply(z, quant_min, quant_max, zero_point_rounding)
+    options: dict[str, Any] = {"zero_point": z, "axis": axis, "grad_scale": grad_factor, "keep": keep, "rng": rng}
+    options |= {"rounding": rounding, "gradient": gradient}
+    if not signed_scale:
+        return as_shape(ops.fake_quantize(x_in, s, quant_min, quant_max, **options), x.shape)
+    sign = torch.where(s.detach() < 0, -1.0, 1.0)
+    signs = per_element(sign, x_in.ndim, axis).to(x.dtype)
+    return (ops.fake_quantize(x_in * signs, s * sign, quant_min, quant_max, **options) * signs).view(x.shape)
+
+
+def noise_quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor | float,
+    quant_min: int,
+    quant_max: int,
+    rng: torch.Tensor,
+    ch_axis: int | None = None,
+    grad_factor: float = 1.0,
+    *,
+    noise: str = "empirical",
+    keep: float = 1.0,
+) -> torch.Tensor:
+    """:func:`hdrq.ops.noise_quantize`, of the arguments of the released HDRQ's functions, whose noise is "empirical".
+
+    They take a zero point as well, and ignore it. ``rng`` may be advanced as soon as this returns.
+    """
+    x_in, s, _, axis = _grid(x, scale, None, ch_axis)
+    options: dict[str, Any] = {"noise": noise, "axis": axis, "grad_scale": grad_factor, "keep": keep}
+    return as_shape(ops.noise_quantize(x_in, s, quant_min, quant_max, rng.clone(), **options), x.shape)
+
+
+def lsq(weight: torch.Tensor, alpha: torch.Tensor, g: float, Qn: int, Qp: int, ch_axis: int | None = None):
+    """LSQ's ``round(clamp(w/α, Qn, Qp))·α`` with its own gradient, and the factor g on that of α.
+
+    Source: Esser et al., "Learned Step Size Quantization", ICLR 2020.
+    """
+    return fake_quantize(weight, alpha, None, Qn, Qp, ch_axis, g, gradient="clamp-first")
+
+
+def adaround(
+    x: torch.Tensor,
+    scale: torch.Tensor | float,
+    zero_point: torch.Tensor | float | None,
+    alpha: torch.Tensor,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None = None,
+    *,
+    hard: bool = False,
+    beta: float | torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`hdrq.ops.adaround`; with ``beta`` the weights and the rounding penalty, in one pass.
+
+    ``alpha`` must have the shape of x. QDrop and BRECQ write ``clamp(floor(x/s) + h + z)``, as the op does.
+    """
+    x_in, s, z, axis = _grid(x, scale, zero_point, ch_axis)
+    checks.tensor("alpha", alpha, (torch.float32,), x.device)
+    checks.same_shape("alpha", alpha, "x", x)
+    options: dict[str, Any] = {"axis": axis, "zero_point": z}
+    args = (x_in, s, alpha.view(x_in.shape), quant_min, quant_max)
+    if beta is None:
+        return as_shape(ops.adaround(*args, hard=hard, **options), x.shape)
+    if hard:
+        raise ValueError("beta must be None where hard is true, got a beta: a hard rounding has no penalty")
+    y, penalty = ops.adaround_regularized(*args, beta, **options)
+    return as_shape(y, x.shape), penalty
+
+
+class _Integer(torch.autograd.Function):
+    """A learned zero point as an integer; its gradient passes."""
+
+    @staticmethod
+    def forward(ctx, z, low, high, how):
+        return torch.floor(z + 0.5).clamp(low, high) if how == "half-up" else torch.round(z)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None, None
+
+
+def _grid(x, scale, zero_point, ch_axis) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int | None]:
+    """What an op takes: x or a view of it, scale and zero point, and their axis."""
+    if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
+        raise TypeError(
+            "x must be float32, bfloat16 or float16, got float64: call it with x.float(), if float32 is precise enough"
+        )
+    x_in, axis = _view(x, scale, ch_axis)
+    s = _values("scale", scale, x, x_in, axis)
+    if zero_point is None:
+        return x_in, s, None, axis
+    z = _values("zero_point", zero_point, x, x_in, axis)
+    return x_in, s, z if z.numel() == s.numel() else z.reshape(1).expand(s.numel()), axis
+
+
+def _view(x: torch.Tensor, scale: torch.Tensor | float, ch_axis: int | None) -> tuple[torch.Tensor, int | None]:
+    """x, and the axis along which the scale varies: where it varies by groups, a view of x in which they are rows."""
+    checks.tensor("x", x, checks.FLOATS)
+    if not isinstance(scale, torch.Tensor) or scale.numel() == 1:
+        return x, None
+    shape = tuple(scale.shape)
+    if len(shape) == 1 and ch_axis is not None:
+        return x, checks.axis_of(x, ch_axis)
+    padded = (1,) * (x.ndim - len(shape)) + shape
+    varies = [i for i, n in enumerate(padded) if n != 1]
+    if len(padded) == x.ndim and len(varies) == 1 and padded[varies[0]] == x.shape[varies[0]]:
+        return x, varies[0]
+    if len(shape) == x.ndim and shape[:-1] == x.shape[:-1] and shape[-1] and x.shape[-1] % shape[-1] == 0:
+        return x.reshape(-1, x.shape[-1] // shape[-1]), 0
+    raise ValueError(
+        f"scale must have one element, or broadcast to x along one axis, or have one for each group of its last axis: "
+        f"got {shape} for x of {tuple(x.shape)}; ch_axis names the axis of a scale of one dimension"
+    )
+
+
+def _values(name: str, values: Any, x: torch.Tensor, x_in: torch.Tensor, axis: int | None) -> torch.Tensor:
+    """Float32 values on the device of x."""
+    if not isinstance(values, torch.Tensor):
+        return torch.full((1,), checks.real(name, values), dtype=torch.float32, device=x.device)
+    if values.is_complex():
+        raise TypeError(f"{name} must be real, got {checks.short(values.dtype)}")
+    wanted = {1} if axis is None else {1, x_in.shape[axis]}
+    if values.numel() not in wanted:
+        counts = " or ".join(map(str, sorted(wanted)))
+        raise ValueError(f"{name} must have {counts} elements, given this scale, got the shape {tuple(values.shape)}")
+    if values.dtype != torch.float32 or values.device != x.device:
+        return values.to(x.device, torch.float32)
+    return values if values.requires_grad else values.clone()

@@ -1,0 +1,113 @@
+"""Our FakeQuantize in the place of torch.ao's: values, gradients, state, and its own ways to prepare and convert."""
+
+import warnings
+
+import pytest
+import torch
+from helpers import assert_same_bits, sample
+from torch import nn
+
+ao = pytest.importorskip("torch.ao.quantization")
+from hdrq.compat import FakeQuantize  # noqa: E402
+
+WEIGHT = {"observer": ao.MovingAveragePerChannelMinMaxObserver, "quant_min": -128, "quant_max": 127}
+WEIGHT |= {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric, "ch_axis": 0}
+ACTIVATION = {"observer": ao.MovingAverageMinMaxObserver, "quant_min": 0, "quant_max": 255}
+QCONFIG = ao.QConfig(activation=FakeQuantize.with_args(**ACTIVATION), weight=FakeQuantize.with_args(**WEIGHT))
+X = sample((6, 3, 8, 8), special=False)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", (DeprecationWarning, UserWarning, FutureWarning))
+        yield
+
+
+@pytest.mark.parametrize("options", [WEIGHT, ACTIVATION, WEIGHT | {"qscheme": torch.per_channel_affine, "ch_axis": 1}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_gradients_and_state_are_torchs(options, dtype):
+    ours, theirs = FakeQuantize(**options), ao.FakeQuantize(**options)
+    for seed in range(3):
+        results = []
+        for module in (ours, theirs):
+            x = sample(X.shape, dtype, seed=seed, special=False).requires_grad_()
+            y = module(x)
+            y.backward(torch.ones_like(y))
+            results.append((y, x.grad))
+        for got, want in zip(*results, strict=True):
+            assert_same_bits(got, want)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, value in theirs.state_dict().items():
+        assert_same_bits(ours.state_dict()[name], value)
+    restored = ao.FakeQuantize(**options)
+    restored.load_state_dict(ours.state_dict())
+    assert_same_bits(restored.scale, ours.scale)
+
+
+def test_it_is_one_of_torchs():
+    module = FakeQuantize(**ACTIVATION)
+    assert isinstance(module, ao.FakeQuantize)
+    assert [t.shape for t in (module.scale, module.zero_point)] == [(1,), (1,)]
+
+
+def test_switches():
+    module = FakeQuantize(**ACTIVATION)
+    module(X)
+    scale = module.scale.clone()
+    module.apply(ao.disable_observer)
+    module(10 * X)
+    assert_same_bits(module.scale, scale)
+    module.apply(ao.disable_fake_quant)
+    assert module(X) is X
+    module.apply(ao.enable_observer)
+    module(10 * X)
+    assert module.scale > scale
+
+
+def test_half_types_and_memory_formats_stay():
+    module = FakeQuantize(**ACTIVATION)
+    y = module(X.contiguous(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_same_bits(y.contiguous(), FakeQuantize(**ACTIVATION)(X))
+    assert module(X.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_module_may_be_called_twice_while_it_observes():
+    module, x = FakeQuantize(**ACTIVATION), X.clone().requires_grad_()
+    (module(x) + module(2 * x)).sum().backward()
+    assert x.grad.isfinite().all() and x.grad.any()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+
+
+def trained(model: nn.Module) -> nn.Module:
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def test_eager_training_converts():
+    model = nn.Sequential(ao.QuantStub(), *network(), ao.DeQuantStub()).train()
+    model = ao.fuse_modules_qat(model, [["1", "2", "3"]])
+    model.qconfig = QCONFIG
+    model = trained(ao.prepare_qat(model)).eval()
+    assert sum(isinstance(m, FakeQuantize) for m in model.modules()) == 5
+    expected = model(X)
+    assert (ao.convert(model)(X) - expected).abs().max() <= 2 * model[5].activation_post_process.scale
+
+
+def test_graph_mode_training_converts():
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
+
+    mapping = ao.QConfigMapping().set_global(QCONFIG)
+    model = trained(prepare_qat_fx(network().train(), mapping, (X,))).eval()
+    expected = model(X)
+    converted = convert_fx(model)
+    assert (converted(X) - expected).abs().max() <= 0.05 * expected.abs().max()
