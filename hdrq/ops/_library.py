@@ -84,6 +84,11 @@ def as_shape(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return x if x.shape == shape else x.reshape(shape)
 
 
+def flat(values: torch.Tensor | None) -> torch.Tensor | None:
+    """A small tensor as backends take it by its address: of one dimension, each value beside the last."""
+    return None if values is None else values.flatten().contiguous()
+
+
 def _watched() -> bool:
     """Whether a compiler, a mode, a transform or a trace must see the ops that are called."""
     return (

@@ -6,7 +6,7 @@ import torch
 
 from hdrq import checks
 from hdrq.backends.dispatch import implementation
-from hdrq.ops._library import differentiable, not_differentiable, register
+from hdrq.ops._library import differentiable, flat, not_differentiable, register
 from hdrq.ops.noise import NO_VMAP
 from hdrq.rng import KEEP_ALL
 
@@ -46,7 +46,7 @@ def _check(a, b, threshold, rng) -> None:
 def _forward(a, b, threshold, rng) -> torch.Tensor:
     _check(a, b, threshold, rng)
     run = implementation("drop", "drop_mix", a)
-    return run(a.contiguous(), b.contiguous(), threshold, rng).to(a.dtype)
+    return run(a.contiguous(), b.contiguous(), threshold, flat(rng)).to(a.dtype)
 
 
 def _forward_fake(a, b, threshold, rng) -> torch.Tensor:
@@ -56,7 +56,7 @@ def _forward_fake(a, b, threshold, rng) -> torch.Tensor:
 
 def _backward(grad, threshold, rng):
     run = implementation("drop", "drop_mix_backward", grad)
-    grad_a, grad_b = run(grad.contiguous(), threshold, rng)
+    grad_a, grad_b = run(grad.contiguous(), threshold, flat(rng))
     return grad_a.to(grad.dtype), grad_b.to(grad.dtype)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from hdrq import checks
 from hdrq.backends.dispatch import implementation
-from hdrq.ops._library import as_shape, as_type, differentiable, not_differentiable, register
+from hdrq.ops._library import as_shape, as_type, differentiable, flat, not_differentiable, register
 from hdrq.rng import KEEP_ALL
 
 ROUNDINGS = ("quotient", "reciprocal", "shifted")
@@ -162,11 +162,6 @@ def _check_values(scale, zero_point, rounding="quotient") -> None:
     checks.zero_point_values(zero_point, integers=rounding != "shifted")
 
 
-def flat(values: torch.Tensor | None) -> torch.Tensor | None:
-    """Of one dimension, where there are any."""
-    return None if values is None else values.flatten()
-
-
 def _forward(
     x, scale, qmin, qmax, zero_point=None, axis=None, grad_scale=1.0, rng=None, threshold=KEEP_ALL,
     rounding="quotient", gradient="round-first",
@@ -174,7 +169,7 @@ def _forward(
     axis = _check_forward(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold, rounding, gradient)
     _check_values(scale, zero_point, rounding)
     run = implementation("fakequant", "fake_quantize", x)
-    args = (scale.flatten(), qmin, qmax, flat(zero_point), axis, rng, threshold, rounding)
+    args = (flat(scale), qmin, qmax, flat(zero_point), axis, flat(rng), threshold, rounding)
     return as_type(run(x.contiguous(), *args), x.dtype)
 
 
@@ -196,10 +191,10 @@ def _backward(
     return _gradients(grad, x, scale, qmin, qmax, *args)
 
 
-def _gradients(grad, x, scale, qmin, qmax, zero_point, axis, *rest) -> tuple:
+def _gradients(grad, x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, *rest) -> tuple:
     """Of arguments that the forward pass has checked."""
     run = implementation("fakequant", "fake_quantize_backward", x)
-    args = (scale.flatten(), qmin, qmax, flat(zero_point), checks.axis_of(x, axis), *rest)
+    args = (flat(scale), qmin, qmax, flat(zero_point), checks.axis_of(x, axis), grad_scale, flat(rng), *rest)
     grad_x, grad_s, grad_z = run(as_type(grad, x.dtype).contiguous(), x.contiguous(), *args)
     if rest[-1]:
         grad_z = as_shape(grad_z, zero_point.shape)
@@ -219,7 +214,7 @@ def _quantize(x, scale, qmin, qmax, zero_point=None, axis=None):
     checks.code_range(qmin, qmax)
     _check_values(scale, zero_point)
     run = implementation("fakequant", "quantize", x)
-    return run(x.contiguous(), scale.flatten(), qmin, qmax, flat(zero_point), axis)
+    return run(x.contiguous(), flat(scale), qmin, qmax, flat(zero_point), axis)
 
 
 def _quantize_fake(x, scale, qmin, qmax, zero_point=None, axis=None):
@@ -231,7 +226,7 @@ def _dequantize(codes, scale, zero_point=None, axis=None) -> torch.Tensor:
     axis = _check_codes(codes, scale, zero_point, axis)
     _check_values(scale, zero_point)
     run = implementation("fakequant", "dequantize", codes)
-    return run(codes.contiguous(), scale.flatten(), flat(zero_point), axis)
+    return run(codes.contiguous(), flat(scale), flat(zero_point), axis)
 
 
 def _dequantize_fake(codes, scale, zero_point=None, axis=None) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from hdrq import checks
 from hdrq.backends.dispatch import implementation
-from hdrq.ops._library import register
+from hdrq.ops._library import flat, register
 from hdrq.ops.packing import unpack
 
 RULES = ("systematic", "noise", "half-even")
@@ -220,7 +220,7 @@ def _check_values(codes, scales, zero_points, ranges, weights, shape) -> list[bo
 
 def _laid_out(codes, scales, zero_points) -> tuple[list, list, list]:
     """Tensors as the backends take them."""
-    return [c.contiguous() for c in codes], [s.flatten() for s in scales], [z.flatten() for z in zero_points]
+    return [c.contiguous() for c in codes], [flat(s) for s in scales], [flat(z) for z in zero_points]
 
 
 def _merge(
@@ -231,7 +231,7 @@ def _merge(
     )
     signed = _check_values(codes, scales, zero_points, ranges, weights, shape)
     run = implementation("merging", "merge", codes[0])
-    args = (rng, weights, draws, noise, axis, select, mode, torch.Size(shape), signed, packed)
+    args = (flat(rng), weights, draws, noise, axis, select, mode, torch.Size(shape), signed, packed)
     return run(*_laid_out(codes, scales, zero_points), qmin, qmax, *args)
 
 
@@ -239,7 +239,7 @@ def _systematic(codes, scales, zero_points, ranges, qmin, qmax, rng, weights, ta
     axis = _check_systematic(codes, scales, zero_points, ranges, qmin, qmax, rng, weights, tau, axis, shape, packed)
     signed = _check_values(codes, scales, zero_points, ranges, weights, shape)
     run = implementation("systematic", "merge_systematic", codes[0])
-    args = (rng, weights, float(np.float32(tau)), axis, torch.Size(shape), signed, packed)
+    args = (flat(rng), weights, float(np.float32(tau)), axis, torch.Size(shape), signed, packed)
     return run(*_laid_out(codes, scales, zero_points), qmin, qmax, *args)
 
 

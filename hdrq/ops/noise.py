@@ -6,7 +6,7 @@ import torch
 
 from hdrq import checks
 from hdrq.backends.dispatch import implementation
-from hdrq.ops._library import as_shape, as_type, differentiable, not_differentiable, register
+from hdrq.ops._library import as_shape, as_type, differentiable, flat, not_differentiable, register
 from hdrq.rng import KEEP_ALL
 
 NO_VMAP = "an element's place in the whole tensor decides its noise; pass the whole batch as one tensor"
@@ -103,7 +103,7 @@ def _forward(x, scale, qmin, qmax, rng, cumulative=None, axis=None, grad_scale=1
     axis = _check_random(x, scale, qmin, qmax, rng, cumulative, axis, grad_scale, threshold)
     checks.scale_values("scale", scale)
     run = implementation("noise", "noise_quantize", x)
-    return as_type(run(x.contiguous(), scale.flatten(), qmin, qmax, rng, cumulative, axis, threshold), x.dtype)
+    return as_type(run(x.contiguous(), flat(scale), qmin, qmax, flat(rng), flat(cumulative), axis, threshold), x.dtype)
 
 
 def _forward_fake(
@@ -123,7 +123,7 @@ def _gradients(grad, x, scale, qmin, qmax, rng, cumulative, axis, grad_scale, th
     """Of arguments that the forward pass has checked."""
     run = implementation("noise", "noise_quantize_backward", x)
     axis = checks.axis_of(x, axis)
-    args = (scale.flatten(), qmin, qmax, rng, cumulative, axis, grad_scale, threshold)
+    args = (flat(scale), qmin, qmax, flat(rng), flat(cumulative), axis, grad_scale, threshold)
     grad_x, grad_s = run(as_type(grad, x.dtype).contiguous(), x.contiguous(), *args)
     return as_type(grad_x, x.dtype), as_shape(grad_s, scale.shape)
 
@@ -136,7 +136,7 @@ def _error_histogram(x, scale, qmin, qmax, axis=None) -> torch.Tensor:
     axis = _check(x, scale, qmin, qmax, axis)
     _check_countable(x)
     checks.scale_values("scale", scale)
-    return implementation("noise", "error_histogram", x)(x.contiguous(), scale.flatten(), qmin, qmax, axis)
+    return implementation("noise", "error_histogram", x)(x.contiguous(), flat(scale), qmin, qmax, axis)
 
 
 def _error_histogram_fake(x, scale, qmin, qmax, axis=None) -> torch.Tensor:

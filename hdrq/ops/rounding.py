@@ -7,8 +7,8 @@ import torch
 from hdrq import checks
 from hdrq.backends.dispatch import implementation
 from hdrq.backends.eager import per_element
-from hdrq.ops._library import differentiable, not_differentiable, register
-from hdrq.ops.fakequant import NO_VMAP, flat
+from hdrq.ops._library import differentiable, flat, not_differentiable, register
+from hdrq.ops.fakequant import NO_VMAP
 
 CLOSEST = 2**-10  # of a starting h to 0 and 1, where its gradient ends
 
@@ -131,7 +131,7 @@ def _forward(x, scale, alpha, qmin, qmax, beta=None, axis=None, hard=False, zero
     axis = _check(x, scale, alpha, qmin, qmax, beta, axis, zero_point)
     _check_values(scale, beta, zero_point)
     run = implementation("rounding", "adaround", x)
-    tensors = (x.contiguous(), scale.flatten(), alpha.contiguous())
+    tensors = (x.contiguous(), flat(scale), alpha.contiguous())
     y, penalty = run(*tensors, qmin, qmax, beta, axis, hard, flat(zero_point))
     return y.to(x.dtype), penalty
 
@@ -145,7 +145,7 @@ def _backward(grad, grad_penalty, x, scale, alpha, qmin, qmax, beta=None, axis=N
     axis = _check(x, scale, alpha, qmin, qmax, beta, axis, zero_point)
     checks.same_shape("grad", grad, "x", x)
     run = implementation("rounding", "adaround_backward", x)
-    tensors = (grad.to(x.dtype).contiguous(), grad_penalty, x.contiguous(), scale.flatten(), alpha.contiguous())
+    tensors = (grad.to(x.dtype).contiguous(), grad_penalty, x.contiguous(), flat(scale), alpha.contiguous())
     return run(*tensors, qmin, qmax, beta, axis, flat(zero_point))
 
 

@@ -9,7 +9,7 @@ import torch
 
 from hdrq import checks
 from hdrq.backends.dispatch import implementation
-from hdrq.ops._library import differentiable, not_differentiable, register
+from hdrq.ops._library import differentiable, flat, not_differentiable, register
 from hdrq.ops.noise import NO_VMAP, _error_histogram_op
 
 
@@ -97,8 +97,9 @@ def _prepared(weights, scales, qmins, qmaxs, sources, rngs, cumulatives, axis) -
     for k, scale in enumerate(scales):
         checks.scale_values(f"scales[{k}]", scale)
     dense = [[t.contiguous() for t in tensors] for tensors in (weights, sources)]
+    small = [[flat(t) for t in tensors] for tensors in (scales, rngs, cumulatives)]
     axes = [checks.axis_of(w, axis) for w in weights]
-    return dense[0], [s.flatten() for s in scales], qmins, qmaxs, dense[1], rngs, cumulatives, axes
+    return dense[0], small[0], qmins, qmaxs, dense[1], *small[1:], axes
 
 
 def _forward(weights, scales, qmins, qmaxs, sources, rngs, cumulatives, axis, grad_scales):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from helpers import assert_same_bits, sample, scales
+from helpers import assert_same_bits, backend_params, device_of, sample, scales
 
 import hdrq
 from hdrq.backends import dispatch
@@ -398,3 +398,38 @@ def test_anything_but_a_tensor_is_a_type_error(wrong):
     ):
         with pytest.raises(TypeError, match=r"must be a tensor of .*, got \w+"):
             call()
+
+
+def _strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, of one dimension, with others between them."""
+    between = torch.stack((tensor.flatten(), torch.full_like(tensor.flatten(), 3)), 1)
+    return between[:, :1]
+
+
+@pytest.mark.parametrize("backend", backend_params())
+def test_small_tensors_may_be_views_of_any_stride(backend):
+    """Backends take them by the address of their first element."""
+    x, device = sample((6, 9), special=False), device_of(backend)
+    scale, zero, rng = scales(6), torch.arange(-3.0, 3.0), hdrq.rng_state(5, 6, 7)
+    codes = [torch.arange(54, dtype=torch.int8).reshape(6, 9) % 15 - 7 for _ in range(2)]
+
+    def results(lay):
+        s, z, r = (lay(t.to(device)) for t in (scale, zero, rng))
+        r, v = r.reshape(3, -1)[:, 0], x.to(device)
+        yield hdrq.ops.fake_quantize(v, s, -8, 7, zero_point=z, axis=0, keep=0.5, rng=r)
+        yield hdrq.ops.noise_quantize(v, s, -8, 7, r, axis=0, noise="empirical")
+        yield hdrq.ops.drop_mix(v, -v, 0.5, r)
+        yield hdrq.ops.adaround(v, s, torch.zeros_like(v), -8, 7, axis=0, zero_point=z)
+        yield hdrq.ops.quantize(v, s, -8, 7, axis=0, zero_point=z)
+        yield hdrq.ops.dequantize(codes[0].to(device), s, axis=0, zero_point=z)
+        yield from hdrq.ops.quantize_weights([v], [s], [(-8, 7)], rngs=[r], axis=0)[0]
+        both = [c.to(device) for c in codes], [s, 2 * scale.to(device)], -8, 7, r
+        for rule in ("noise", "systematic"):
+            yield hdrq.ops.merge(*both, axis=0, rule=rule).codes
+        learned = v.clone().requires_grad_(), s.clone().requires_grad_()
+        y = hdrq.ops.noise_quantize(*learned, -8, 7, r, axis=0)
+        yield from torch.autograd.grad(y, learned, torch.ones_like(y))
+
+    with hdrq.use_backend(backend):
+        for got, want in zip(results(_strided), results(torch.clone), strict=True):
+            assert_same_bits(got.flatten(), want.flatten())
