@@ -1,7 +1,8 @@
 """Our ops under the argument lists, classes and conventions of other people's quantization loops.
 
-:mod:`hdrq.compat.functional` has functions, :mod:`hdrq.compat.modules` modules for a loop or a parametrization, and
-:mod:`hdrq.compat.torch_ao` the fake-quantize of ``torch.ao.quantization``.
+:mod:`hdrq.compat.functional` has functions, :mod:`hdrq.compat.modules` modules for a loop or a parametrization,
+:mod:`hdrq.compat.torch_ao` the fake-quantize of ``torch.ao.quantization``, and :func:`patch` puts ours in the place of
+another package's functions.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from typing import Any
 
 from hdrq.compat import functional
 from hdrq.compat.modules import LSQ, NoiseQuantize
+from hdrq.compat.patching import Patch, patch
 
-__all__ = ["LSQ", "FakeQuantize", "NoiseQuantize", "functional"]
+__all__ = ["LSQ", "FakeQuantize", "NoiseQuantize", "Patch", "functional", "patch"]
 
 
 def __getattr__(name: str) -> Any:

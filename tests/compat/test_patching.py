@@ -1,0 +1,143 @@
+import pytest
+import standin
+import torch
+from helpers import assert_same_bits, sample
+from standin import forks, loop, quantizers
+
+import hdrq
+from hdrq.compat import patch
+
+KNOWN = {
+    "fake_quantize_per_tensor_affine": "rounding='quotient', gradient='round-first'",
+    "fake_quantize_per_channel_affine": "rounding='quotient', gradient='round-first'",
+    "fake_quantize_ignoring_zero": "rounding='quotient', gradient='round-first', zero point ignored",
+    "fake_quantize_learnable_per_tensor_affine_training": "rounding='quotient', gradient='round-first'",
+    "fake_quantize_learnableplus_per_channel_affine_training": "rounding='quotient', gradient='round-first'",
+    "fake_noise_quantize_per_tensor": "empirical noise, seed=0",
+    "FunLSQ": "rounding='quotient', gradient='clamp-first'",
+}
+LEFT = {
+    "fake_quantize_floor": "computes otherwise",
+    "fake_quantize_gradient_doubled": "computes otherwise",
+    "fake_quantize_with_temperature": "takes temperature, which we do not know",
+    "fake_quantize_on_cuda": "fails on small numbers",
+    "noise_quantize_gaussian": "its noise has another distribution",
+    "quantize_names": "takes names, which we do not know",
+}
+X = sample((3, 500), special=False)
+
+
+def test_what_is_known_is_replaced_and_the_rest_is_left_with_a_reason():
+    with patch("standin") as patched:
+        forms = {r.name.rpartition(".")[2]: str(r.form) for r in patched.replaced}
+        assert forms.keys() == KNOWN.keys()
+        assert all(forms[name].startswith(form) for name, form in KNOWN.items())
+        reasons = {name.rpartition(".")[2]: why for name, why in patched.left.items()}
+        assert reasons.keys() == LEFT.keys()
+        assert all(why in reasons[name] for name, why in LEFT.items())
+        report = patched.report()
+    assert report.startswith("standin: 7 replaced, 6 left")
+    assert "left standin.forks.fake_quantize_floor: on small numbers it computes otherwise" in report
+
+
+def gradients(function, *tensors, **others):
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    y = function(*leaves, **others)
+    found = torch.autograd.grad(y, leaves, sample(y.shape, seed=1, special=False), allow_unused=True)
+    return y.detach(), [torch.zeros(1) if g is None else g for g in found]
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if "noise" not in name and name != "FunLSQ"])
+def test_results_stay(name):
+    channels = 3 if "per_channel" in name else 1
+    scale, zero = torch.tensor([0.25, 0.5, 0.125])[:channels], torch.tensor([1.0, -2.0, 0.0])[:channels]
+    others = {"quant_min": -8, "quant_max": 7} | ({"ch_axis": 0} if channels == 3 else {})
+    others |= {"grad_factor": 0.5} if "learnable" in name else {}
+    zeros = [zero] if "plus" in name else []
+    others |= {} if zeros else {"zero_point": zero}
+    want = gradients(getattr(quantizers, name), X, scale, *zeros, **others)
+    with patch(standin) as patched:
+        got = gradients(getattr(quantizers, name), X, scale, *zeros, **others)
+        assert sum(r.calls for r in patched.replaced) == 1
+    assert_same_bits(got[0] + 0.0, want[0] + 0.0)  # theirs has zeros of both signs
+    for ours, theirs in zip(got[1], want[1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_an_autograd_function_is_replaced():
+    alpha = torch.tensor([0.3])
+    leaves = X.clone().requires_grad_(), alpha.clone().requires_grad_()
+    want = torch.autograd.grad(quantizers.FunLSQ.apply(*leaves, 0.1, -4, 3).square().sum(), leaves)
+    with patch("standin"):
+        got = torch.autograd.grad(quantizers.FunLSQ.apply(*leaves, 0.1, -4, 3).square().sum(), leaves)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_loop_reaches_the_same_losses():
+    want = loop.reconstruct()
+    with patch("standin") as patched:
+        got = loop.reconstruct()
+        assert sum(r.calls for r in patched.replaced) == 60
+    assert got == pytest.approx(want, rel=1e-3)
+    assert want == loop.reconstruct()  # undone, where a module had imported the name too
+
+
+def test_noise_repeats_itself_by_a_seed_and_is_drawn_anew():
+    scale, grid = torch.tensor([0.25]), (torch.zeros(1), -8, 7)
+    draws = []
+    for _ in range(2):
+        with patch("standin", seed=3):
+            draws.append([quantizers.fake_noise_quantize_per_tensor(X, scale, *grid) for _ in range(2)])
+    assert_same_bits(draws[0][0], draws[1][0])
+    assert_same_bits(draws[0][1], draws[1][1])
+    assert not torch.equal(*draws[0])
+
+
+def test_calls_that_our_op_does_not_take_go_to_the_original():
+    scale = torch.tensor([0.25], dtype=torch.float64)
+    want = quantizers.fake_quantize_per_tensor_affine(X.double(), scale, 0, -8, 7)
+    x, zero, learnable = X.clone().requires_grad_(), torch.ones(1, requires_grad=True), "learnable_per_tensor"
+    with patch("standin") as patched:
+        assert_same_bits(quantizers.fake_quantize_per_tensor_affine(X.double(), scale, 0, -8, 7), want)
+        y = quantizers.fake_quantize_learnable_per_tensor_affine_training(x, torch.tensor([0.25]), zero, -8, 7, 0.5)
+        y.sum().backward()
+        passed = {r.name.rpartition(".")[2]: r.passed_on for r in patched.replaced if r.passed_on}
+    assert passed == {f"fake_quantize_{learnable}_affine_training": 1, "fake_quantize_per_tensor_affine": 1}
+    assert zero.grad.item() == -0.25 * int(((X / 0.25).round() + 1 != ((X / 0.25).round() + 1).clamp(-8, 7)).sum())
+
+
+def test_a_scale_that_is_not_positive_is_refused_by_name():
+    named = r"standin\.quantizers\.fake_quantize_per_tensor_affine, patched by hdrq\.compat: scale must be positive"
+    with patch("standin"), pytest.raises(ValueError, match=named):
+        quantizers.fake_quantize_per_tensor_affine(X, torch.tensor([-0.25]), 0, -8, 7)
+
+
+def test_patching_twice_and_undoing_out_of_order():
+    original = quantizers.fake_quantize_per_tensor_affine
+    first = patch("standin")
+    with pytest.raises(ValueError, match="must not be patched twice: undo the first patch"):
+        patch("standin")
+    ours = quantizers.fake_quantize_per_tensor_affine
+    quantizers.fake_quantize_per_tensor_affine = original
+    with pytest.raises(RuntimeError, match="must be as the patch left it to be undone"):
+        first.undo()
+    quantizers.fake_quantize_per_tensor_affine = ours
+    first.undo()
+    first.undo()
+    assert quantizers.fake_quantize_per_tensor_affine is loop.fake_quantize_per_tensor_affine is original
+
+
+def test_a_package_must_be_imported():
+    with pytest.raises(ValueError, match="package must be imported before it is patched, got 'no_such_package'"):
+        patch("no_such_package")
+    with pytest.raises(TypeError, match="seed must be an int"):
+        patch("standin", seed=0.5)
+
+
+def test_nothing_of_the_random_state_is_used_up():
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    patch("standin").undo()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert forks.quantize_names("ba") == ["a", "b"] and hdrq.compat.patch is patch
