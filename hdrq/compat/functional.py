@@ -64,12 +64,19 @@ def fake_quantize(
         TypeError: x is float64, which is not computed in float32 behind your back; and as the op.
         ValueError: a shape that does not broadcast along one axis; and as the op.
     """
-    checks.choice("zero_point_rounding", zero_point_rounding, ZERO_POINTS)
     x_in, s, z, axis = _grid(x, scale, zero_point, ch_axis)
-    if z is not None and z.requires_grad and zero_point_rounding is not None:
-        z = _Integer.apply(z, quant_min, quant_max, zero_point_rounding)
-    options: dict[str, Any] = {"zero_point": z, "axis": axis, "grad_scale": grad_factor, "keep": keep, "rng": rng}
-    options |= {"rounding": rounding, "gradient": gradient}
+    if z is not None and z.requires_grad:
+        how = checks.choice("zero_point_rounding", zero_point_rounding, ZERO_POINTS)
+        z = z if how is None else _Integer.apply(z, quant_min, quant_max, how)
+    options: dict[str, Any] = {
+        "zero_point": z,
+        "axis": axis,
+        "grad_scale": grad_factor,
+        "keep": keep,
+        "rng": rng,
+        "rounding": rounding,
+        "gradient": gradient,
+    }
     if not signed_scale:
         return as_shape(ops.fake_quantize(x_in, s, quant_min, quant_max, **options), x.shape)
     sign = torch.where(s.detach() < 0, -1.0, 1.0)
@@ -149,10 +156,10 @@ class _Integer(torch.autograd.Function):
 
 def _grid(x, scale, zero_point, ch_axis) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int | None]:
     """What an op takes: x or a view of it, scale and zero point, and their axis."""
-    if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
-        raise TypeError(
-            "x must be float32, bfloat16 or float16, got float64: call it with x.float(), if float32 is precise enough"
-        )
+    if not isinstance(x, torch.Tensor) or x.dtype not in checks.FLOATS:
+        if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
+            raise TypeError("x must be float32, bfloat16 or float16, got float64: x.float() gives up its precision")
+        checks.tensor("x", x, checks.FLOATS)
     x_in, axis = _view(x, scale, ch_axis)
     s = _values("scale", scale, x, x_in, axis)
     if zero_point is None:
@@ -163,7 +170,6 @@ def _grid(x, scale, zero_point, ch_axis) -> tuple[torch.Tensor, torch.Tensor, to
 
 def _view(x: torch.Tensor, scale: torch.Tensor | float, ch_axis: int | None) -> tuple[torch.Tensor, int | None]:
     """x, and the axis along which the scale varies: where it varies by groups, a view of x in which they are rows."""
-    checks.tensor("x", x, checks.FLOATS)
     if not isinstance(scale, torch.Tensor) or scale.numel() == 1:
         return x, None
     shape = tuple(scale.shape)

@@ -213,7 +213,11 @@ BAD = [
         {"zero_point": torch.ones(6)},
     ),
     (ValueError, "zero_point must be an integer", {"zero_point": 0.5}),
-    (ValueError, "zero_point_rounding must be one of", {"zero_point_rounding": "up"}),
+    (
+        ValueError,
+        "zero_point_rounding must be one of",
+        {"zero_point_rounding": "up", "zero_point": torch.zeros(1, requires_grad=True)},
+    ),
 ]
 
 
