@@ -27,25 +27,27 @@ QMIN, QMAX = -8, 7
 OPS = torch.ops.hdrq
 
 
-def official(x: torch.Tensor, s: torch.Tensor, empirical: bool = True) -> torch.Tensor:
+def official(
+    x: torch.Tensor, s: torch.Tensor, empirical: bool = True, qmin: int = QMIN, qmax: int = QMAX
+) -> torch.Tensor:
     """The eager formula as the method's released code computes it, from its description (METHOD: presets, facts).
 
     Quantize; take the error of the unclipped elements in steps, by boolean indexing; count it in 256 bins; draw a bin
     for each element with ``multinomial``, and a place inside the bin; add, and set what is clipped to its bound.
     """
     v = x / s
-    clipped_high, clipped_low = x >= QMAX * s, x <= QMIN * s
+    clipped_high, clipped_low = x >= qmax * s, x <= qmin * s
     inside = ~(clipped_high | clipped_low)
     if empirical:
-        error = (v.round().clamp(QMIN, QMAX) - v)[inside]
+        error = (v.round().clamp(qmin, qmax) - v)[inside]
         counts = torch.histc(error, 256, -0.5, 0.5)
         bins = torch.multinomial(counts, x.numel(), replacement=True)
         n = ((bins + torch.rand(x.numel(), device=x.device)) / 256 - 0.5).view_as(x)
     else:
         n = torch.rand_like(x) - 0.5
     y = x + n * s
-    y[clipped_high] = (QMAX * s).item()
-    y[clipped_low] = (QMIN * s).item()
+    y[clipped_high] = (qmax * s).item()
+    y[clipped_low] = (qmin * s).item()
     return y.to(x.dtype)
 
 

@@ -9,7 +9,7 @@ import torch
 from hdrq.benchmarks import reconstruct_step
 
 
-def test_three_steps_take_turns_and_are_written_down(monkeypatch, tmp_path):
+def test_four_steps_take_turns_and_are_written_down(monkeypatch, tmp_path):
     small = {
         "residual": (lambda: reconstruct_step.Bottleneck(4), lambda n: torch.randn(n, 16, 6, 6).relu()),
         "transformer": (lambda: reconstruct_step.Transformer(16, 2), lambda n: torch.randn(n, 5, 16)),
@@ -20,10 +20,10 @@ def test_three_steps_take_turns_and_are_written_down(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["reconstruct_step", *options])
     reconstruct_step.main()
     rows = list(csv.DictReader(out.with_suffix(".csv").open()))
-    names = ("hdrq", "official, eager", "full precision")
+    names = ("hdrq", "official, eager", "official, patched", "full precision")
     assert [(row["block"], row["step"]) for row in rows] == [(block, name) for block in small for name in names]
     assert all(float(row["p20"]) > 0 for row in rows)
-    assert len(json.loads(out.with_suffix(".json").read_text())["figures"]) == 6
+    assert len(json.loads(out.with_suffix(".json").read_text())["figures"]) == 8
 
 
 def test_the_step_that_is_timed_has_noise_and_learns(monkeypatch):
