@@ -13,13 +13,13 @@ from hdrq.compat import functional
 from hdrq.compat.modules import LSQ, NoiseQuantize
 from hdrq.compat.patching import Patch, patch
 
-__all__ = ["LSQ", "FakeQuantize", "NoiseQuantize", "Patch", "functional", "patch"]
+__all__ = ["LSQ", "FakeQuantize", "LearnableFakeQuantize", "NoiseQuantize", "Patch", "functional", "patch"]
 
 
 def __getattr__(name: str) -> Any:
-    """``FakeQuantize`` imports ``torch.ao``, which nothing else needs."""
-    if name == "FakeQuantize":
-        from hdrq.compat.torch_ao import FakeQuantize
+    """The classes that import ``torch.ao``, which nothing else needs."""
+    if name in ("FakeQuantize", "LearnableFakeQuantize"):
+        from hdrq.compat import torch_ao
 
-        return FakeQuantize
+        return getattr(torch_ao, name)
     raise AttributeError(f"module 'hdrq.compat' has no attribute {name!r}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.ao.quantization import FakeQuantize as _FakeQuantize
+from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
 
 from hdrq.compat import functional
 
-PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
+SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 
 
 class FakeQuantize(_FakeQuantize):
@@ -36,8 +40,7 @@ class FakeQuantize(_FakeQuantize):
         axis = self.ch_axis if self.qscheme in PER_CHANNEL else None
         observer = self.activation_post_process
         grid = self.scale, self.zero_point, observer.quant_min, observer.quant_max
-        y = functional.fake_quantize(X, *grid, axis, rounding="reciprocal")
-        return y.contiguous(memory_format=torch.channels_last) if _channels_last(X) else y
+        return _laid_out_as(X, functional.fake_quantize(X, *grid, axis, rounding="reciprocal"))
 
     def _observe(self, x: torch.Tensor) -> None:
         self.activation_post_process(x)
@@ -46,5 +49,40 @@ class FakeQuantize(_FakeQuantize):
             buffer.resize_(values.shape).copy_(values)
 
 
-def _channels_last(x: torch.Tensor) -> bool:
-    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+class LearnableFakeQuantize(_LearnableFakeQuantize):
+    """Works wherever torch.ao's ``_LearnableFakeQuantize`` does: it is one. Scale and zero point are parameters, which an
+    observer estimates first, and a loss learns after ``enable_param_learning``. Its gradients are torch's own.
+
+    A scale below ``eps``, a negative one too, is raised to it before each forward pass. float64 is for torch's own op.
+    """
+
+    static_enabled: torch.Tensor
+    fake_quant_enabled: torch.Tensor
+    eps: torch.Tensor
+    activation_post_process: Any
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        """Estimate or keep the grid, and quantize X, as far as either is switched on. Its memory format stays."""
+        if X.dtype == torch.float64:
+            return super().forward(X)
+        if self.static_enabled[0] == 1:
+            self.activation_post_process(X.detach())
+            found = self.activation_post_process.calculate_qparams()
+            for parameter, values in zip((self.scale, self.zero_point), found, strict=True):
+                parameter.data.copy_(values)
+        else:
+            self.scale.data.clamp_(min=self.eps.item())
+        if self.fake_quant_enabled[0] == 0:
+            return X
+        if self.qscheme in SYMMETRIC:
+            self.zero_point.data.zero_()
+        factor = (max(X.numel(), 1) * self.quant_max) ** -0.5 if self.use_grad_scaling else 1.0
+        axis = self.ch_axis if self.qscheme in PER_CHANNEL else None
+        grid = self.scale, self.zero_point, self.quant_min, self.quant_max, axis, factor
+        return _laid_out_as(X, functional.fake_quantize(X, *grid, rounding="reciprocal", zero_point_rounding="half-up"))
+
+
+def _laid_out_as(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """y in the memory format of x, contiguous or channels-last."""
+    channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return y.contiguous(memory_format=torch.channels_last) if channels_last else y

@@ -8,7 +8,7 @@ from helpers import assert_same_bits, sample
 from torch import nn
 
 ao = pytest.importorskip("torch.ao.quantization")
-from hdrq.compat import FakeQuantize  # noqa: E402
+from hdrq.compat import FakeQuantize, LearnableFakeQuantize  # noqa: E402
 
 WEIGHT = {"observer": ao.MovingAveragePerChannelMinMaxObserver, "quant_min": -128, "quant_max": 127}
 WEIGHT |= {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric, "ch_axis": 0}
@@ -43,6 +43,45 @@ def test_values_gradients_and_state_are_torchs(options, dtype):
     restored = ao.FakeQuantize(**options)
     restored.load_state_dict(ours.state_dict())
     assert_same_bits(restored.scale, ours.scale)
+
+
+LEARNABLE = [
+    {"observer": ao.MovingAverageMinMaxObserver, "zero_point": 100.4},
+    {
+        "observer": ao.MovingAverageMinMaxObserver,
+        "qscheme": torch.per_tensor_symmetric,
+        "quant_min": -128,
+        "quant_max": 127,
+    }
+    | {"dtype": torch.qint8},
+    {"observer": ao.MovingAveragePerChannelMinMaxObserver, "qscheme": torch.per_channel_affine, "channel_len": 3}
+    | {"ch_axis": 1, "use_grad_scaling": True, "zero_point": -4.0},
+]
+
+
+@pytest.mark.parametrize("options", LEARNABLE)
+@pytest.mark.parametrize("learns", [False, True])
+def test_learnable_grids_are_torchs(options, learns):
+    from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
+
+    results = []
+    for kind in (LearnableFakeQuantize, _LearnableFakeQuantize):
+        module = kind(**options, scale=0.03)
+        module.enable_static_estimate()
+        module(X)
+        if learns:
+            module.enable_param_learning()
+            module.scale.data[0] = -1.0  # raised to eps
+        x = X.clone().requires_grad_()
+        y = module(x)
+        y.backward(sample(X.shape, seed=1, special=False))
+        results.append((y.detach(), x.grad, module.scale.grad, module.zero_point.grad, module.state_dict()))
+    (y, grad_x, grad_s, grad_z, state), (want, *expected, state_of_torch) = results
+    assert_same_bits(y, want)
+    assert list(state) == list(state_of_torch)
+    assert all(torch.equal(state[name], state_of_torch[name]) for name in state)
+    for got, other in zip((grad_x, grad_s, grad_z), expected, strict=True):
+        torch.testing.assert_close(got, other, rtol=1e-4, atol=1e-2 if got is not grad_x else 1e-6)
 
 
 def test_it_is_one_of_torchs():
