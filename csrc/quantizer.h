@@ -119,7 +119,7 @@ class ChunkSums {
   const ChannelSums& sums_;
   int64_t begin_, n_;
   bool one_channel_;
-  Sum sum_;
+  Sum sum_{};  // the braces spare GCC 12 a constructor, on which it fails without optimizations
   alignas(HDRQ_VECTOR_BYTES) float grads_[kChunk], slopes_[kChunk];
 };
 
