@@ -182,6 +182,7 @@ def _outcome(function: Callable, arguments: dict[str, Any]) -> tuple[torch.Tenso
         for role, value in arguments.items()
     }
     leaves = {role: value for role, value in given.items() if isinstance(value, torch.Tensor)}
+    before = {role: leaf.detach().clone() for role, leaf in leaves.items()}
     try:
         y = function(**given)
         upstream = torch.sin(torch.arange(y.numel()) + 1.0).reshape(y.shape)
@@ -190,6 +191,8 @@ def _outcome(function: Callable, arguments: dict[str, Any]) -> tuple[torch.Tenso
         raise
     except Exception as error:
         raise Unlike(f"it fails on small numbers: {type(error).__name__}: {str(error).splitlines()[0]:.120}") from error
+    if changed := [role for role, leaf in leaves.items() if not torch.equal(leaf.detach(), before[role])]:
+        raise Unlike(f"it writes to its {' and '.join(changed)}")
     return y.detach(), {role: g for role, g in zip(leaves, found, strict=True) if g is not None}
 
 

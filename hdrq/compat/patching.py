@@ -161,7 +161,7 @@ def _replaced(name: str, original: Any, places: list, seed: int, stream: int) ->
         record, function, form, roles, inspect.signature(original.forward if is_class else original), is_class
     )
     if is_class:
-        record.now = type(original.__name__, (), {"apply": staticmethod(call), "_hdrq_patched": True})
+        record.now = type(original.__name__, (original,), {"apply": staticmethod(call), "_hdrq_patched": True})
     else:
         record.now = functools.wraps(original)(call)
         record.now._hdrq_patched = True

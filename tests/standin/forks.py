@@ -29,5 +29,10 @@ def noise_quantize_gaussian(x, scale, zero_point, quant_min, quant_max):
     return torch.where(x >= high, high, torch.where(x <= low, low, noisy))
 
 
+def fake_quantize_in_place(x, scale, zero_point, quant_min, quant_max):
+    scale.data.mul_(2).div_(2).add_(1e-3)
+    return (torch.clamp(round_ste(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale
+
+
 def quantize_names(names):
     return sorted(names)
