@@ -165,10 +165,19 @@ def _grid(x, scale, zero_point, ch_axis) -> tuple[torch.Tensor, torch.Tensor, to
     if zero_point is None:
         return x_in, s, None, axis
     z = _values("zero_point", zero_point, x, x_in, axis)
+    if z.numel() > 1 and zero_point.shape != scale.shape:
+        own, own_axis = _view(x, zero_point, ch_axis, "zero_point")
+        if own_axis != axis or own.shape != x_in.shape:
+            raise ValueError(
+                f"zero_point must vary along the axis of the scale, {axis}, got the shape {tuple(zero_point.shape)} "
+                f"beside {tuple(scale.shape)}"
+            )
     return x_in, s, z if z.numel() == s.numel() else z.reshape(1).expand(s.numel()), axis
 
 
-def _view(x: torch.Tensor, scale: torch.Tensor | float, ch_axis: int | None) -> tuple[torch.Tensor, int | None]:
+def _view(
+    x: torch.Tensor, scale: torch.Tensor | float, ch_axis: int | None, name: str = "scale"
+) -> tuple[torch.Tensor, int | None]:
     """x, and the axis along which the scale varies: where it varies by groups, a view of x in which they are rows."""
     if not isinstance(scale, torch.Tensor) or scale.numel() == 1:
         return x, None
@@ -178,11 +187,13 @@ def _view(x: torch.Tensor, scale: torch.Tensor | float, ch_axis: int | None) -> 
     padded = (1,) * (x.ndim - len(shape)) + shape
     varies = [i for i, n in enumerate(padded) if n != 1]
     if len(padded) == x.ndim and len(varies) == 1 and padded[varies[0]] == x.shape[varies[0]]:
+        if ch_axis is not None and checks.axis_of(x, ch_axis) != varies[0]:
+            raise ValueError(f"{name} must vary along ch_axis, {ch_axis}, got the shape {shape}")
         return x, varies[0]
     if len(shape) == x.ndim and shape[:-1] == x.shape[:-1] and shape[-1] and x.shape[-1] % shape[-1] == 0:
         return x.reshape(-1, x.shape[-1] // shape[-1]), 0
     raise ValueError(
-        f"scale must have one element, or broadcast to x along one axis, or have one for each group of its last axis: "
+        f"{name} must have one element, or broadcast to x along one axis, or have one for each group of its last axis: "
         f"got {shape} for x of {tuple(x.shape)}; ch_axis names the axis of a scale of one dimension"
     )
 

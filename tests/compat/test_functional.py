@@ -215,6 +215,21 @@ BAD = [
     (ValueError, "zero_point must be an integer", {"zero_point": 0.5}),
     (
         ValueError,
+        r"zero_point must vary along the axis of the scale, 0, got the shape \(1, 6\) beside \(6, 1\)",
+        {"x": torch.ones(6, 6), "scale": torch.ones(6, 1), "zero_point": torch.zeros(1, 6)},
+    ),
+    (
+        ValueError,
+        r"zero_point must vary along the axis of the scale, 0, got the shape \(6,\)",
+        {"x": torch.ones(6, 6), "scale": torch.ones(6, 1), "zero_point": torch.zeros(6)},
+    ),
+    (
+        ValueError,
+        r"scale must vary along ch_axis, 1, got the shape \(6, 1\)",
+        {"scale": torch.ones(6, 1), "ch_axis": 1},
+    ),
+    (
+        ValueError,
         "zero_point_rounding must be one of",
         {"zero_point_rounding": "up", "zero_point": torch.zeros(1, requires_grad=True)},
     ),
