@@ -151,6 +151,8 @@ def check_noise(function: Callable, roles: list[str]) -> None:
         outcomes = [_outcome(lambda **given: function(*(given[role] for role in roles)), arguments) for _ in range(2)]
     (y, gradients), (again, _) = outcomes
     ours, expected = _outcome(Noise(0, 0), arguments)
+    if y.shape != x.shape or "x" not in gradients or not gradients["x"].any():
+        raise Unlike("it returns no tensor like x, or gives x no gradient")
     inside = gradients["x"] != 0
     if torch.equal(y, again):
         raise Unlike("its name speaks of noise, and it draws none")
