@@ -142,8 +142,8 @@ def check_noise(function: Callable, roles: list[str]) -> None:
         Unlike: it does not, or fails.
     """
     x = torch.randn(3, 8192, generator=torch.Generator().manual_seed(0))
-    scale = torch.full((3,) if "ch_axis" in roles else (1,), 0.375)
-    arguments = {"x": x, "scale": scale, "zero_point": torch.zeros_like(scale), "quant_min": -4, "quant_max": 3}
+    scale = torch.tensor([0.375, 0.75, 0.25]) if "ch_axis" in roles else torch.tensor([0.375])
+    arguments = {"x": x, "scale": scale, "zero_point": torch.full_like(scale, 2), "quant_min": -4, "quant_max": 3}
     arguments |= {"ch_axis": 0, "grad_factor": 0.25}
     arguments = {role: arguments[role] for role in roles}
     with torch.random.fork_rng(devices=[]):
@@ -153,12 +153,15 @@ def check_noise(function: Callable, roles: list[str]) -> None:
     ours, expected = _outcome(Noise(0, 0), arguments)
     if y.shape != x.shape or "x" not in gradients or not gradients["x"].any():
         raise Unlike("it returns no tensor like x, or gives x no gradient")
+    if "scale" not in gradients or "zero_point" in gradients:
+        raise Unlike("it gives its scale no gradient, or its zero point one")
     inside = gradients["x"] != 0
     if torch.equal(y, again):
         raise Unlike("its name speaks of noise, and it draws none")
     if not torch.equal(y[~inside], ours[~inside]) or not torch.allclose(gradients["x"], expected["x"], rtol=1e-5):
         raise Unlike("it clips, or differentiates, otherwise than the released HDRQ's noise")
-    distance = _kolmogorov_smirnov((y - x)[inside], (ours - x)[inside])
+    steps = scale.reshape(-1, 1)
+    distance = _kolmogorov_smirnov(((y - x) / steps)[inside], ((ours - x) / steps)[inside])
     if not distance < 1.95 * (2 / int(inside.sum())) ** 0.5:  # exceeded by chance in one of a thousand
         raise Unlike(f"its noise has another distribution than the released HDRQ's, by {distance:.3f}")
 

@@ -79,7 +79,8 @@ class NoiseQuantize(_Stepped):
     """A quantizer that adds noise in place of rounding while it trains, and rounds in ``eval()``.
 
     Each forward pass draws anew: the state of the noise is the buffer ``rng``, saved with the module, so that a seed
-    repeats a run and a checkpoint continues it.
+    repeats a run and a checkpoint continues it. Under activation checkpointing a pass that is run again draws anew, and
+    its gradients are wrong: do not use it there.
 
     Args:
         scale, bits, signed, axis: as :class:`LSQ`.

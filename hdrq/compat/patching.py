@@ -83,7 +83,7 @@ def patch(package: str | ModuleType, *, seed: int = 0) -> Patch:
     Functions of noise must clip and differentiate as the released HDRQ's, and have its distribution. A function is
     replaced in every module of the package that holds it, until :meth:`Patch.undo` or the end of a ``with`` block.
 
-    A call whose tensors our op does not take (float64, a scale that varies along two axes, a zero point that learns
+    A call with other tensors than those tried (no float32, a scale that varies along two axes, a zero point that learns
     where its gradient was another) goes to the original, and is counted. A scale that is not positive is refused by
     name, where the original may take it.
 
@@ -198,8 +198,16 @@ def _taken(form: Convention | Noise, x, scale, zero_point=None, ch_axis=None, **
         and not getattr(form, "learns_zero_point", True)
     ):
         return False
-    if not isinstance(x, torch.Tensor) or x.dtype not in checks.FLOATS:
+    tensors = [t for t in (scale, zero_point) if isinstance(t, torch.Tensor)]
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:  # as it was tried
         return False
-    if not isinstance(scale, torch.Tensor) or scale.numel() == 1 or (scale.ndim == 1 and ch_axis is not None):
+    if any(t.ndim > x.ndim or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors):
+        return False
+    return all(_along_one_axis(t, x, ch_axis) for t in tensors)
+
+
+def _along_one_axis(values: torch.Tensor, x: torch.Tensor, ch_axis: int | None) -> bool:
+    if values.numel() == 1 or (values.ndim == 1 and ch_axis is not None):
         return True
-    return sum(n != 1 for n in scale.shape) == 1
+    varying = [i for i in range(-values.ndim, 0) if values.shape[i] != 1]
+    return len(varying) == 1 and values.shape[varying[0]] == x.shape[varying[0]]

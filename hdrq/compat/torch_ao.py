@@ -51,7 +51,7 @@ class FakeQuantize(_FakeQuantize):
 
 class LearnableFakeQuantize(_LearnableFakeQuantize):
     """Works wherever torch.ao's ``_LearnableFakeQuantize`` does: it is one. Scale and zero point are parameters, which
-    an observer estimates first, and a loss learns after ``enable_param_learning``. Its gradients are torch's own.
+    an observer estimates first, and a loss learns after ``enable_param_learning``.
 
     A scale below ``eps``, a negative one too, is raised to it before each forward pass. float64 is for torch's own op.
     """

@@ -23,6 +23,8 @@ LEFT = {
     "fake_quantize_on_cuda": "fails on small numbers",
     "noise_quantize_gaussian": "its noise has another distribution",
     "fake_quantize_in_place": "it writes to its scale",
+    "noise_quantize_shifted": "its zero point one",
+    "noise_quantize_scale_detached": "gives its scale no gradient",
     "noise_quantize_detached": "gives x no gradient",
     "noise_quantize_summed": "returns no tensor like x",
     "quantize_names": "takes names, which we do not know",
@@ -39,7 +41,7 @@ def test_what_is_known_is_replaced_and_the_rest_is_left_with_a_reason():
         assert reasons.keys() == LEFT.keys()
         assert all(why in reasons[name] for name, why in LEFT.items())
         report = patched.report()
-    assert report.startswith("standin: 7 replaced, 9 left")
+    assert report.startswith("standin: 7 replaced, 11 left")
     assert "left standin.forks.fake_quantize_floor: on small numbers it computes otherwise" in report
 
 
@@ -110,6 +112,14 @@ def test_calls_that_our_op_does_not_take_go_to_the_original():
         passed = {r.name.rpartition(".")[2]: r.passed_on for r in patched.replaced if r.passed_on}
     assert passed == {f"fake_quantize_{learnable}_affine_training": 1, "fake_quantize_per_tensor_affine": 1}
     assert zero.grad.item() == -0.25 * int(((X / 0.25).round() + 1 != ((X / 0.25).round() + 1).clamp(-8, 7)).sum())
+
+
+def test_calls_keep_the_dtype_and_the_shape_that_the_original_gives():
+    calls = [(X.bfloat16(), torch.tensor([0.25])), (X, torch.tensor([0.25]).double()), (X[0], torch.tensor([[0.25]]))]
+    for x, scale in calls:
+        want = quantizers.fake_quantize_per_tensor_affine(x, scale, 0, -8, 7)
+        with patch("standin"):
+            assert_same_bits(quantizers.fake_quantize_per_tensor_affine(x, scale, 0, -8, 7), want)
 
 
 def test_a_scale_that_is_not_positive_is_refused_by_name():

@@ -2,7 +2,7 @@
 
 import torch
 
-from standin.quantizers import round_ste
+from standin.quantizers import fake_noise_quantize_per_tensor, round_ste
 
 
 def fake_quantize_floor(x, scale, zero_point, quant_min, quant_max):
@@ -32,6 +32,14 @@ def noise_quantize_gaussian(x, scale, zero_point, quant_min, quant_max):
 def fake_quantize_in_place(x, scale, zero_point, quant_min, quant_max):
     scale.data.mul_(2).div_(2).add_(1e-3)
     return (torch.clamp(round_ste(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale
+
+
+def noise_quantize_shifted(x, scale, zero_point, quant_min, quant_max):
+    return fake_noise_quantize_per_tensor(x, scale, 0, quant_min - zero_point, quant_max - zero_point)
+
+
+def noise_quantize_scale_detached(x, scale, zero_point, quant_min, quant_max):
+    return fake_noise_quantize_per_tensor(x, scale.detach(), zero_point, quant_min, quant_max)
 
 
 def noise_quantize_detached(x, scale, quant_min, quant_max):
