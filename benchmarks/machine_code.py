@@ -34,14 +34,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 PARKED = 8  # bytes of stack: one pointer, which some releases of ptxas set aside to fit more threads
-SCRATCH = (
-    "row_sums",
-    "zero_sums",
-    "squares",
-    "penalties",
-    "sums",
-    "partial",
-)  # parameters that are no part of an op's traffic
+# Parameters that are no part of an op's traffic.
+SCRATCH = ("row_sums", "zero_sums", "squares", "penalties", "sums", "partial")
 # Passes through a kernel's loops, in the order of their code. A kernel whose loops are more or fewer has no count.
 LOOPS = {"error_histogram_kernel": (16,), "range_errors_kernel": (64,)}
 

@@ -6,6 +6,11 @@
 
 namespace hdrq::HDRQ_ISA {
 
+// Whether a run of n elements, the first of which is `begin`, has one channel alone.
+inline bool one_channel(const Grid& grid, int64_t begin, int64_t n) {
+  return grid.channels == 1 || (begin + n - 1) / grid.inner == begin / grid.inner;
+}
+
 // Scale and zero point of one chunk as vectors.
 class ChunkGrid {
  public:
@@ -14,7 +19,7 @@ class ChunkGrid {
 
   void seek(int64_t begin, int64_t n) {
     const int64_t row = grid_.channels == 1 ? 0 : begin / grid_.inner;
-    constant_ = grid_.channels == 1 || (begin + n - 1) / grid_.inner == row;
+    constant_ = one_channel(grid_, begin, n);
     if (constant_) {
       const int64_t channel = row % grid_.channels;
       scale_ = splat(grid_.scale[channel]);
@@ -61,10 +66,6 @@ class ChannelSums {
   // How many numbers it works in, which must be 0 at the start.
   int64_t size() const { return tiles_ * slots_; }
   void use(double* zeros) { partial_ = zeros; }
-
-  bool one_channel(int64_t begin, int64_t n) const {
-    return grid_.channels == 1 || (begin + n - 1) / grid_.inner == begin / grid_.inner;
-  }
 
   // What a chunk of one channel that begins at element `begin` of tile `tile` adds.
   void add(int64_t tile, int64_t begin, double sum) const {

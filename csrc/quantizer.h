@@ -96,8 +96,8 @@ void quantizer_forward(int threads, const Quantizer* quantizers, int count) {
 // of one channel, else both factors wait for the end of the chunk.
 class ChunkSums {
  public:
-  ChunkSums(const ChannelSums& sums, int64_t begin, int64_t n)
-      : sums_(sums), begin_(begin), n_(n), one_channel_(sums.one_channel(begin, n)) {}
+  ChunkSums(const ChannelSums& sums, bool one_channel, int64_t begin, int64_t n)
+      : sums_(sums), one_channel_(one_channel), begin_(begin), n_(n) {}
 
   HDRQ_INLINE void add(vf g, vf slope, int64_t i) {
     if (one_channel_) {
@@ -117,8 +117,8 @@ class ChunkSums {
 
  private:
   const ChannelSums& sums_;
-  int64_t begin_, n_;
   bool one_channel_;
+  int64_t begin_, n_;
   Sum sum_{};  // the braces spare GCC 12 a constructor, on which it fails without optimizations
   alignas(HDRQ_VECTOR_BYTES) float grads_[kChunk], slopes_[kChunk];
 };
@@ -146,7 +146,8 @@ void quantizer_backward(int threads, const Quantizer* quantizers, int count) {
     auto* grad_x = T::out(q.grad_x);
     with_rounding(q, [&](auto& rounding, auto& keep) {
       for_chunks(tile_begin, tile_end, [&](int64_t chunk, int64_t length) {
-        ChunkSums sum(sums[k], chunk, length), zero_sum(zero_sums[k], chunk, length);
+        const bool one = one_channel(q.grid, chunk, length);
+        ChunkSums sum(sums[k], one, chunk, length), zero_sum(zero_sums[k], one, chunk, length);
         for_chunks<kDraw>(chunk, chunk + length, [&](int64_t begin, int64_t n) {
           prefetch(grad + begin + n, x + begin + n, grad_x + begin + n);
           rounding.seek(begin, n);

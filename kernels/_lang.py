@@ -280,6 +280,12 @@ def element_scales(scale, at, ROWS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def element_zeros(zero_point, at, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """Each element's zero point, 0.0 where there is none."""
+    return 0.0 if zero_point is None else element_values(zero_point, at, ROWS, GROUP)
+
+
+@triton.jit
 def reciprocal(s):
     """``(factor, −s·factor, 1/(s·factor))``: a power of two, and what it leaves far from underflow and overflow."""
     factor = tl.where(s < 2.0**-60, 2.0**96, tl.where(s > 2.0**60, 2.0**-96, 1.0))

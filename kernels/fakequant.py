@@ -9,19 +9,10 @@ from hdrq.kernels._launch import drops, launch, operand, tiling
 
 
 @triton.jit
-def _grid_of(scale, zero_point, start, i, rows, ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """What :func:`_lang.quotient` divides by, the scale first, and the zero point, of each element."""
-    at = lang.place(start, i, rows, ROWS, GROUP, BLOCK)
-    z = 0.0 if zero_point is None else lang.element_values(zero_point, at, ROWS, GROUP)
-    return lang.divisors(scale, at, ROWS, GROUP), z
-
-
-@triton.jit
-def _divided(value, divisor, scale, start, i, rows, ROUNDING: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
-             BLOCK: tl.constexpr):  # fmt: skip
+def _divided(value, divisor, scale, at, ROUNDING: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr):
     """v: ``x/s``, or x times the reciprocal of s."""
     if ROUNDING == "reciprocal":
-        v = value * lang.inverses(scale, lang.place(start, i, rows, ROWS, GROUP, BLOCK), ROWS, GROUP)
+        v = value * lang.inverses(scale, at, ROWS, GROUP)
     else:
         v = lang.quotient(value, divisor, ROWS)
     return v
@@ -52,9 +43,9 @@ def fake_quantize_kernel(
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     value = tl.load(x + start + i, mask=live, other=0.0).to(tl.float32)
-    rows = inner, channels, over_inner, over_channels
-    divisor, z = _grid_of(scale, zero_point, start, i, rows, ROWS, GROUP, BLOCK)
-    v = _divided(value, divisor, scale, start, i, rows, ROUNDING, ROWS, GROUP, BLOCK)
+    at = lang.place(start, i, (inner, channels, over_inner, over_channels), ROWS, GROUP, BLOCK)
+    divisor, z = lang.divisors(scale, at, ROWS, GROUP), lang.element_zeros(zero_point, at, ROWS, GROUP)
+    v = _divided(value, divisor, scale, at, ROUNDING, ROWS, GROUP)
     result = lang.nearest_forward(lang.rounded(v, z, ROUNDING == "shifted"), divisor[0], z, qmin, qmax)
     if DROP:
         result = tl.where(lang.kept(rng, threshold, start, BLOCK), result, value)
@@ -93,9 +84,9 @@ def fake_quantize_backward_kernel(
     live = i < numel - start
     value = tl.load(x + start + i, mask=live, other=0.0).to(tl.float32)
     g = tl.load(grad + start + i, mask=live, other=0.0).to(tl.float32)
-    rows = inner, channels, over_inner, over_channels
-    divisor, z = _grid_of(scale, zero_point, start, i, rows, ROWS, GROUP, BLOCK)
-    v = _divided(value, divisor, scale, start, i, rows, ROUNDING, ROWS, GROUP, BLOCK)
+    at = lang.place(start, i, (inner, channels, over_inner, over_channels), ROWS, GROUP, BLOCK)
+    divisor, z = lang.divisors(scale, at, ROWS, GROUP), lang.element_zeros(zero_point, at, ROWS, GROUP)
+    v = _divided(value, divisor, scale, at, ROUNDING, ROWS, GROUP)
     inside, slope = lang.nearest_backward(v, lang.rounded(v, z, ROUNDING == "shifted"), z, qmin, qmax, GRADIENT)
     if DROP:
         keep = lang.kept(rng, threshold, start, BLOCK)
@@ -116,9 +107,9 @@ def quantize_kernel(
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     value = tl.load(x + start + i, mask=live, other=0.0).to(tl.float32)
-    rows = inner, channels, over_inner, over_channels
-    divisor, z = _grid_of(scale, zero_point, start, i, rows, ROWS, GROUP, BLOCK)
-    shifted = lang.round_half_even(lang.quotient(value, divisor, ROWS)) + z
+    at = lang.place(start, i, (inner, channels, over_inner, over_channels), ROWS, GROUP, BLOCK)
+    divisor, z = lang.divisors(scale, at, ROWS, GROUP), lang.element_zeros(zero_point, at, ROWS, GROUP)
+    shifted = lang.rounded(lang.quotient(value, divisor, ROWS), z)
     nan = live & (shifted != shifted)
     q = tl.where(nan, qmin, lang.clamp(shifted, qmin, qmax))
     tl.store(codes + start + i, q.to(codes.dtype.element_ty), mask=live)
@@ -135,9 +126,9 @@ def dequantize_kernel(
     i = tl.arange(0, BLOCK)
     live = i < numel - start
     q = tl.load(codes + start + i, mask=live, other=0).to(tl.float32)
-    rows = inner, channels, over_inner, over_channels
-    divisor, z = _grid_of(scale, zero_point, start, i, rows, ROWS, GROUP, BLOCK)
-    tl.store(y + start + i, (q - z) * divisor[0], mask=live)
+    at = lang.place(start, i, (inner, channels, over_inner, over_channels), ROWS, GROUP, BLOCK)
+    z = lang.element_zeros(zero_point, at, ROWS, GROUP)
+    tl.store(y + start + i, (q - z) * lang.element_scales(scale, at, ROWS, GROUP), mask=live)
 
 
 def fake_quantize(x, scale, qmin, qmax, zero_point, axis, rng, threshold, rounding="quotient") -> torch.Tensor:

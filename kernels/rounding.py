@@ -30,7 +30,7 @@ def adaround_kernel(
     a = tl.load(alpha + start + i, mask=live, other=0.0)
     at = lang.place(start, i, (inner, channels, over_inner, over_channels), ROWS, GROUP, BLOCK)
     s = lang.element_scales(scale, at, ROWS, GROUP)
-    z = 0.0 if zero_point is None else lang.element_values(zero_point, at, ROWS, GROUP)
+    z = lang.element_zeros(zero_point, at, ROWS, GROUP)
     if HARD:
         h = tl.where(a >= 0.0, 1.0, 0.0)
     else:
@@ -54,7 +54,7 @@ def adaround_backward_kernel(
     g = tl.load(grad + start + i, mask=live, other=0.0).to(tl.float32)
     at = lang.place(start, i, (inner, channels, over_inner, over_channels), ROWS, GROUP, BLOCK)
     s = lang.element_scales(scale, at, ROWS, GROUP)
-    z = 0.0 if zero_point is None else lang.element_values(zero_point, at, ROWS, GROUP)
+    z = lang.element_zeros(zero_point, at, ROWS, GROUP)
     h, slope = _soft(tl.load(alpha + start + i, mask=live, other=0.0))
     q = lang.floor(tl.div_rn(value, s)) + h + z
     total = tl.where((q >= qmin) & (q <= qmax), g * s, 0.0)

@@ -7,7 +7,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from hdrq.compat.conventions import NAMES, Unlike, roles_of_names
+from hdrq.compat.conventions import NAMES, Unlike, roles_of
 
 
 def check(path: Path) -> Iterator[str]:
@@ -43,7 +43,7 @@ def _arguments(node: ast.AST) -> list[str]:
 
 def _verdict(names: list[str]) -> str:
     try:
-        roles = roles_of_names(names)
+        roles = roles_of(names)
     except Unlike as reason:
         return f"left: {reason}"
     return f"tried on small numbers, as {', '.join(roles)}"

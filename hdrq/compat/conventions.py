@@ -6,7 +6,6 @@ round-off, or it is left alone: names say nothing about a fork that changed the 
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from hdrq.compat import functional
+from hdrq.ops.fakequant import GRADIENTS, ROUNDINGS
 from hdrq.rng import rng_state
 
 ROLES = {  # what an argument is, by the names that codes give it
@@ -68,12 +68,7 @@ class Convention:
 
 CONVENTIONS = [
     Convention(rounding, gradient, zero, uses)
-    for uses, rounding, gradient, zero in product(
-        (True, False),
-        ("quotient", "reciprocal", "shifted"),
-        ("round-first", "clamp-first", "pass-through"),
-        ("half-even", "half-up", None),
-    )
+    for uses, rounding, gradient, zero in product((True, False), ROUNDINGS, GRADIENTS, functional.ZERO_POINTS)
     if (zero is not None or rounding == "shifted") and (uses or zero == "half-even")
 ]
 
@@ -93,21 +88,12 @@ class Noise:
         return functional.noise_quantize(x, scale, quant_min, quant_max, state, ch_axis, float(grad_factor))
 
 
-def roles_of(function: Callable, *, skip: int = 0) -> list[str]:
-    """The roles of a function's arguments, in order.
+def roles_of(names: list[str]) -> list[str]:
+    """The roles of a function's arguments, of these names, in order.
 
     Raises:
         Unlike: an argument has no role we know, or one that a quantizer needs is missing.
     """
-    try:
-        parameters = list(inspect.signature(function).parameters.values())[skip:]
-    except (TypeError, ValueError) as error:
-        raise Unlike("its arguments cannot be read") from error
-    return roles_of_names([p.name for p in parameters])
-
-
-def roles_of_names(names: list[str]) -> list[str]:
-    """As :func:`roles_of`, of the arguments' names."""
     unknown = [name for name in names if name not in ROLE_OF]
     if unknown:
         raise Unlike(f"it takes {', '.join(unknown)}, which we do not know")
@@ -127,8 +113,9 @@ def recognised(function: Callable, roles: list[str]) -> Convention:
         Unlike: it computes otherwise than all of :data:`CONVENTIONS`, or fails.
     """
     left = [replace(convention, learns_zero_point=learns) for learns in (True, False) for convention in CONVENTIONS]
+    by_role = _by_role(function, roles)
     for arguments in probes(roles):
-        want = _outcome(lambda **given: function(*(given[role] for role in roles)), arguments)
+        want = _outcome(by_role, arguments)
         left = [c for c in left if _same(_outcome(c, arguments), want, zero_points=c.learns_zero_point)]
         if not left:
             raise Unlike("on small numbers it computes otherwise than any quantizer that we know")
@@ -146,9 +133,10 @@ def check_noise(function: Callable, roles: list[str]) -> None:
     arguments = {"x": x, "scale": scale, "zero_point": torch.full_like(scale, 2), "quant_min": -4, "quant_max": 3}
     arguments |= {"ch_axis": 0, "grad_factor": 0.25}
     arguments = {role: arguments[role] for role in roles}
+    by_role = _by_role(function, roles)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        outcomes = [_outcome(lambda **given: function(*(given[role] for role in roles)), arguments) for _ in range(2)]
+        outcomes = [_outcome(by_role, arguments) for _ in range(2)]
     (y, gradients), (again, _) = outcomes
     ours, expected = _outcome(Noise(0, 0), arguments)
     if y.shape != x.shape or "x" not in gradients or not gradients["x"].any():
@@ -178,6 +166,11 @@ def probes(roles: list[str]) -> Iterator[dict[str, Any]]:
         every = {"x": x, "scale": scale, "zero_point": zero[: len(scale)].clone(), "quant_min": low, "quant_max": high}
         every |= {"ch_axis": 0, "grad_factor": factor}
         yield {role: every[role] for role in roles}
+
+
+def _by_role(function: Callable, roles: list[str]) -> Callable:
+    """A function, called by the roles of its arguments."""
+    return lambda **given: function(*(given[role] for role in roles))
 
 
 def _outcome(function: Callable, arguments: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

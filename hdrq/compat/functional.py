@@ -40,7 +40,7 @@ def fake_quantize(
 
         QDrop, HDRQ, BRECQ, MQBench   the defaults
         torch.ao, torch's own ops     rounding="reciprocal"
-        torch's learnable ops         rounding="reciprocal", zero_point_rounding="half-up"
+        torch's learnable ops         rounding="reciprocal", with a zero point that is an integer
         Brevitas                      rounding="shifted", zero_point_rounding=None (TensorClampSte: "pass-through")
         compressed-tensors            rounding="shifted"
         LSQ                           gradient="clamp-first"
@@ -54,8 +54,8 @@ def fake_quantize(
         ch_axis: the axis of ``scale``; None (or −1 with one scale, as in torch.ao) for what its shape says.
         grad_factor: on the gradients of ``scale`` and ``zero_point``.
         zero_point_rounding: what becomes of a zero point that learns, while its gradient passes as if nothing did:
-            "half-even" rounds it; "half-up" is torch's ``floor(z + ½)``, then clamped to the range; None leaves it,
-            which "shifted" alone can take.
+            "half-even" rounds it; "half-up" is ``floor(z + ½)``, clamped to the range; None leaves it, which "shifted"
+            alone can take. torch's learnable ops have roundings of their own, which differ at halves and below zero.
         signed_scale: scales may be negative: ``y = (q − z)·s`` and ``q = clamp(round(x/s) + z)`` as they stand, by two
             more passes over x.
         rounding, gradient, keep, rng: as :func:`hdrq.ops.fake_quantize`.

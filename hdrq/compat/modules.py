@@ -17,7 +17,7 @@ class _Stepped(nn.Module):
     quant_min: int
     quant_max: int
 
-    def __init__(self, scale: torch.Tensor | float, bits: int, signed: bool, axis: int | None) -> None:
+    def __init__(self, scale: torch.Tensor | float, *, bits: int, signed: bool = True, axis: int | None = None) -> None:
         super().__init__()
         scale = torch.as_tensor(scale, dtype=torch.float32).detach().clone().reshape(-1)
         checks.scale_values("scale", scale)
@@ -60,9 +60,6 @@ class LSQ(_Stepped):
         True
     """
 
-    def __init__(self, scale: torch.Tensor | float, *, bits: int, signed: bool = True, axis: int | None = None) -> None:
-        super().__init__(scale, bits, signed, axis)
-
     @staticmethod
     def initial_scale(x: torch.Tensor, *, bits: int, signed: bool = True, axis: int | None = None) -> torch.Tensor:
         """The paper's ``2·mean(|x|)/sqrt(quant_max)``, over all elements or over those of each channel."""
@@ -104,7 +101,7 @@ class NoiseQuantize(_Stepped):
         stream: int = 0,
         noise: str = "uniform",
     ) -> None:
-        super().__init__(scale, bits, signed, axis)
+        super().__init__(scale, bits=bits, signed=signed, axis=axis)
         self.noise = checks.choice("noise", noise, ("uniform", "empirical"))
         self.register_buffer("rng", rng_state(seed, stream))
 

@@ -148,8 +148,8 @@ def _is_of(function: Any, package: str) -> bool:
 
 def _replaced(name: str, original: Any, places: list, seed: int, stream: int) -> Replaced:
     is_class = inspect.isclass(original)
-    function = original.apply if is_class else original
-    roles = roles_of(original.forward, skip=1) if is_class else roles_of(original)
+    function, signature = (original.apply, _after_ctx(original.forward)) if is_class else (original, _read(original))
+    roles = roles_of(list(signature.parameters))
     form: Convention | Noise
     if NOISY.search(original.__name__):
         check_noise(function, roles)
@@ -157,9 +157,7 @@ def _replaced(name: str, original: Any, places: list, seed: int, stream: int) ->
     else:
         form = recognised(function, roles)
     record = Replaced(name, form, places, original, None)
-    call = _caller(
-        record, function, form, roles, inspect.signature(original.forward if is_class else original), is_class
-    )
+    call = _caller(record, function, roles, signature)
     if is_class:
         record.now = type(original.__name__, (original,), {"apply": staticmethod(call), "_hdrq_patched": True})
     else:
@@ -168,22 +166,34 @@ def _replaced(name: str, original: Any, places: list, seed: int, stream: int) ->
     return record
 
 
-def _caller(record: Replaced, function: Callable, form: Any, roles: list[str], signature, is_class: bool) -> Callable:
+def _read(function: Callable) -> inspect.Signature:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise Unlike("its arguments cannot be read") from error
+
+
+def _after_ctx(forward: Callable) -> inspect.Signature:
+    """The arguments of an autograd function's ``apply``."""
+    signature = _read(forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _caller(record: Replaced, function: Callable, roles: list[str], signature: inspect.Signature) -> Callable:
     """A function of the original's arguments."""
-    names = list(signature.parameters)[is_class:]
 
     def call(*args, **kwargs):
         if kwargs or len(args) != len(roles):
-            bound = signature.bind(*((None, *args) if is_class else args), **kwargs)
+            bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            args = [bound.arguments[name] for name in names]
+            args = [bound.arguments[name] for name in signature.parameters]
         given = dict(zip(roles, args, strict=True))
         record.calls += 1
-        if not _taken(form, **given):
+        if not _taken(record.form, **given):
             record.passed_on += 1
             return function(*args)
         try:
-            return form(**given)
+            return record.form(**given)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{record.name}, patched by hdrq.compat: {error}") from error
 

@@ -1,4 +1,4 @@
-"""The fake-quantize of ``torch.ao.quantization``, on our ops."""
+"""The fake-quantize of ``torch.ao.quantization``, on our ops; docs/drop-in.md has where they differ."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 
 
 class FakeQuantize(_FakeQuantize):
-    """Works wherever ``torch.ao.quantization.FakeQuantize`` does: it is one, with its observer, switches, state and
-    arguments, and computes by :func:`hdrq.ops.fake_quantize` in the order of torch's own op, ``rounding="reciprocal"``.
+    """A ``torch.ao.quantization.FakeQuantize``, with its observer, switches, state and arguments, on our op.
+
+    It computes by :func:`hdrq.ops.fake_quantize` in the order of torch's own op, ``rounding="reciprocal"``.
 
     float64 is computed by torch's own op. So is a zero point that is no integer (``per_channel_affine_float_qparams``).
 
@@ -30,7 +31,7 @@ class FakeQuantize(_FakeQuantize):
     """
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
-        """Observe and quantize X, as far as either is switched on. Its memory format stays."""
+        """Observe and quantize X, as far as either is switched on. 4-D channels-last stays."""
         if X.dtype == torch.float64 or self.qscheme == torch.per_channel_affine_float_qparams:
             return super().forward(X)
         if self.observer_enabled[0] == 1:
@@ -50,7 +51,7 @@ class FakeQuantize(_FakeQuantize):
 
 
 class LearnableFakeQuantize(_LearnableFakeQuantize):
-    """Works wherever torch.ao's ``_LearnableFakeQuantize`` does: it is one. Scale and zero point are parameters, which
+    """A ``_LearnableFakeQuantize`` of torch.ao, on our op. Scale and zero point are parameters, which
     an observer estimates first, and a loss learns after ``enable_param_learning``.
 
     A scale below ``eps``, a negative one too, is raised to it before each forward pass. float64 is for torch's own op.
@@ -62,7 +63,7 @@ class LearnableFakeQuantize(_LearnableFakeQuantize):
     activation_post_process: Any
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
-        """Estimate or keep the grid, and quantize X, as far as either is switched on. Its memory format stays."""
+        """Estimate or keep the grid, and quantize X, as far as either is switched on. 4-D channels-last stays."""
         if X.dtype == torch.float64:
             return super().forward(X)
         if self.static_enabled[0] == 1:

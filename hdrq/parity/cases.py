@@ -18,6 +18,7 @@ import torch
 from hdrq import checks, ops
 from hdrq.backends.dispatch import use_backend
 from hdrq.backends.eager import per_element, sum_but
+from hdrq.ops.fakequant import GRADIENTS, ROUNDINGS
 from hdrq.rng import LOW, rng_state
 
 SUM_BOUND = 1e-6  # of a sum, relative to the sum of magnitudes (DESIGN.md)
@@ -181,8 +182,8 @@ def fakequant(draw: Draw) -> dict[str, Any]:
 def conventions(draw: Draw) -> dict[str, Any]:
     """As other codes round and differentiate, with a zero point that learns."""
     arguments = fakequant(draw)
-    arguments["rounding"] = draw.choice("quotient", "reciprocal", "shifted")
-    arguments["gradient"] = draw.choice("round-first", "clamp-first", "pass-through")
+    arguments["rounding"] = draw.choice(*ROUNDINGS)
+    arguments["gradient"] = draw.choice(*GRADIENTS)
     if arguments["zero_point"] is None:
         arguments["zero_point"] = torch.zeros_like(arguments["scale"])
     if arguments["rounding"] == "shifted":

@@ -22,6 +22,11 @@ def valid_scale(scale: torch.Tensor, ndim: int, axis: int | None) -> torch.Tenso
     return per_element(torch.where((scale > 0) & scale.isfinite(), scale, torch.nan), ndim, axis)
 
 
+def valid_grid(scale: torch.Tensor, zero_point: torch.Tensor | None, ndim: int, axis: int | None) -> tuple:
+    """:func:`valid_scale`, and the zero point as it broadcasts; 0.0 for none."""
+    return valid_scale(scale, ndim, axis), 0.0 if zero_point is None else per_element(zero_point, ndim, axis)
+
+
 def sum_but(values: torch.Tensor, axis: int | None) -> torch.Tensor:
     """The float64 sum over all axes but ``axis``: one element for each element of the scale."""
     if axis is None:

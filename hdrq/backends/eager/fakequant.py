@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from hdrq.backends.eager import per_element, straight_through, valid_scale
+from hdrq.backends.eager import straight_through, valid_grid
 from hdrq.backends.eager.drop import keep_mask
 
 
 def _divide_and_round(x, scale, zero_point, axis, rounding="quotient") -> tuple:
-    s = valid_scale(scale, x.ndim, axis)
-    z = 0.0 if zero_point is None else per_element(zero_point, x.ndim, axis)
+    s, z = valid_grid(scale, zero_point, x.ndim, axis)
     v = x.float() * (1 / s) if rounding == "reciprocal" else x.float() / s
     return s, z, v, torch.round(v + z) + 0.0 if rounding == "shifted" else torch.round(v) + z
 
@@ -48,5 +47,5 @@ def quantize(x, scale, qmin, qmax, zero_point, axis) -> tuple[torch.Tensor, torc
 
 
 def dequantize(codes, scale, zero_point, axis) -> torch.Tensor:
-    z = 0.0 if zero_point is None else per_element(zero_point, codes.ndim, axis)
-    return (codes.float() - z) * valid_scale(scale, codes.ndim, axis)
+    s, z = valid_grid(scale, zero_point, codes.ndim, axis)
+    return (codes.float() - z) * s

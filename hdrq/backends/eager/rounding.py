@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hdrq.backends.eager import per_element, valid_scale
+from hdrq.backends.eager import valid_grid
 from hdrq.backends.eager.elementary import power, sigmoid
 
 
@@ -14,12 +14,8 @@ def _soft(alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return u.clamp(0, 1), torch.where((u >= 0) & (u <= 1), 1.2 * sigma * (1 - sigma), 0.0)
 
 
-def _grid(x, scale, zero_point, axis) -> tuple:
-    return valid_scale(scale, x.ndim, axis), 0.0 if zero_point is None else per_element(zero_point, x.ndim, axis)
-
-
 def adaround(x, scale, alpha, qmin, qmax, beta, axis, hard, zero_point=None) -> tuple[torch.Tensor, torch.Tensor]:
-    s, z = _grid(x, scale, zero_point, axis)
+    s, z = valid_grid(scale, zero_point, x.ndim, axis)
     h = (alpha >= 0).float() if hard else _soft(alpha)[0]
     y = ((torch.floor(x.float() / s) + h + z).clamp(qmin, qmax) - z) * s
     if beta is None:
@@ -29,7 +25,7 @@ def adaround(x, scale, alpha, qmin, qmax, beta, axis, hard, zero_point=None) -> 
 
 
 def adaround_backward(grad, grad_penalty, x, scale, alpha, qmin, qmax, beta, axis, zero_point=None) -> torch.Tensor:
-    s, z = _grid(x, scale, zero_point, axis)
+    s, z = valid_grid(scale, zero_point, x.ndim, axis)
     h, slope = _soft(alpha)
     q = torch.floor(x.float() / s) + h + z
     total = torch.where((q >= qmin) & (q <= qmax), grad.float() * s, 0.0)

@@ -18,6 +18,12 @@ def per_element(values: np.ndarray, ndim: int, axis: int | None) -> np.ndarray:
     return values.reshape(shape)
 
 
+def per_element_grid(scale: np.ndarray, zero_point: np.ndarray | None, ndim: int, axis: int | None) -> tuple:
+    """Scale and zero point as :func:`per_element` has them; zeros for no zero point."""
+    s = per_element(scale, ndim, axis)
+    return s, np.zeros_like(s) if zero_point is None else per_element(zero_point, ndim, axis)
+
+
 def sum_but(values: np.ndarray, axis: int | None) -> np.ndarray:
     """The float64 sum over all axes but ``axis``: one element for each element of the scale."""
     others = tuple(i for i in range(values.ndim) if i != axis)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hdrq import rng as stream
-from hdrq.backends.reference import per_element, straight_through
+from hdrq.backends.reference import per_element_grid, straight_through
 from hdrq.backends.reference.drop import keep_mask
 
 
@@ -15,8 +15,7 @@ def _divide_and_round(x, scale, zero_point, axis, rounding="quotient") -> tuple[
     "quotient": ``round_half_even(v) + z``; "reciprocal": the same of ``v = x·(1/s)``; "shifted": ``round_half_even(v +
     z)``, in which a zero has no sign.
     """
-    s = per_element(scale, x.ndim, axis)
-    z = np.zeros_like(s) if zero_point is None else per_element(zero_point, x.ndim, axis)
+    s, z = per_element_grid(scale, zero_point, x.ndim, axis)
     v = x * (np.float32(1) / s) if rounding == "reciprocal" else x / s
     return s, z, v, np.rint(v + z) + np.float32(0) if rounding == "shifted" else np.rint(v) + z
 
@@ -68,6 +67,5 @@ def quantize(x, scale, qmin, qmax, zero_point=None, axis=None) -> tuple[np.ndarr
 
 def dequantize(codes, scale, zero_point=None, axis=None) -> np.ndarray:
     """``y = (q − z)·s``, float32."""
-    s = per_element(scale, codes.ndim, axis)
-    z = np.zeros_like(s) if zero_point is None else per_element(zero_point, codes.ndim, axis)
+    s, z = per_element_grid(scale, zero_point, codes.ndim, axis)
     return (codes.astype(np.float32) - z) * s

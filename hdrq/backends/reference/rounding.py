@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hdrq.backends.reference import per_element
+from hdrq.backends.reference import per_element_grid
 from hdrq.backends.reference.elementary import power, sigmoid
 
 STRETCH, OFFSET = np.float32(1.2), np.float32(-0.1)
@@ -18,11 +18,6 @@ def _soft(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(u, np.float32(0), np.float32(1)), slope
 
 
-def _grid(x, scale, zero_point, axis) -> tuple[np.ndarray, np.ndarray]:
-    s = per_element(scale, x.ndim, axis)
-    return s, np.zeros_like(s) if zero_point is None else per_element(zero_point, x.ndim, axis)
-
-
 def adaround(
     x, scale, alpha, qmin, qmax, beta=None, axis=None, hard=False, zero_point=None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -31,7 +26,7 @@ def adaround(
 
     That is a float64 sum of float32 terms, rounded once to float32; 0 without β.
     """
-    s, z = _grid(x, scale, zero_point, axis)
+    s, z = per_element_grid(scale, zero_point, x.ndim, axis)
     h = np.where(alpha >= 0, np.float32(1), np.float32(0)) if hard else _soft(alpha)[0]
     y = (np.clip(np.floor(x / s) + h + z, np.float32(qmin), np.float32(qmax)) - z) * s
     if beta is None:
@@ -44,7 +39,7 @@ def adaround_backward(
     grad, grad_penalty, x, scale, alpha, qmin, qmax, beta=None, axis=None, zero_point=None
 ) -> np.ndarray:
     """``∂α = (g·s·[qmin ≤ floor(x/s) + h + z ≤ qmax] − g_pen·2β·|2h − 1|^(β−1)·sign(2h − 1))·h'``."""
-    s, z = _grid(x, scale, zero_point, axis)
+    s, z = per_element_grid(scale, zero_point, x.ndim, axis)
     h, slope = _soft(alpha)
     q = np.floor(x / s) + h + z
     total = np.where((q >= qmin) & (q <= qmax), grad * s, np.float32(0))
