@@ -142,6 +142,10 @@ def zero_point_values(zero_point: torch.Tensor | None, *, integers: bool = True)
     """Integers (or any numbers) of at most 2¹⁶, on a CPU. Elsewhere a value is not read."""
     if zero_point is None or zero_point.device.type != "cpu":
         return
+    if zero_point.numel() == 1:  # the commonest case, without the price of arrays
+        value = zero_point.item()
+        if abs(value) <= 2**16 and (not integers or value.is_integer()):
+            return
     values = zero_point.detach().numpy()
     wrong = ~((np.abs(values) <= 2**16) & ((values == np.rint(values)) | (not integers)))
     if wrong.any():

@@ -7,6 +7,9 @@ that an observer may write to it before the gradients are taken. Gradients come 
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +18,28 @@ from hdrq import checks, ops
 from hdrq.backends.eager import per_element
 from hdrq.ops._library import as_shape
 
-ZERO_POINTS = ("half-even", "half-up", None)
+ZERO_POINTS = ("half-even", "clamped", None)
+OWN_NAMES = {"qmin": "quant_min", "qmax": "quant_max", "axis": "ch_axis", "grad_scale": "grad_factor"}
+OPS_NAMES = re.compile(r"\bqmin\b|\bqmax\b|^axis\b|^grad_scale\b")  # as they stand in an op's messages
 
 
+def _in_own_names(function: Callable) -> Callable:
+    """A function whose errors name its own arguments where an op's errors name the op's."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            text = OPS_NAMES.sub(lambda found: OWN_NAMES[found[0]], str(error))
+            if text == str(error):
+                raise
+            raise type(error)(text) from error
+
+    return call
+
+
+@_in_own_names
 def fake_quantize(
     x: torch.Tensor,
     scale: torch.Tensor | float,
@@ -40,7 +62,7 @@ def fake_quantize(
 
         QDrop, HDRQ, BRECQ, MQBench   the defaults
         torch.ao, torch's own ops     rounding="reciprocal"
-        torch's learnable ops         rounding="reciprocal", with a zero point that is an integer
+        torch's learnable ops         rounding="reciprocal", zero_point_rounding="clamped"
         Brevitas                      rounding="shifted", zero_point_rounding=None (TensorClampSte: "pass-through")
         compressed-tensors            rounding="shifted"
         LSQ                           gradient="clamp-first"
@@ -51,23 +73,31 @@ def fake_quantize(
             shape ``(*x.shape[:-1], groups)`` it is one for each group of the last axis.
         zero_point: like ``scale``; None for 0.
         quant_min, quant_max: the integer range.
-        ch_axis: the axis of ``scale``; None (or −1 with one scale, as in torch.ao) for what its shape says.
+        ch_axis: the axis of ``scale``; None (or −1 with one scale, as in torch.ao) for what its shape says. A number
+            is one scale for all.
         grad_factor: on the gradients of ``scale`` and ``zero_point``.
-        zero_point_rounding: what becomes of a zero point that learns, while its gradient passes as if nothing did:
-            "half-even" rounds it; "half-up" is ``floor(z + ½)``, clamped to the range; None leaves it, which "shifted"
-            alone can take. torch's learnable ops have roundings of their own, which differ at halves and below zero.
+        zero_point_rounding: what becomes of a floating zero point, while its gradient passes as if nothing did:
+            "half-even" rounds it; "clamped" rounds it so and clamps it to the range; None leaves it, which "shifted"
+            alone can take where it is no integer.
         signed_scale: scales may be negative: ``y = (q − z)·s`` and ``q = clamp(round(x/s) + z)`` as they stand, by two
             more passes over x.
         rounding, gradient, keep, rng: as :func:`hdrq.ops.fake_quantize`.
+
+    Returns:
+        A tensor like x, in its memory format; contiguous where elements are dropped, or scales are by groups.
 
     Raises:
         TypeError: x is float64, which is not computed in float32 behind your back; and as the op.
         ValueError: a shape that does not broadcast along one axis; and as the op.
     """
     x_in, s, z, axis = _grid(x, scale, zero_point, ch_axis)
-    if z is not None and z.requires_grad:
-        how = checks.choice("zero_point_rounding", zero_point_rounding, ZERO_POINTS)
-        z = z if how is None else _Integer.apply(z, quant_min, quant_max, how)
+    how = checks.choice("zero_point_rounding", zero_point_rounding, ZERO_POINTS)
+    if how is not None and isinstance(zero_point, torch.Tensor) and zero_point.is_floating_point():
+        integer = _Integer.apply if z.requires_grad else _integer
+        z = integer(z, quant_min, quant_max, how)
+    order = _dense_order(x) if rng is None and x_in is x and not x.is_contiguous() else None
+    if order is not None:
+        x_in, axis = x.permute(order), None if axis is None else order.index(axis)
     options: dict[str, Any] = {
         "zero_point": z,
         "axis": axis,
@@ -78,12 +108,17 @@ def fake_quantize(
         "gradient": gradient,
     }
     if not signed_scale:
-        return as_shape(ops.fake_quantize(x_in, s, quant_min, quant_max, **options), x.shape)
-    sign = torch.where(s.detach() < 0, -1.0, 1.0)
-    signs = per_element(sign, x_in.ndim, axis).to(x.dtype)
-    return (ops.fake_quantize(x_in * signs, s * sign, quant_min, quant_max, **options) * signs).view(x.shape)
+        y = ops.fake_quantize(x_in, s, quant_min, quant_max, **options)
+    else:
+        sign = torch.where(s.detach() < 0, -1.0, 1.0)
+        signs = per_element(sign, x_in.ndim, axis).to(x.dtype)
+        y = ops.fake_quantize(x_in * signs, s * sign, quant_min, quant_max, **options) * signs
+    if order is not None:
+        return y.permute([order.index(i) for i in range(x.ndim)])
+    return as_shape(y, x.shape)
 
 
+@_in_own_names
 def noise_quantize(
     x: torch.Tensor,
     scale: torch.Tensor | float,
@@ -102,6 +137,7 @@ def noise_quantize(
     """
     x_in, s, _, axis = _grid(x, scale, None, ch_axis)
     options: dict[str, Any] = {"noise": noise, "axis": axis, "grad_scale": grad_factor, "keep": keep}
+    checks.rng(rng, x.device)
     return as_shape(ops.noise_quantize(x_in, s, quant_min, quant_max, rng.clone(), **options), x.shape)
 
 
@@ -113,6 +149,7 @@ def lsq(weight: torch.Tensor, alpha: torch.Tensor, g: float, Qn: int, Qp: int, c
     return fake_quantize(weight, alpha, None, Qn, Qp, ch_axis, g, gradient="clamp-first")
 
 
+@_in_own_names
 def adaround(
     x: torch.Tensor,
     scale: torch.Tensor | float,
@@ -133,7 +170,7 @@ def adaround(
     checks.tensor("alpha", alpha, (torch.float32,), x.device)
     checks.same_shape("alpha", alpha, "x", x)
     options: dict[str, Any] = {"axis": axis, "zero_point": z}
-    args = (x_in, s, alpha.view(x_in.shape), quant_min, quant_max)
+    args = (x_in, s, alpha.reshape(x_in.shape), quant_min, quant_max)
     if beta is None:
         return as_shape(ops.adaround(*args, hard=hard, **options), x.shape)
     if hard:
@@ -142,12 +179,16 @@ def adaround(
     return as_shape(y, x.shape), penalty
 
 
+def _integer(z: torch.Tensor, low: int, high: int, how: str) -> torch.Tensor:
+    return torch.round(z).clamp(low, high) if how == "clamped" else torch.round(z)
+
+
 class _Integer(torch.autograd.Function):
-    """A learned zero point as an integer; its gradient passes."""
+    """A floating zero point as an integer; its gradient passes."""
 
     @staticmethod
     def forward(ctx, z, low, high, how):
-        return torch.floor(z + 0.5).clamp(low, high) if how == "half-up" else torch.round(z)
+        return _integer(z, low, high, how)
 
     @staticmethod
     def backward(ctx, grad):
@@ -162,7 +203,7 @@ def _grid(x, scale, zero_point, ch_axis) -> tuple[torch.Tensor, torch.Tensor, to
         checks.tensor("x", x, checks.FLOATS)
     x_in, axis = _view(x, scale, ch_axis)
     s = _values("scale", scale, x, x_in, axis)
-    if zero_point is None:
+    if zero_point is None or (isinstance(zero_point, (int, float)) and zero_point == 0):
         return x_in, s, None, axis
     z = _values("zero_point", zero_point, x, x_in, axis)
     if z.numel() > 1 and zero_point.shape != scale.shape:
@@ -175,11 +216,21 @@ def _grid(x, scale, zero_point, ch_axis) -> tuple[torch.Tensor, torch.Tensor, to
     return x_in, s, z if z.numel() == s.numel() else z.reshape(1).expand(s.numel()), axis
 
 
+def _dense_order(x: torch.Tensor) -> list[int] | None:
+    """The order of its axes in which x is contiguous, or None where it has gaps."""
+    order = sorted(range(x.ndim), key=lambda axis: -x.stride(axis))
+    return order if x.permute(order).is_contiguous() else None
+
+
 def _view(
     x: torch.Tensor, scale: torch.Tensor | float, ch_axis: int | None, name: str = "scale"
 ) -> tuple[torch.Tensor, int | None]:
     """x, and the axis along which the scale varies: where it varies by groups, a view of x in which they are rows."""
-    if not isinstance(scale, torch.Tensor) or scale.numel() == 1:
+    if not isinstance(scale, torch.Tensor):
+        return x, None
+    if scale.numel() == 1:
+        if ch_axis is not None and ch_axis != -1 and (length := x.shape[checks.axis_of(x, ch_axis)]) != 1:
+            raise ValueError(f"{name} must have {length} elements, the length of ch_axis {ch_axis}, got one")
         return x, None
     shape = tuple(scale.shape)
     if len(shape) == 1 and ch_axis is not None:

@@ -21,6 +21,10 @@ class _Stepped(nn.Module):
         super().__init__()
         scale = torch.as_tensor(scale, dtype=torch.float32).detach().clone().reshape(-1)
         checks.scale_values("scale", scale)
+        if axis is None and scale.numel() != 1:
+            raise ValueError(
+                f"scale must have one element without an axis, got {scale.numel()}: axis=0 is that of rows"
+            )
         self.scale = nn.Parameter(scale)
         bits = checks.bits("bits", bits)
         self.quant_min, self.quant_max = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)

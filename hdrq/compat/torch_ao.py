@@ -31,7 +31,7 @@ class FakeQuantize(_FakeQuantize):
     """
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
-        """Observe and quantize X, as far as either is switched on. 4-D channels-last stays."""
+        """Observe and quantize X, as far as either is switched on. Its memory format stays."""
         if X.dtype == torch.float64 or self.qscheme == torch.per_channel_affine_float_qparams:
             return super().forward(X)
         if self.observer_enabled[0] == 1:
@@ -41,7 +41,7 @@ class FakeQuantize(_FakeQuantize):
         axis = self.ch_axis if self.qscheme in PER_CHANNEL else None
         observer = self.activation_post_process
         grid = self.scale, self.zero_point, observer.quant_min, observer.quant_max
-        return _laid_out_as(X, functional.fake_quantize(X, *grid, axis, rounding="reciprocal"))
+        return functional.fake_quantize(X, *grid, axis, rounding="reciprocal")
 
     def _observe(self, x: torch.Tensor) -> None:
         self.activation_post_process(x)
@@ -63,7 +63,7 @@ class LearnableFakeQuantize(_LearnableFakeQuantize):
     activation_post_process: Any
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
-        """Estimate or keep the grid, and quantize X, as far as either is switched on. 4-D channels-last stays."""
+        """Estimate or keep the grid, and quantize X, as far as either is switched on. Its memory format stays."""
         if X.dtype == torch.float64:
             return super().forward(X)
         if self.static_enabled[0] == 1:
@@ -80,10 +80,4 @@ class LearnableFakeQuantize(_LearnableFakeQuantize):
         factor = (max(X.numel(), 1) * self.quant_max) ** -0.5 if self.use_grad_scaling else 1.0
         axis = self.ch_axis if self.qscheme in PER_CHANNEL else None
         grid = self.scale, self.zero_point, self.quant_min, self.quant_max, axis, factor
-        return _laid_out_as(X, functional.fake_quantize(X, *grid, rounding="reciprocal", zero_point_rounding="half-up"))
-
-
-def _laid_out_as(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """y in the memory format of x, contiguous or channels-last."""
-    channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return y.contiguous(memory_format=torch.channels_last) if channels_last else y
+        return functional.fake_quantize(X, *grid, rounding="reciprocal", zero_point_rounding="clamped")

@@ -128,14 +128,15 @@ class TestTheirs:
         )
 
 
-def test_torchs_own_ops_per_channel():
+@pytest.mark.parametrize("offset", [0.3, 0.5, -0.5, 40.0])  # to the nearest, at ties to even, and into the range
+def test_torchs_own_ops_per_channel(offset):
     scale, zero = PER_CHANNEL.flatten(), ZEROS.flatten()
     compare(
         lambda x, s, z: F.fake_quantize(
-            x, s, z, LOW, HIGH, 0, 0.3, rounding="reciprocal", zero_point_rounding="half-up"
+            x, s, z, LOW, HIGH, 0, 0.3, rounding="reciprocal", zero_point_rounding="clamped"
         ),
         lambda x, s, z: torch._fake_quantize_learnable_per_channel_affine(x, s, z, 0, LOW, HIGH, 0.3),
-        (X, scale, zero + 0.3),
+        (X, scale, zero + offset),
     )
     y = F.fake_quantize(X, scale, zero.int(), LOW, HIGH, 0, rounding="reciprocal")
     assert_same_bits(y, torch.fake_quantize_per_channel_affine(X, scale, zero.int(), 0, LOW, HIGH))
@@ -147,6 +148,43 @@ def test_torchs_own_ops_per_channel():
 @pytest.mark.parametrize("zero", [1, 1.0, torch.tensor(1), torch.tensor([1], dtype=torch.int8), torch.tensor([1.0])])
 def test_numbers_and_tensors_of_any_dtype(scale, zero):
     assert_same_bits(F.fake_quantize(X, scale, zero, LOW, HIGH), qdrop(X, torch.tensor(0.25), 1, LOW, HIGH))
+
+
+@pytest.mark.parametrize("how", ["half-even", "clamped"])
+def test_a_frozen_zero_point_is_rounded_as_one_that_learns(how):
+    zero = torch.tensor([1.5, -2.5, 20.0, 0.25, -0.5, 1.0])
+    options = {"rounding": "reciprocal", "zero_point_rounding": how}
+    frozen, learned = (
+        F.fake_quantize(X, PER_CHANNEL.flatten(), z, LOW, HIGH, 0, **options)
+        for z in (zero, zero.clone().requires_grad_())
+    )
+    assert_same_bits(frozen, learned.detach())
+    rounded = zero.round() if how == "half-even" else zero.round().clamp(LOW, HIGH)
+    assert_same_bits(frozen, F.fake_quantize(X, PER_CHANNEL.flatten(), rounded.int(), LOW, HIGH, 0, **options))
+
+
+@pytest.mark.parametrize("order", [(0, 2, 3, 1), (3, 1, 0, 2), (1, 0, 3, 2)])
+@pytest.mark.parametrize("axis", [None, 0, -2])
+def test_the_memory_format_stays(order, axis):
+    """Of x, of the result and of the gradient; channels last is one of them."""
+    x = sample((2, 3, 4, 5), special=False)
+    laid = torch.empty([x.shape[i] for i in order]).permute([order.index(i) for i in range(4)]).copy_(x)
+    scale = torch.rand(1 if axis is None else x.shape[axis]) + 0.1
+    results = []
+    for given in (x, laid):
+        leaf = given.detach().requires_grad_()
+        y = F.fake_quantize(leaf, scale, None, LOW, HIGH, axis)
+        (grad,) = torch.autograd.grad(y, leaf, sample(y.shape, seed=1, special=False))
+        results.append((y.detach(), grad))
+    for got, want in zip(results[1], results[0], strict=True):
+        assert got.stride() == laid.stride() != want.stride()
+        assert_same_bits(got.contiguous(), want)
+
+
+def test_alpha_of_any_stride():
+    alpha, scale = sample((40, 6), seed=2, special=False).t(), torch.rand(6, 4) + 0.1
+    got = F.adaround(X, scale, None, alpha, LOW, HIGH)
+    assert_same_bits(got, F.adaround(X, scale, None, alpha.contiguous(), LOW, HIGH))
 
 
 def test_one_zero_point_serves_all_channels():
@@ -230,9 +268,14 @@ BAD = [
     ),
     (
         ValueError,
-        "zero_point_rounding must be one of",
-        {"zero_point_rounding": "up", "zero_point": torch.zeros(1, requires_grad=True)},
+        "scale must have 6 elements, the length of ch_axis 0, got one",
+        {"scale": torch.ones(1), "ch_axis": 0},
     ),
+    (ValueError, "zero_point_rounding must be one of", {"zero_point_rounding": "up"}),
+    (ValueError, r"ch_axis must be in \[-2, 1\]", {"scale": torch.ones(6), "ch_axis": 2}),
+    (TypeError, "quant_min must be an int, got float", {"quant_min": 0.0}),
+    (ValueError, "quant_min must be less than quant_max, got quant_min=3, quant_max=3", {"quant_min": 3}),
+    (TypeError, "grad_factor must be a number, got str", {"grad_factor": "1"}),
 ]
 
 
@@ -241,6 +284,11 @@ def test_bad_input(error, message, change):
     arguments = {"x": X, "scale": 0.25, "zero_point": None, "quant_min": LOW, "quant_max": HIGH} | change
     with pytest.raises(error, match=message):
         F.fake_quantize(**arguments)
+
+
+def test_noise_wants_its_state():
+    with pytest.raises(TypeError, match="rng must be a tensor of int64, got NoneType"):
+        F.noise_quantize(X, 0.25, LOW, HIGH, None)
 
 
 def test_a_hard_rounding_has_no_penalty():

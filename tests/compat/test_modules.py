@@ -96,3 +96,5 @@ def test_bad_input():
         LSQ(1.0, bits=1)
     with pytest.raises(ValueError, match="noise must be one of 'uniform', 'empirical', got 'odd'"):
         NoiseQuantize(1.0, bits=4, noise="odd")
+    with pytest.raises(ValueError, match="scale must have one element without an axis, got 3"):
+        LSQ(torch.ones(3), bits=4)

@@ -46,7 +46,7 @@ def test_values_gradients_and_state_are_torchs(options, dtype):
 
 
 LEARNABLE = [
-    {"observer": ao.MovingAverageMinMaxObserver, "zero_point": 100.4},
+    {"observer": ao.MovingAverageMinMaxObserver},
     {
         "observer": ao.MovingAverageMinMaxObserver,
         "qscheme": torch.per_tensor_symmetric,
@@ -55,7 +55,7 @@ LEARNABLE = [
     }
     | {"dtype": torch.qint8},
     {"observer": ao.MovingAveragePerChannelMinMaxObserver, "qscheme": torch.per_channel_affine, "channel_len": 3}
-    | {"ch_axis": 1, "use_grad_scaling": True, "zero_point": -4.0},
+    | {"ch_axis": 1, "use_grad_scaling": True},
 ]
 
 
@@ -72,6 +72,7 @@ def test_learnable_grids_are_torchs(options, learns):
         if learns:
             module.enable_param_learning()
             module.scale.data[0] = -1.0  # raised to eps
+            module.zero_point.data.add_(0.4)
         x = X.clone().requires_grad_()
         y = module(x)
         y.backward(sample(X.shape, seed=1, special=False))
@@ -104,12 +105,21 @@ def test_switches():
     assert module.scale > scale
 
 
-def test_half_types_and_memory_formats_stay():
+@pytest.mark.parametrize("x", [X, X.unsqueeze(2).expand(6, 3, 2, 8, 8).contiguous()])
+def test_half_types_and_memory_formats_stay(x):
     module = FakeQuantize(**ACTIVATION)
-    y = module(X.contiguous(memory_format=torch.channels_last))
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert_same_bits(y.contiguous(), FakeQuantize(**ACTIVATION)(X))
-    assert module(X.bfloat16()).dtype == torch.bfloat16
+    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    y = module(x.contiguous(memory_format=last))
+    assert y.is_contiguous(memory_format=last)
+    assert_same_bits(y.contiguous(), FakeQuantize(**ACTIVATION)(x))
+    assert module(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_module_of_channels_must_have_observed():
+    module = FakeQuantize(**WEIGHT)
+    module.disable_observer()
+    with pytest.raises(ValueError, match="scale must have 6 elements, the length of ch_axis 0, got one"):
+        module(X)
 
 
 def test_a_module_may_be_called_twice_while_it_observes():
