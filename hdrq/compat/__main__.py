@@ -46,7 +46,7 @@ def _verdict(names: list[str]) -> str:
         roles = roles_of(names)
     except Unlike as reason:
         return f"left: {reason}"
-    return f"tried on small numbers, as {', '.join(roles)}"
+    return f"tried on small numbers, as {', '.join(roles.values())}"
 
 
 def main(arguments: list[str] | None = None) -> int:

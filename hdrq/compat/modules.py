@@ -7,6 +7,7 @@ from torch import nn
 
 from hdrq import checks, ops
 from hdrq.compat import functional
+from hdrq.compat.conventions import refuse_to_draw_again
 from hdrq.rng import rng_state
 
 
@@ -80,8 +81,8 @@ class NoiseQuantize(_Stepped):
     """A quantizer that adds noise in place of rounding while it trains, and rounds in ``eval()``.
 
     Each forward pass draws anew: the state of the noise is the buffer ``rng``, saved with the module, so that a seed
-    repeats a run and a checkpoint continues it. Under activation checkpointing a pass that is run again draws anew, and
-    its gradients are wrong: do not use it there.
+    repeats a run and a saved model continues it. A pass that activation checkpointing runs again is refused: it would
+    draw anew.
 
     Args:
         scale, bits, signed, axis: as :class:`LSQ`.
@@ -114,6 +115,8 @@ class NoiseQuantize(_Stepped):
         factor = self.grad_factor(x)
         if not self.training:
             return ops.fake_quantize(x, self.scale, *grid, axis=self.axis, grad_scale=factor)
+        if not torch.compiler.is_compiling():
+            refuse_to_draw_again()
         drawn = self.rng.clone()
         self.rng[2] += 1
         return ops.noise_quantize(x, self.scale, *grid, drawn, noise=self.noise, axis=self.axis, grad_scale=factor)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -13,7 +16,10 @@ from typing import Any
 import torch
 
 from hdrq import checks
-from hdrq.compat.conventions import NAMES, NOISY, Convention, Noise, Unlike, check_noise, recognised, roles_of
+from hdrq.compat.conventions import NAMES, NOISY, Convention, Noise, Unlike, roles_of
+from hdrq.compat.trial import Refused, agrees, check_noise, noise_probe, recognised
+
+_trying: ContextVar[bool] = ContextVar("hdrq_compat_trying", default=False)  # an original runs to be compared
 
 
 @dataclass
@@ -22,11 +28,15 @@ class Replaced:
 
     name: str
     form: Convention | Noise
-    places: list[tuple[ModuleType, str]]
     original: Any
-    now: Any
+    now: Any = None
+    places: list[tuple[ModuleType, str]] = field(default_factory=list)
     calls: int = 0
-    passed_on: int = 0  # calls that the original got: of tensors that our op does not take
+    passed_on: Counter[str] = field(default_factory=Counter)  # calls that the original computed: by why
+
+    def __str__(self) -> str:
+        passed = "".join(f"; {n} computed by the original: {why}" for why, n in self.passed_on.items())
+        return f"replaced {self.name}: {self.form}; {self.calls} calls{passed}"
 
 
 @dataclass
@@ -39,16 +49,14 @@ class Patch:
     undone: bool = False
 
     def report(self) -> str:
-        """A line for each function: what it is now, or why it was left."""
+        """A line for each function: what it is now and how often it was called, or why it was left."""
         lines = [f"{self.package}: {len(self.replaced)} replaced, {len(self.left)} left"]
-        for r in self.replaced:
-            passed = f", {r.passed_on} passed on" if r.passed_on else ""
-            lines.append(f"  replaced {r.name}: {r.form}; {r.calls} calls{passed}")
+        lines += [f"  {r}" for r in self.replaced]
         lines += [f"  left {name}: {why}" for name, why in self.left.items()]
         return "\n".join(lines)
 
     def undo(self) -> None:
-        """Put the originals back.
+        """Put the originals back, in modules that imported ours meanwhile too.
 
         Raises:
             RuntimeError: something was replaced again since: what came later must be undone first. Nothing is undone.
@@ -62,9 +70,7 @@ class Patch:
                         f"{module.__name__}.{name} must be as the patch left it to be undone, got another one: "
                         "undo what came later first"
                     )
-        for r in self.replaced:
-            for module, name in r.places:
-                setattr(module, name, r.original)
+        _put({id(r.now): r.original for r in self.replaced})
         self.undone = True
 
     def __enter__(self) -> Patch:
@@ -77,15 +83,16 @@ class Patch:
 def patch(package: str | ModuleType, *, seed: int = 0) -> Patch:
     """Replace the quantizer functions of a package that is imported by fused ones that compute the same.
 
-    A function, or an ``autograd.Function``, is replaced where its name speaks of quantization or LSQ, all its arguments
-    are known by name (``x, scale, zero_point, quant_min, quant_max, ch_axis, grad_factor`` and the like), and it
-    computes on small numbers what one of our conventions computes: values bit for bit, gradients within round-off.
+    A function, or an ``autograd.Function``, is replaced where its name speaks of quantization or LSQ, all its
+    arguments are known by name (``x, scale, zero_point, quant_min, quant_max, ch_axis, grad_factor`` and the like), and
+    it computes on small numbers what one of our conventions computes: values bit for bit, gradients within round-off.
     Functions of noise must clip and differentiate as the released HDRQ's, and have its distribution. A function is
-    replaced in every module of the package that holds it, until :meth:`Patch.undo` or the end of a ``with`` block.
+    replaced in every module that holds it, until :meth:`Patch.undo` or the end of a ``with`` block.
 
-    A call with other tensors than those tried (no float32, a scale that varies along two axes, a zero point that learns
-    where its gradient was another) goes to the original, and is counted. A scale that is not positive is refused by
-    name, where the original may take it.
+    The first call of each kind (dtypes, dimensions, shapes of scale and zero point, range, axis, which tensors learn)
+    runs the original as well, on copies, and is compared with it. A kind that differs, and a call that our op refuses,
+    such as one of a negative scale, is computed by the original, and counted with the reason; so are calls under
+    ``torch.compile``.
 
     Args:
         package: a package or a module, or its name.
@@ -108,60 +115,74 @@ def patch(package: str | ModuleType, *, seed: int = 0) -> Patch:
     if name not in sys.modules:
         raise ValueError(f"package must be imported before it is patched, got {name!r}")
     result = Patch(name)
-    places: dict[int, list[tuple[ModuleType, str]]] = {}
-    found: dict[int, Any] = {}
-    for module, key, value in _candidates(name):
-        if hasattr(value, "_hdrq_patched"):
-            raise ValueError(f"{module.__name__}.{key} must not be patched twice: undo the first patch")
-        found[id(value)] = value
-        places.setdefault(id(value), []).append((module, key))
-    for identity, original in found.items():
+    for original in _candidates(name):
         own = f"{original.__module__}.{original.__qualname__}"
         try:
-            result.replaced.append(_replaced(own, original, places[identity], seed, len(result.replaced)))
+            result.replaced.append(_replaced(own, original, Noise(seed, len(result.replaced))))
         except Unlike as reason:
             result.left[own] = str(reason)
+    places = _put({id(r.original): r.now for r in result.replaced})
     for r in result.replaced:
-        for module, key in r.places:
-            setattr(module, key, r.now)
+        r.places = places[id(r.original)]
     return result
 
 
-def _candidates(package: str) -> Iterator[tuple[ModuleType, str, Any]]:
-    """Functions and autograd functions of the package whose name speaks of quantization, wherever it has them."""
+def _candidates(package: str) -> list[Any]:
+    """Functions and autograd functions of the package whose name speaks of quantization."""
+    found: dict[int, Any] = {}
     for name, module in sorted(sys.modules.items()):
-        if module is None or not (name == package or name.startswith(f"{package}.")):
+        if module is None or not f"{name}.".startswith(f"{package}."):
             continue
         for key, value in list(vars(module).items()):
-            if hasattr(value, "_hdrq_patched") or (_is_function(value) and _is_of(value, package)):
-                yield module, key, value
+            if not _is_function(value):
+                continue
+            if "_hdrq_patched" in vars(value):
+                raise ValueError(f"{name}.{key} must not be patched twice: undo the first patch")
+            if f"{value.__module__}.".startswith(f"{package}.") and NAMES.search(value.__name__):
+                found[id(value)] = value
+    return list(found.values())
 
 
 def _is_function(value: Any) -> bool:
-    return inspect.isfunction(value) or (inspect.isclass(value) and issubclass(value, torch.autograd.Function))
+    return inspect.isfunction(value) or (isinstance(value, type) and issubclass(value, torch.autograd.Function))
 
 
-def _is_of(function: Any, package: str) -> bool:
-    """Whether it is the package's own, and its name speaks of quantization."""
-    return f"{function.__module__}.".startswith(f"{package}.") and NAMES.search(function.__name__) is not None
+def _put(now: dict[int, Any]) -> dict[int, list[tuple[ModuleType, str]]]:
+    """Put each object in the place of the one with this id, in all modules that hold that: the places."""
+    places: dict[int, list[tuple[ModuleType, str]]] = {identity: [] for identity in now}
+    for module in list(sys.modules.values()):
+        if not isinstance(module, ModuleType):
+            continue
+        for key, value in list(vars(module).items()):
+            if id(value) in now:
+                places[id(value)].append((module, key))
+                setattr(module, key, now[id(value)])
+    return places
 
 
-def _replaced(name: str, original: Any, places: list, seed: int, stream: int) -> Replaced:
-    is_class = inspect.isclass(original)
-    function, signature = (original.apply, _after_ctx(original.forward)) if is_class else (original, _read(original))
-    roles = roles_of(list(signature.parameters))
-    form: Convention | Noise
+def _replaced(name: str, original: Any, noise: Noise) -> Replaced:
+    is_class = isinstance(original, type)
+    function = original.apply if is_class else original
+    signature = _read(original.forward if is_class else original)
+    if is_class:  # ctx is no argument of apply
+        signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+    roles = roles_of(signature.parameters)
+    by_role = _by_role(function, signature, roles)
     if NOISY.search(original.__name__):
-        check_noise(function, roles)
-        form = Noise(seed, stream)
+        check_noise(by_role, noise_probe(roles.values()), chance=1e-3)
+        record = Replaced(name, noise, original)
     else:
-        form = recognised(function, roles)
-    record = Replaced(name, form, places, original, None)
-    call = _caller(record, function, roles, signature)
+        record = Replaced(name, recognised(by_role, roles.values()), original)
+    call = _Call(record, function, by_role, signature, roles)
     if is_class:
-        record.now = type(original.__name__, (original,), {"apply": staticmethod(call), "_hdrq_patched": True})
+
+        def apply(cls, *args):
+            """Ours; a class that was derived from it meanwhile has a forward and a backward of its own."""
+            return call(*args) if cls is record.now else super(record.now, cls).apply(*args)
+
+        record.now = type(original.__name__, (original,), {"apply": classmethod(apply), "_hdrq_patched": True})
     else:
-        record.now = functools.wraps(original)(call)
+        record.now = functools.wraps(original)(lambda *args, **kwargs: call(*args, **kwargs))
         record.now._hdrq_patched = True
     return record
 
@@ -173,51 +194,69 @@ def _read(function: Callable) -> inspect.Signature:
         raise Unlike("its arguments cannot be read") from error
 
 
-def _after_ctx(forward: Callable) -> inspect.Signature:
-    """The arguments of an autograd function's ``apply``."""
-    signature = _read(forward)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
+def _by_role(function: Callable, signature: inspect.Signature, roles: dict[str, str]) -> Callable:
+    """The function, called by the roles of its arguments."""
 
-
-def _caller(record: Replaced, function: Callable, roles: list[str], signature: inspect.Signature) -> Callable:
-    """A function of the original's arguments."""
-
-    def call(*args, **kwargs):
-        if kwargs or len(args) != len(roles):
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            args = [bound.arguments[name] for name in signature.parameters]
-        given = dict(zip(roles, args, strict=True))
-        record.calls += 1
-        if not _taken(record.form, **given):
-            record.passed_on += 1
-            return function(*args)
-        try:
-            return record.form(**given)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{record.name}, patched by hdrq.compat: {error}") from error
+    def call(**given):
+        bound = inspect.BoundArguments(signature, {name: given[role] for name, role in roles.items()})  # type: ignore[arg-type]
+        return function(*bound.args, **bound.kwargs)
 
     return call
 
 
-def _taken(form: Convention | Noise, x, scale, zero_point=None, ch_axis=None, **_) -> bool:
-    """Whether our op takes the tensors."""
-    if (
-        isinstance(zero_point, torch.Tensor)
-        and zero_point.requires_grad
-        and not getattr(form, "learns_zero_point", True)
-    ):
-        return False
-    tensors = [t for t in (scale, zero_point) if isinstance(t, torch.Tensor)]
-    if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:  # as it was tried
-        return False
-    if any(t.ndim > x.ndim or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors):
-        return False
-    return all(_along_one_axis(t, x, ch_axis) for t in tensors)
+class _Call:
+    """What is called in a function's place."""
+
+    def __init__(
+        self, record: Replaced, function: Callable, by_role: Callable, signature: inspect.Signature, roles: dict
+    ) -> None:
+        self.record, self.function, self.by_role = record, function, by_role
+        self.signature, self.roles = signature, tuple(roles.values())
+        self.positional = all(p.kind is not p.KEYWORD_ONLY for p in signature.parameters.values())
+        self.verdicts: dict[tuple, str | None] = {}  # by the kind of call: None where ours computes the same
+
+    def __call__(self, *args, **kwargs) -> torch.Tensor:
+        if torch.compiler.is_compiling() or _trying.get():
+            return self.function(*args, **kwargs)
+        record = self.record
+        record.calls += 1
+        values = args if self.positional and len(args) == len(self.roles) and not kwargs else self._bound(args, kwargs)
+        given = dict(zip(self.roles, values, strict=True))
+        kind = _kind(given)
+        try:
+            if kind not in self.verdicts:
+                self.verdicts[kind] = self._compared(given)
+            why = self.verdicts[kind]
+            if why is None:
+                return record.form(**given)
+        except (TypeError, ValueError, Refused) as refused:
+            why = str(refused)
+        if why not in record.passed_on:
+            warnings.warn(f"{record.name}, patched by hdrq.compat, is computed by the original: {why}", stacklevel=3)
+        record.passed_on[why] += 1
+        return self.function(*args, **kwargs)
+
+    def _compared(self, given: dict[str, Any]) -> str | None:
+        """How the original differs from ours. Functions that it calls are originals too."""
+        token = _trying.set(True)
+        try:
+            return agrees(self.record.form, self.by_role, given)
+        finally:
+            _trying.reset(token)
+
+    def _bound(self, args: tuple, kwargs: dict) -> list:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return [bound.arguments[name] for name in self.signature.parameters]
 
 
-def _along_one_axis(values: torch.Tensor, x: torch.Tensor, ch_axis: int | None) -> bool:
-    if values.numel() == 1 or (values.ndim == 1 and ch_axis is not None):
-        return True
-    varying = [i for i in range(-values.ndim, 0) if values.shape[i] != 1]
-    return len(varying) == 1 and values.shape[varying[0]] == x.shape[varying[0]]
+def _kind(given: dict[str, Any]) -> tuple:
+    """What calls share that are compared with the original once: all but numbers and the lengths of x."""
+    x = given["x"]
+    parts: list = [x.ndim if isinstance(x, torch.Tensor) else None]
+    for role, value in given.items():
+        if isinstance(value, torch.Tensor):
+            parts += (value.dtype, value.requires_grad, value.device.type, None if role == "x" else value.shape)
+        else:
+            parts.append(value if isinstance(value, int) else type(value))
+    return tuple(parts)

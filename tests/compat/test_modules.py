@@ -89,6 +89,14 @@ def test_they_export_with_a_dynamic_batch(quantizer):
     assert_same_bits(program.module()(more), quantizer(more))
 
 
+def test_a_pass_that_checkpointing_runs_again_is_refused():
+    from torch.utils.checkpoint import checkpoint
+
+    y = checkpoint(NoiseQuantize(0.25, bits=4), X.clone().requires_grad_(), use_reentrant=False)
+    with pytest.raises(RuntimeError, match="noise must not be drawn inside a backward pass"):
+        y.sum().backward()
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match=r"scale must be positive and finite, got 0\.0"):
         LSQ(0.0, bits=4)

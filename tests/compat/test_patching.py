@@ -1,3 +1,6 @@
+import sys
+import types
+
 import pytest
 import standin
 import torch
@@ -16,17 +19,24 @@ KNOWN = {
     "fake_noise_quantize_per_tensor": "empirical noise, seed=0",
     "FunLSQ": "rounding='quotient', gradient='clamp-first'",
 }
+KNOWN_FORKS = {
+    "fake_quantize_of_a_fixed_zero": "rounding='quotient', gradient='round-first'",
+    "fake_quantize_other_axis": "rounding='quotient', gradient='round-first'",
+    "fake_quantize_keywords": "rounding='quotient', gradient='round-first'",
+}
 LEFT = {
     "fake_quantize_floor": "computes otherwise",
     "fake_quantize_gradient_doubled": "computes otherwise",
     "fake_quantize_with_temperature": "takes temperature, which we do not know",
-    "fake_quantize_on_cuda": "fails on small numbers",
+    "fake_quantize_on_cuda": "it fails on a trial",
     "noise_quantize_gaussian": "its noise has another distribution",
     "fake_quantize_in_place": "it writes to its scale",
-    "noise_quantize_shifted": "its zero point one",
-    "noise_quantize_scale_detached": "gives its scale no gradient",
+    "noise_quantize_shifted": "gives zero_point a gradient",
+    "noise_quantize_scale_detached": "gives scale no gradient",
     "noise_quantize_detached": "gives x no gradient",
     "noise_quantize_summed": "returns no tensor like x",
+    "noise_quantize_doubled_gradient": "its gradient of the scale is none of its noise",
+    "fake_quantize_of_a_large_scale": "computes otherwise",
     "quantize_names": "takes names, which we do not know",
 }
 X = sample((3, 500), special=False)
@@ -35,13 +45,14 @@ X = sample((3, 500), special=False)
 def test_what_is_known_is_replaced_and_the_rest_is_left_with_a_reason():
     with patch("standin") as patched:
         forms = {r.name.rpartition(".")[2]: str(r.form) for r in patched.replaced}
-        assert forms.keys() == KNOWN.keys()
-        assert all(forms[name].startswith(form) for name, form in KNOWN.items())
+        known = KNOWN | KNOWN_FORKS
+        assert forms.keys() == known.keys()
+        assert all(forms[name].startswith(form) for name, form in known.items())
         reasons = {name.rpartition(".")[2]: why for name, why in patched.left.items()}
         assert reasons.keys() == LEFT.keys()
         assert all(why in reasons[name] for name, why in LEFT.items())
         report = patched.report()
-    assert report.startswith("standin: 7 replaced, 11 left")
+    assert report.startswith("standin: 10 replaced, 13 left")
     assert "left standin.forks.fake_quantize_floor: on small numbers it computes otherwise" in report
 
 
@@ -110,7 +121,12 @@ def test_calls_that_our_op_does_not_take_go_to_the_original():
         y = quantizers.fake_quantize_learnable_per_tensor_affine_training(x, torch.tensor([0.25]), zero, -8, 7, 0.5)
         y.sum().backward()
         passed = {r.name.rpartition(".")[2]: r.passed_on for r in patched.replaced if r.passed_on}
-    assert passed == {f"fake_quantize_{learnable}_affine_training": 1, "fake_quantize_per_tensor_affine": 1}
+    assert passed == {
+        f"fake_quantize_{learnable}_affine_training": {"its gradient of zero_point differs": 1},
+        "fake_quantize_per_tensor_affine": {
+            "x must be float32, bfloat16 or float16, got float64: x.float() gives up its precision": 1
+        },
+    }
     assert zero.grad.item() == -0.25 * int(((X / 0.25).round() + 1 != ((X / 0.25).round() + 1).clamp(-8, 7)).sum())
 
 
@@ -122,10 +138,120 @@ def test_calls_keep_the_dtype_and_the_shape_that_the_original_gives():
             assert_same_bits(quantizers.fake_quantize_per_tensor_affine(x, scale, 0, -8, 7), want)
 
 
-def test_a_scale_that_is_not_positive_is_refused_by_name():
-    named = r"standin\.quantizers\.fake_quantize_per_tensor_affine, patched by hdrq\.compat: scale must be positive"
-    with patch("standin"), pytest.raises(ValueError, match=named):
-        quantizers.fake_quantize_per_tensor_affine(X, torch.tensor([-0.25]), 0, -8, 7)
+@pytest.mark.parametrize("change", [{"scale": torch.tensor([-0.25])}, {"zero_point": torch.tensor([0.5])}])
+def test_values_that_our_op_refuses_are_computed_by_the_original_by_name(change):
+    name = "fake_quantize_per_tensor_affine"
+    good = {"x": X, "scale": torch.tensor([0.25]), "zero_point": torch.tensor([0.0]), "quant_min": -8, "quant_max": 7}
+    want = getattr(quantizers, name)(**good | change)
+    named = rf"standin\.quantizers\.{name}, patched by hdrq\.compat, is computed by the original: \w+ must be"
+    for first in (good, good | change):  # compared with a good call, and not yet compared
+        with patch("standin") as patched, pytest.warns(UserWarning, match=named) as warned:
+            getattr(quantizers, name)(**first)
+            assert_same_bits(getattr(quantizers, name)(**good | change), want)
+            getattr(quantizers, name)(**good)
+            assert len(warned) == 1  # once for each reason
+            (record,) = (r for r in patched.replaced if r.name.endswith(name))
+            assert record.calls - record.passed_on.total() == (2 if first is good else 1)
+
+
+def test_a_kind_of_call_that_the_trial_did_not_see_is_compared_first():
+    scale, zero = torch.rand(5) + 0.1, torch.ones(5)
+    x = sample((5, 5, 5), special=False)
+    detached = torch.ones(1, requires_grad=True)
+    with patch("standin") as patched, pytest.warns(UserWarning, match="is computed by the original"):
+        for axis in (0, 1, 1, 2):
+            got = forks.fake_quantize_other_axis(x, scale, zero, axis, -8, 7)
+            assert_same_bits(got + 0.0, quantizers.fake_quantize_per_channel_affine(x, scale, zero, -axis, -8, 7) + 0.0)
+        y = forks.fake_quantize_of_a_fixed_zero(x.requires_grad_(), torch.tensor([0.25]), detached, -8, 7)
+        y.sum().backward()
+        passed = {r.name.rpartition(".")[2]: dict(r.passed_on) for r in patched.replaced if r.passed_on}
+    assert passed == {
+        "fake_quantize_other_axis": {"its values differ": 3},
+        "fake_quantize_of_a_fixed_zero": {"it gives zero_point no gradient": 1},
+    }
+    assert detached.grad is None
+
+
+def test_defaults_and_keywords_alone():
+    want = forks.fake_quantize_keywords(X, delta=torch.tensor(0.25))
+    with patch("standin") as patched:
+        got = forks.fake_quantize_keywords(X, delta=torch.tensor(0.25))
+        (record,) = (r for r in patched.replaced if r.name.endswith("keywords"))
+        assert (record.calls, record.passed_on.total()) == (1, 0)
+    assert_same_bits(got + 0.0, want + 0.0)
+
+
+def test_a_factor_may_move_the_scale_by_its_last_bit():
+    scale = torch.rand(40, generator=torch.Generator().manual_seed(0)) + 0.1
+    with patch("standin") as patched:
+        for s in scale.split(1):
+            x = sample((64, 640), special=False).requires_grad_()
+            grid = torch.zeros(1), -8, 7, 1e-3 / 3
+            quantizers.fake_quantize_learnable_per_tensor_affine_training(x, s.requires_grad_(), *grid)
+        assert all(not r.passed_on for r in patched.replaced)
+
+
+def test_a_pass_that_checkpointing_runs_again_is_refused():
+    from torch.utils.checkpoint import checkpoint
+
+    x, scale = X.clone().requires_grad_(), torch.tensor([0.25])
+    with patch("standin"):
+        y = checkpoint(quantizers.fake_noise_quantize_per_tensor, x, scale, 0, -8, 7, use_reentrant=False)
+        with pytest.raises(RuntimeError, match="noise must not be drawn inside a backward pass"):
+            y.sum().backward()
+
+
+def test_deterministic_calls_may_be_checkpointed():
+    from torch.utils.checkpoint import checkpoint
+
+    def loss(x):
+        return quantizers.fake_quantize_per_tensor_affine(x.sin(), torch.tensor([0.25]), 0, -8, 7).square().sum()
+
+    want = torch.autograd.grad(loss(x := X.clone().requires_grad_()), x)
+    with patch("standin"):
+        got = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False), x)
+    torch.testing.assert_close(got, want)
+
+
+def test_compiled_calls_are_the_originals():
+    compiled = torch.compile(lambda x, s: quantizers.fake_quantize_per_tensor_affine(x, s, 0, -8, 7), backend="eager")
+    with patch("standin") as patched:
+        for _ in range(3):
+            compiled(X, torch.tensor([0.25]))
+        assert sum(r.calls for r in patched.replaced) == 0
+    torch._dynamo.reset()
+
+
+def test_what_came_meanwhile_is_undone_too():
+    late = types.ModuleType("late")
+    sys.modules["late"] = late
+    try:
+        with patch("standin"):
+            late.quantize = quantizers.fake_quantize_per_tensor_affine
+
+            class Squared(quantizers.FunLSQ):
+                @staticmethod
+                def forward(ctx, weight):
+                    return weight.square()
+
+            assert Squared.apply(torch.tensor(3.0)) == 9
+        assert late.quantize is quantizers.fake_quantize_per_tensor_affine is loop.fake_quantize_per_tensor_affine
+        assert "_hdrq_patched" not in vars(late.quantize)
+        assert Squared.apply(torch.tensor(3.0)) == 9
+    finally:
+        del sys.modules["late"]
+
+
+def test_a_function_is_replaced_wherever_it_was_imported():
+    late = types.ModuleType("late")
+    late.quantize = original = quantizers.fake_quantize_per_tensor_affine
+    sys.modules["late"] = late
+    try:
+        with patch("standin.quantizers"):
+            assert late.quantize is quantizers.fake_quantize_per_tensor_affine is not original
+        assert late.quantize is original
+    finally:
+        del sys.modules["late"]
 
 
 def test_patching_twice_and_undoing_out_of_order():

@@ -2,7 +2,12 @@
 
 import torch
 
-from standin.quantizers import fake_noise_quantize_per_tensor, round_ste
+from standin.quantizers import (
+    fake_noise_quantize_per_tensor,
+    fake_quantize_per_channel_affine,
+    fake_quantize_per_tensor_affine,
+    round_ste,
+)
 
 
 def fake_quantize_floor(x, scale, zero_point, quant_min, quant_max):
@@ -52,3 +57,28 @@ def noise_quantize_summed(x, scale, quant_min, quant_max):
 
 def quantize_names(names):
     return sorted(names)
+
+
+def noise_quantize_doubled_gradient(x, scale, zero_point, quant_min, quant_max):
+    y = fake_noise_quantize_per_tensor(x, scale, zero_point, quant_min, quant_max)
+    return y + (scale - scale.detach()) * 0.5
+
+
+def fake_quantize_of_a_large_scale(x, scale, zero_point, quant_min, quant_max):
+    return fake_quantize_per_tensor_affine(x, scale.clamp(min=1e-5), zero_point, quant_min, quant_max)
+
+
+# Those below compute what we know on small numbers, and otherwise on some calls.
+
+
+def fake_quantize_of_a_fixed_zero(x, scale, zero_point, quant_min, quant_max):
+    return fake_quantize_per_tensor_affine(x, scale, zero_point.detach(), quant_min, quant_max)
+
+
+def fake_quantize_other_axis(x, scale, zero_point, ch_axis, quant_min, quant_max):
+    """Counts the axis from the end where it is not the first."""
+    return fake_quantize_per_channel_affine(x, scale, zero_point, -ch_axis, quant_min, quant_max)
+
+
+def fake_quantize_keywords(x, *, delta, zp=0, qmin=-8, qmax=7):
+    return fake_quantize_per_tensor_affine(x, delta, zp, qmin, qmax)
