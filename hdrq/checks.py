@@ -133,8 +133,8 @@ def scale_values(name: str, scale: torch.Tensor) -> None:
     if scale.numel() == 1 and 0 < scale.item() < math.inf:  # the commonest case, without the price of an array
         return
     values = scale.detach().numpy()
-    wrong = ~((values > 0) & (values < np.inf))
-    if wrong.any():
+    if values.size and not (values.min() > 0 and values.max() < math.inf):
+        wrong = ~((values > 0) & (values < np.inf))
         raise ValueError(f"{name} must be positive and finite, got {values[wrong][0]}")
 
 
@@ -143,7 +143,7 @@ def zero_point_values(zero_point: torch.Tensor | None, *, integers: bool = True)
     if zero_point is None or zero_point.device.type != "cpu":
         return
     if zero_point.numel() == 1:  # the commonest case, without the price of arrays
-        value = zero_point.item()
+        value = float(zero_point.item())
         if abs(value) <= 2**16 and (not integers or value.is_integer()):
             return
     values = zero_point.detach().numpy()

@@ -90,11 +90,8 @@ def fake_quantize(
         TypeError: x is float64, which is not computed in float32 behind your back; and as the op.
         ValueError: a shape that does not broadcast along one axis; and as the op.
     """
-    x_in, s, z, axis = _grid(x, scale, zero_point, ch_axis)
     how = checks.choice("zero_point_rounding", zero_point_rounding, ZERO_POINTS)
-    if how is not None and isinstance(zero_point, torch.Tensor) and zero_point.is_floating_point():
-        integer = _Integer.apply if z.requires_grad else _integer
-        z = integer(z, quant_min, quant_max, how)
+    x_in, s, z, axis = _grid(x, scale, _own(zero_point, quant_min, quant_max, how), ch_axis)
     order = _dense_order(x) if rng is None and x_in is x and not x.is_contiguous() else None
     if order is not None:
         x_in, axis = x.permute(order), None if axis is None else order.index(axis)
@@ -166,7 +163,7 @@ def adaround(
 
     ``alpha`` must have the shape of x. QDrop and BRECQ write ``clamp(floor(x/s) + h + z)``, as the op does.
     """
-    x_in, s, z, axis = _grid(x, scale, zero_point, ch_axis)
+    x_in, s, z, axis = _grid(x, scale, _own(zero_point), ch_axis)
     checks.tensor("alpha", alpha, (torch.float32,), x.device)
     checks.same_shape("alpha", alpha, "x", x)
     options: dict[str, Any] = {"axis": axis, "zero_point": z}
@@ -179,13 +176,36 @@ def adaround(
     return as_shape(y, x.shape), penalty
 
 
+def _own(zero_point: Any, low: int = 0, high: int = 0, how: str | None = None) -> Any:
+    """A zero point rounded as ``how`` says, which nobody else writes to; None for a zero."""
+    if zero_point is None or _is_zero(zero_point):
+        return None
+    if not isinstance(zero_point, torch.Tensor) or not zero_point.is_floating_point():
+        return zero_point
+    if zero_point.requires_grad:
+        return zero_point if how is None else _Integer.apply(zero_point, low, high, how)
+    return zero_point.clone() if how is None else _integer(zero_point, low, high, how)
+
+
+def _is_zero(zero_point: torch.Tensor | float) -> bool:
+    """Whether it is a single zero that does not learn, as symmetric quantizers pass, and a look at it costs nothing."""
+    if not isinstance(zero_point, torch.Tensor):
+        return isinstance(zero_point, (int, float)) and zero_point == 0
+    if (
+        zero_point.numel() != 1
+        or zero_point.requires_grad
+        or zero_point.is_complex()
+        or zero_point.device.type != "cpu"
+    ):
+        return False
+    return not torch.compiler.is_compiling() and zero_point.item() == 0
+
+
 def _integer(z: torch.Tensor, low: int, high: int, how: str) -> torch.Tensor:
     return torch.round(z).clamp(low, high) if how == "clamped" else torch.round(z)
 
 
 class _Integer(torch.autograd.Function):
-    """A floating zero point as an integer; its gradient passes."""
-
     @staticmethod
     def forward(ctx, z, low, high, how):
         return _integer(z, low, high, how)
@@ -203,7 +223,9 @@ def _grid(x, scale, zero_point, ch_axis) -> tuple[torch.Tensor, torch.Tensor, to
         checks.tensor("x", x, checks.FLOATS)
     x_in, axis = _view(x, scale, ch_axis)
     s = _values("scale", scale, x, x_in, axis)
-    if zero_point is None or (isinstance(zero_point, (int, float)) and zero_point == 0):
+    if s is scale and not s.requires_grad:
+        s = s.clone()
+    if zero_point is None:
         return x_in, s, None, axis
     z = _values("zero_point", zero_point, x, x_in, axis)
     if z.numel() > 1 and zero_point.shape != scale.shape:
@@ -218,7 +240,7 @@ def _grid(x, scale, zero_point, ch_axis) -> tuple[torch.Tensor, torch.Tensor, to
 
 def _dense_order(x: torch.Tensor) -> list[int] | None:
     """The order of its axes in which x is contiguous, or None where it has gaps."""
-    order = sorted(range(x.ndim), key=lambda axis: -x.stride(axis))
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
     return order if x.permute(order).is_contiguous() else None
 
 
@@ -229,8 +251,9 @@ def _view(
     if not isinstance(scale, torch.Tensor):
         return x, None
     if scale.numel() == 1:
-        if ch_axis is not None and ch_axis != -1 and (length := x.shape[checks.axis_of(x, ch_axis)]) != 1:
-            raise ValueError(f"{name} must have {length} elements, the length of ch_axis {ch_axis}, got one")
+        own_axis = checks.axis_of(x, None if ch_axis == -1 else ch_axis)
+        if own_axis is not None and x.shape[own_axis] != 1:
+            raise ValueError(f"{name} must have {x.shape[own_axis]} elements, the length of ch_axis {ch_axis}, got one")
         return x, None
     shape = tuple(scale.shape)
     if len(shape) == 1 and ch_axis is not None:
@@ -261,4 +284,4 @@ def _values(name: str, values: Any, x: torch.Tensor, x_in: torch.Tensor, axis: i
         raise ValueError(f"{name} must have {counts} elements, given this scale, got the shape {tuple(values.shape)}")
     if values.dtype != torch.float32 or values.device != x.device:
         return values.to(x.device, torch.float32)
-    return values if values.requires_grad else values.clone()
+    return values

@@ -252,11 +252,11 @@ class _Call:
 
 def _kind(given: dict[str, Any]) -> tuple:
     """What calls share that are compared with the original once: all but numbers and the lengths of x."""
-    x = given["x"]
-    parts: list = [x.ndim if isinstance(x, torch.Tensor) else None]
+    parts: list = []
     for role, value in given.items():
         if isinstance(value, torch.Tensor):
-            parts += (value.dtype, value.requires_grad, value.device.type, None if role == "x" else value.shape)
+            shape = value.ndim if role == "x" else value.shape
+            parts += (value.dtype, value.requires_grad, value.device, shape)
         else:
             parts.append(value if isinstance(value, int) else type(value))
     return tuple(parts)

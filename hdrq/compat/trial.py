@@ -217,7 +217,13 @@ def noise_probe(roles: Iterable[str]) -> dict[str, Any]:
     """Arguments that show a noise's distribution."""
     x = torch.randn(3, 8192, generator=torch.Generator().manual_seed(0))
     scale = torch.tensor([0.375, 0.75, 0.25]) if "ch_axis" in roles else torch.tensor([0.375])
-    every = {"x": x, "scale": scale, "zero_point": torch.full_like(scale, 2), "quant_min": -4, "quant_max": 3}
+    every: dict[str, Any] = {
+        "x": x,
+        "scale": scale,
+        "zero_point": torch.full_like(scale, 2),
+        "quant_min": -4,
+        "quant_max": 3,
+    }
     every |= {"ch_axis": 0, "grad_factor": 0.25}
     for value in every.values():
         if isinstance(value, torch.Tensor):
@@ -226,7 +232,7 @@ def noise_probe(roles: Iterable[str]) -> dict[str, Any]:
 
 
 def probes(roles: Iterable[str], zero_point_learns: bool) -> Iterator[dict[str, Any]]:
-    """Arguments that tell conventions apart: ties, elements half a step beyond the range, odd zero points, a tiny scale.
+    """Arguments that tell conventions apart: ties, elements half a step beyond the range, odd zero points, tiny scales.
 
     The last ones' zero points are no integers.
     """
@@ -242,7 +248,7 @@ def probes(roles: Iterable[str], zero_point_learns: bool) -> Iterator[dict[str, 
         if k == 4:
             zero = zero + 0.3
         zero = zero[: len(scale)].clone().requires_grad_(zero_point_learns)
-        every = {"x": x.requires_grad_(), "scale": scale.requires_grad_(), "zero_point": zero}
+        every: dict[str, Any] = {"x": x.requires_grad_(), "scale": scale.requires_grad_(), "zero_point": zero}
         every |= {"quant_min": low, "quant_max": high, "ch_axis": 0, "grad_factor": factor}
         yield {role: every[role] for role in roles}
 
