@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from hdrq import checks
+from hdrq.compat import classes
+from hdrq.compat.classes import Form, form_of
 from hdrq.compat.conventions import NAMES, NOISY, Convention, Noise, Unlike, roles_of
+from hdrq.compat.source import fused
 from hdrq.compat.trial import Refused, agrees, check_noise, noise_probe, recognised
 
 _trying: ContextVar[bool] = ContextVar("hdrq_compat_trying", default=False)  # an original runs to be compared
+STATES = 32  # of one object, beyond which it is left: something counts in it
 
 
 @dataclass
@@ -40,19 +48,39 @@ class Replaced:
 
 
 @dataclass
+class ReplacedClass:
+    """A class of modules whose forward pass is ours where an object computes what we know."""
+
+    name: str
+    original: type[nn.Module]
+    forward: Callable  # the original's
+    forms: Counter[str] = field(default_factory=Counter)  # calls, by what was computed
+    passed_on: Counter[str] = field(default_factory=Counter)
+    now: Callable | None = None
+
+    def __str__(self) -> str:
+        ours = "".join(f"; {n} calls {form}" for form, n in self.forms.items())
+        passed = "".join(f"; {n} computed by the original: {why}" for why, n in self.passed_on.items())
+        return f"watched {self.name}: each object is compared at its first call{ours}{passed}"
+
+
+@dataclass
 class Patch:
     """What :func:`patch` did. As a context manager it is undone at the end."""
 
     package: str
     replaced: list[Replaced] = field(default_factory=list)
+    classes: list[ReplacedClass] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)  # by name: why
     undone: bool = False
 
     def report(self) -> str:
-        """A line for each function: what it is now and how often it was called, or why it was left."""
+        """A line for each function: what it is now and how often it was called, or why it was left; and one for each
+        place where the package computes a term that we have fused, with the name of ours."""
         lines = [f"{self.package}: {len(self.replaced)} replaced, {len(self.left)} left"]
-        lines += [f"  {r}" for r in self.replaced]
+        lines += [f"  {r}" for r in (*self.replaced, *self.classes)]
         lines += [f"  left {name}: {why}" for name, why in self.left.items()]
+        lines += [f"  {place}" for name, module in _modules(self.package) for place in _fused_in(name, module)]
         return "\n".join(lines)
 
     def undo(self) -> None:
@@ -70,7 +98,15 @@ class Patch:
                         f"{module.__name__}.{name} must be as the patch left it to be undone, got another one: "
                         "undo what came later first"
                     )
+        for c in self.classes:
+            if vars(c.original).get("forward") is not c.now:
+                raise RuntimeError(
+                    f"{c.name}.forward must be as the patch left it to be undone, got another one: "
+                    "undo what came later first"
+                )
         _put({id(r.now): r.original for r in self.replaced})
+        for c in self.classes:
+            c.original.forward = c.forward  # type: ignore[method-assign]
         self.undone = True
 
     def __enter__(self) -> Patch:
@@ -88,6 +124,10 @@ def patch(package: str | ModuleType, *, seed: int = 0) -> Patch:
     it computes on small numbers what one of our conventions computes: values bit for bit, gradients within round-off.
     Functions of noise must clip and differentiate as the released HDRQ's, and have its distribution. A function is
     replaced in every module that holds it, until :meth:`Patch.undo` or the end of a ``with`` block.
+
+    A module class is watched where its name speaks of quantization, rounding or LSQ and its ``forward`` takes x alone.
+    Its objects with a scale and a range of their own are compared with our forms, AdaRound among them, on a copy, at
+    their first call in each state (switches, modes, which tensors learn).
 
     The first call of each kind (dtypes, dimensions, shapes of scale and zero point, range, axis, which tensors learn)
     runs the original as well, on copies, and is compared with it. A kind that differs, and a call that our op refuses,
@@ -121,18 +161,31 @@ def patch(package: str | ModuleType, *, seed: int = 0) -> Patch:
             result.replaced.append(_replaced(own, original, Noise(seed, len(result.replaced))))
         except Unlike as reason:
             result.left[own] = str(reason)
+    result.classes = _watched(name)
     places = _put({id(r.original): r.now for r in result.replaced})
     for r in result.replaced:
         r.places = places[id(r.original)]
     return result
 
 
+def _modules(package: str) -> list[tuple[str, ModuleType]]:
+    """Those of a package, by name, as far as they are imported."""
+    found = ((name, module) for name, module in sys.modules.items() if f"{name}.".startswith(f"{package}."))
+    return sorted((pair for pair in found if isinstance(pair[1], ModuleType)), key=lambda pair: pair[0])
+
+
+def _fused_in(name: str, module: ModuleType) -> list[str]:
+    try:
+        tree = ast.parse(inspect.getsource(module))
+    except (OSError, TypeError, SyntaxError):  # it has no source
+        return []
+    return [f"{name}, line {line}: {form}" for line, form in fused(tree)]
+
+
 def _candidates(package: str) -> list[Any]:
     """Functions and autograd functions of the package whose name speaks of quantization."""
     found: dict[int, Any] = {}
-    for name, module in sorted(sys.modules.items()):
-        if module is None or not f"{name}.".startswith(f"{package}."):
-            continue
+    for name, module in _modules(package):
         for key, value in list(vars(module).items()):
             if not _is_function(value):
                 continue
@@ -141,6 +194,72 @@ def _candidates(package: str) -> list[Any]:
             if f"{value.__module__}.".startswith(f"{package}.") and NAMES.search(value.__name__):
                 found[id(value)] = value
     return list(found.values())
+
+
+def _watched(package: str) -> list[ReplacedClass]:
+    """Module classes of the package, whose forward pass is ours from now on, where it may."""
+    found: dict[int, ReplacedClass] = {}
+    for _, module in _modules(package):
+        for value in list(vars(module).values()):
+            if (
+                isinstance(value, type)
+                and issubclass(value, nn.Module)
+                and f"{value.__module__}.".startswith(f"{package}.")
+                and classes.NAMES.search(value.__name__)
+                and inspect.isfunction(forward := vars(value).get("forward"))
+                and len(inspect.signature(forward).parameters) == 2
+                and id(value) not in found
+            ):
+                record = ReplacedClass(f"{value.__module__}.{value.__qualname__}", value, forward)
+                record.now = _forward(record)
+                value.forward = record.now  # type: ignore[method-assign]
+                found[id(value)] = record
+    return list(found.values())
+
+
+def _forward(record: ReplacedClass) -> Callable:
+    """What is called in the place of a class's forward pass."""
+    original = record.forward
+    verdicts: WeakKeyDictionary[nn.Module, dict[tuple, Form | str]] = WeakKeyDictionary()
+
+    @functools.wraps(original)
+    def forward(self, x):
+        if torch.compiler.is_compiling() or _trying.get() or not classes.is_quantizer(self, x):
+            return original(self, x)
+        own = verdicts.setdefault(self, {})
+        state = classes.state(self, x)
+        if state not in own:
+            own[state] = _compared_form(self, original, x) if len(own) < STATES else "it is in ever new states"
+        form = own[state]
+        if isinstance(form, Form):
+            try:
+                y = form(self, x)
+                record.forms[str(form.kind)] += 1
+                return y
+            except (TypeError, ValueError) as refused:
+                form = str(refused)
+        record.passed_on[form] += 1
+        return original(self, x)
+
+    return forward
+
+
+def _compared_form(module: nn.Module, original: Callable, x: torch.Tensor) -> Form | str:
+    with _originals():
+        try:
+            return form_of(module, original, x)
+        except Unlike as reason:
+            return str(reason)
+
+
+@contextmanager
+def _originals() -> Iterator[None]:
+    """What is replaced is the original inside."""
+    token = _trying.set(True)
+    try:
+        yield
+    finally:
+        _trying.reset(token)
 
 
 def _is_function(value: Any) -> bool:
@@ -238,11 +357,8 @@ class _Call:
 
     def _compared(self, given: dict[str, Any]) -> str | None:
         """How the original differs from ours. Functions that it calls are originals too."""
-        token = _trying.set(True)
-        try:
+        with _originals():
             return agrees(self.record.form, self.by_role, given)
-        finally:
-            _trying.reset(token)
 
     def _bound(self, args: tuple, kwargs: dict) -> list:
         bound = self.signature.bind(*args, **kwargs)

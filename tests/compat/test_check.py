@@ -1,8 +1,9 @@
 from pathlib import Path
 
 import pytest
-import standin
+import standin.loop
 
+from hdrq.compat import patch
 from hdrq.compat.__main__ import main
 
 
@@ -25,6 +26,44 @@ def test_it_agrees_with_what_patch_finds(capsys):
     left = {line.split(":")[1].split()[1] for line in lines if ": left: it takes " in line}
     assert {"FunLSQ", "fake_noise_quantize_per_tensor", "fake_quantize_floor"} < tried
     assert left == {"fake_quantize_with_temperature", "quantize_names"}
+
+
+def test_fused_forms_are_offered_by_name(capsys):
+    file = Path(standin.loop.__file__)
+    main(["check", str(file)])
+    offered = [line for line in capsys.readouterr().out.splitlines() if "hdrq." in line]
+    lines = file.read_text().splitlines()
+    for name, code in [("functional.adaround", ".pow("), ("source_distance", ".norm()"), ("drop_mix", "rand_like")]:
+        (line,) = (line for line in offered if name in line)
+        number = int(line.removeprefix(f"{file}:").split()[0])
+        assert code in lines[number - 1]
+    assert len(offered) == 3
+    with patch("standin") as patched:
+        assert "  standin.loop, line " in patched.report() and patched.report().count("hdrq.ops.drop_mix") == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.where(x > 0, a, b)",
+        "(a - b).norm()",
+        "torch.norm(weight)",
+        "1 - x.abs().pow(2)",
+        "2 - (x - 0.5).abs().pow(b)",
+    ],
+)
+def test_what_only_looks_alike_is_not_offered(code, tmp_path, capsys):
+    (tmp_path / "own.py").write_text(code)
+    main(["check", str(tmp_path)])
+    assert capsys.readouterr().out == ""
+
+
+def test_modules_are_watched(tmp_path, capsys):
+    source = "class UniformQuantizer(nn.Module):\n    def forward(self, x): pass\n"
+    (tmp_path / "own.py").write_text(source + "class QuantBlock(nn.Module):\n    def forward(self, x, y): pass\n")
+    main(["check", str(tmp_path)])
+    verdict = "an object with a scale and a range of its own is compared at its first call"
+    assert capsys.readouterr().out == f"{tmp_path / 'own.py'}:1 UniformQuantizer: {verdict}\n"
 
 
 def test_no_such_path(capsys):

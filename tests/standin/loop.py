@@ -36,3 +36,17 @@ def reconstruct(steps=30):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def penalty(h, beta):
+    """AdaRound's."""
+    return (1 - ((h - 0.5).abs() * 2).pow(beta)).sum()
+
+
+def distance(layer, source):
+    return (layer.weight - source.weight).norm()
+
+
+def mixed(quantized, full, probability):
+    """QDrop's."""
+    return torch.where(torch.rand_like(full) < probability, quantized, full)
