@@ -46,8 +46,8 @@ def official(
     else:
         n = torch.rand_like(x) - 0.5
     y = x + n * s
-    y[clipped_high] = (qmax * s).item()
-    y[clipped_low] = (qmin * s).item()
+    y[clipped_high] = qmax * s
+    y[clipped_low] = qmin * s
     return y.to(x.dtype)
 
 
