@@ -1,8 +1,9 @@
 """``hdrq bench compat``: a step of reconstruction in the released style, before and after ``hdrq.compat.patch``.
 
 One block of a ResNet-50 (stage 3, 14 × 14) and one of a ViT-B (197 tokens), W4A4, in both phases of HDRQ: noise, and
-the fake-quantization of the last iterations, which is QDrop's as well. Released, patched and full-precision steps take
-turns; what remains after subtracting the last is the quantizers' part, with the drops, norms and Adam of the loop.
+the fake-quantization of the last iterations, which is QDrop's as well. Four steps take turns: the released one, that
+with its quantizers patched, that with the loop's mix and distance replaced as well by the ops which ``patch`` names,
+and the block in full precision. What remains after subtracting the last is the quantizers' part, with Adam.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 from hdrq.backends.info import facts
 from hdrq.benchmarks import released
 from hdrq.benchmarks.harness import Mismatch, pinned
-from hdrq.benchmarks.released import BLOCKS, Released, channels, measure
+from hdrq.benchmarks.released import BLOCKS, Fused, Released, channels, measure
 from hdrq.calibrate.data import Call
 from hdrq.calibrate.ranges import attach_quantizers
 from hdrq.compat import patch
@@ -32,7 +33,7 @@ PHASES = {"noise": "fake_noise_quantize", "fake-quantization": "fake_quantize"}
 
 
 def steps(name: str, phase: str, batch: int, device: str) -> tuple[dict, list]:
-    """The three steps of a block, as functions without arguments, and what the patch replaced.
+    """The four steps of a block, as functions without arguments, and what the patch replaced.
 
     Raises:
         Mismatch: the patch did not replace the quantizer, or the patched block has other gradients.
@@ -51,28 +52,31 @@ def steps(name: str, phase: str, batch: int, device: str) -> tuple[dict, list]:
     if functions[0] is functions[1]:
         raise Mismatch(patched.report())
 
-    def step(function, keep: float = 0.5) -> Released:
-        return Released(copy.deepcopy(model), quantized, source, plan, function, keep)
+    kinds = [(Released, functions[0]), (Released, functions[1]), (Fused, functions[1])]
+
+    def build_all(keep: float) -> list[Released]:
+        return [kind(copy.deepcopy(model), quantized, source, plan, function, keep) for kind, function in kinds]
 
     if phase != "noise":
-        _same_gradients(*(step(function, keep=1) for function in functions), rows)
-    eager, ours = (step(function) for function in functions)
+        _same_gradients(build_all(keep=1.0), rows)
+    eager, ours, fused = build_all(keep=0.5)
 
     def full() -> None:
         plain.zero_grad()
         reconstruction_loss(plain(x), rows[2], channels(x)).backward()
 
-    steps = {"released": lambda: eager.step(rows), "patched": lambda: ours.step(rows), "full precision": full}
-    return steps, patched.replaced
+    steps = {"released": lambda: eager.step(rows), "patched": lambda: ours.step(rows)}
+    return steps | {"fused": lambda: fused.step(rows), "full precision": full}, patched.replaced
 
 
-def _same_gradients(eager: Released, ours: Released, rows: list[torch.Tensor]) -> None:
-    """Without drops nothing is drawn, so the gradients of both steps are the same but for round-off."""
-    found = [torch.autograd.grad(step.loss(rows), step.weights + step.scales) for step in (eager, ours)]
-    for theirs, own in zip(*found, strict=True):
-        error = float((theirs - own).norm() / theirs.norm().clamp(min=1e-30))
-        if not error < 1e-3:
-            raise Mismatch(f"a gradient of the patched step is {error:.1e} from that of the released one")
+def _same_gradients(steps: list[Released], rows: list[torch.Tensor]) -> None:
+    """Without drops nothing is drawn, so the gradients of all steps are the same but for round-off."""
+    expected, *found = ([*torch.autograd.grad(step.loss(rows), step.weights + step.scales)] for step in steps)
+    for gradients in found:
+        for theirs, own in zip(expected, gradients, strict=True):
+            error = float((theirs - own).norm() / theirs.norm().clamp(min=1e-30))
+            if not error < 1e-3:
+                raise Mismatch(f"a gradient of the patched step is {error:.1e} from that of the released one")
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m hdrq.benchmarks compat") -> int:
@@ -84,13 +88,16 @@ def main(arguments: list[str] | None = None, prog: str = "python -m hdrq.benchma
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write figures (CSV, JSON) there")
     options = parser.parse_args(arguments)
-    for name in ("iterations", "threads", "batch"):
+    for name, least in (("iterations", 2), ("threads", 1), ("batch", 1)):
         value = getattr(options, name)
-        if min(value if isinstance(value, list) else [value]) < 1:
-            parser.error(f"argument --{name}: must be at least 1, got {value}")
+        if min(value if isinstance(value, list) else [value]) < least:
+            parser.error(f"argument --{name}: must be at least {least}, got {value}")
     print(f"{facts()['processor']}, torch {torch.__version__}, {options.threads} thread{'s' * (options.threads > 1)}")
-    header = f"{'':44}{'released':>12}{'patched':>12}{'full prec.':>12}{'step':>8}{'quantizers':>12}"
-    print(f"milliseconds of a step, and how many times as fast the patched one is\n{header}")
+    names = "".join(f"{name:>12}" for name in ("released", "patched", "fused", "full prec."))
+    print(
+        "milliseconds of a step; how many times as fast the patched and the fused one are, and their quantizers' part"
+    )
+    print(f"{'':44}{names}{'step':>14}{'quantizers':>16}")
     records = []
     for name in BLOCKS:
         for batch in options.batch:
@@ -100,7 +107,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m hdrq.benchma
                 except Mismatch as failure:
                     print(f"{name}, {phase}, batch {batch}: verification failed: {failure}")
                     return 1
-    losing = [f"{r['block']}, {r['phase']}, batch {r['batch']}" for r in records if r["step_ratio"] < 1]
+    losing = [f"{r['block']}, {r['phase']}, batch {r['batch']}" for r in records if r["patched_step_ratio"] < 1]
     print(f"Where we lose: {', '.join(losing) or 'nowhere'}")
     if options.out is not None:
         _write(records, options)
@@ -114,17 +121,20 @@ def _row(name: str, phase: str, batch: int, options: argparse.Namespace) -> dict
     if passed := [str(r) for r in replaced if r.passed_on]:
         raise Mismatch(f"the original computed calls of the patched step: {'; '.join(passed)}")
     median = {step: 1e3 * statistics.median(samples) for step, samples in times.items()}
-    part = {step: median[step] - median["full precision"] for step in ("released", "patched")}
-    whole_ratio = median["released"] / median["patched"]
-    part_ratio = part["released"] / part["patched"] if part["patched"] > 0 else float("inf")
-    columns = "".join(f"{median[step]:12.2f}" for step in ("released", "patched", "full precision"))
-    print(f"{f'{name}, {phase}, batch {batch}':44}{columns}{whole_ratio:8.2f}{part_ratio:12.2f}", flush=True)
+    part = {step: max(median[step] - median["full precision"], 1e-6) for step in ("released", "patched", "fused")}
+    ratios = {
+        f"{step}_{what}_ratio": of["released"] / of[step]
+        for what, of in (("step", median), ("quantizers", part))
+        for step in ("patched", "fused")
+    }
+    columns = "".join(f"{median[step]:12.2f}" for step in times) + "".join(f"{ratio:8.2f}" for ratio in ratios.values())
+    print(f"{f'{name}, {phase}, batch {batch}':44}{columns}", flush=True)
     record = {"block": name, "phase": phase, "batch": batch, "threads": options.threads}
     for step, samples in times.items():
-        p20, _, _, p80 = statistics.quantiles(samples, n=5) if len(samples) > 1 else samples * 4
+        p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
         key = step.replace(" ", "_")
         record |= {f"{key}_p20": 1e3 * p20, f"{key}_p50": median[step], f"{key}_p80": 1e3 * p80}
-    return record | {"step_ratio": whole_ratio, "quantizers_ratio": part_ratio}
+    return record | ratios
 
 
 def _write(records: list[dict], options: argparse.Namespace) -> None:

@@ -90,7 +90,7 @@ def main() -> None:
         print(f"\n{block}, {options.threads} thread{'s' * (options.threads > 1)}")
         for name, seconds in median.items():
             print(f"{name:18}{1e3 * seconds:10.2f} ms{1e3 * rest[name]:10.2f} ms without the convolutions")
-            p20, _, _, p80 = (1e3 * q for q in statistics.quantiles(times[name], n=5))
+            p20, _, _, p80 = (1e3 * q for q in statistics.quantiles(times[name], n=5, method="inclusive"))
             records.append(
                 {"block": block, "step": name, "threads": options.threads, "batch": options.batch, "p20": p20}
                 | {"p50": 1e3 * seconds, "p80": p80, "rest": 1e3 * rest[name]}

@@ -14,9 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from hdrq import ops
 from hdrq.benchmarks.bench_noise import official as official_noise
 from hdrq.methods.loss import reconstruction_loss
 from hdrq.quantizers.layers import input_quantizers, quantized_layers
+from hdrq.rng import rng_state
 
 
 class Bottleneck(nn.Module):
@@ -79,15 +81,14 @@ class Weight(nn.Module):
 
 
 class Activation(Weight):
-    """The same for an activation, an element of which is quantized with probability ``keep``."""
+    """The same for an activation, some elements of which are not quantized."""
 
-    def __init__(self, scale: torch.Tensor, quantize: Callable, keep: float) -> None:
+    def __init__(self, scale: torch.Tensor, quantize: Callable, mix: Callable) -> None:
         super().__init__(scale, quantize)
-        self.keep = keep
+        self.mix = mix
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)
-        return y if self.keep == 1 else torch.where(torch.rand_like(x) < self.keep, y, x)
+        return self.mix(super().forward(x), x)
 
 
 class Released:
@@ -111,7 +112,7 @@ class Released:
             parametrize.register_parametrization(module, "weight", quantizer)
             self.weights += [module.parametrizations.weight.original, module.parametrizations.weight[0].scale]
         for name, own in input_quantizers(quantized).items():
-            activation = Activation(own.scale.detach(), quantize, keep)
+            activation = Activation(own.scale.detach(), quantize, self.mix)
             block.get_submodule(name).register_forward_pre_hook(lambda m, args, a=activation: (a(args[0]), *args[1:]))
             self.scales.append(activation.scale)
         self.optimizers = [
@@ -121,14 +122,21 @@ class Released:
         for p in self.weights:
             p.requires_grad_(True)
 
+    def mix(self, quantized: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+        """An element is the first one's with probability ``keep``."""
+        return quantized if self.keep == 1 else torch.where(torch.rand_like(full) < self.keep, quantized, full)
+
+    def distance(self, weight: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        return (weight - source).norm()
+
     def loss(self, batch: list[torch.Tensor]) -> torch.Tensor:
         """Of a batch: the quantized input, the one of full precision, the target."""
         quantized, full, target = batch
-        x = quantized if self.keep == 1 else torch.where(torch.rand_like(quantized) < self.keep, quantized, full)
+        x = self.mix(quantized, full)
         loss = reconstruction_loss(self.block(x), target, channels(x))
         for name, w in self.source.items():
             latent = self.block.get_submodule(name).parametrizations.weight.original
-            loss = loss + self.plan.distance * (latent - w).norm()
+            loss = loss + self.plan.distance * self.distance(latent, w)
         return loss
 
     def step(self, batch: list[torch.Tensor]) -> None:
@@ -137,6 +145,19 @@ class Released:
         self.loss(batch).backward()
         for optimizer in self.optimizers:
             optimizer.step()
+
+
+class Fused(Released):
+    """That step, the mix and the distance replaced by the ops that ``patch`` names."""
+
+    drawn = 0
+
+    def mix(self, quantized: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+        self.drawn += 1
+        return ops.drop_mix(quantized, full, self.keep, rng_state(0, 0, self.drawn, full.device))
+
+    def distance(self, weight: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        return ops.source_distance(weight, source)
 
 
 def channels(x: torch.Tensor) -> int:

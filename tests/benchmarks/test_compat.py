@@ -35,8 +35,9 @@ def test_both_phases_are_timed_and_written(tmp_path):
     rows = list(csv.DictReader((tmp_path / "compat-cpu.csv").open()))
     assert [(r["block"], r["phase"], r["batch"]) for r in rows] == [("residual", p, "2") for p in compat.PHASES]
     for row in rows:
-        ratio = float(row["released_p50"]) / float(row["patched_p50"])
-        assert float(row["step_ratio"]) == pytest.approx(ratio)
+        for step in ("patched", "fused"):
+            ratio = float(row["released_p50"]) / float(row[f"{step}_p50"])
+            assert float(row[f"{step}_step_ratio"]) == pytest.approx(ratio)
     assert len(json.loads((tmp_path / "compat-cpu.json").read_text())["figures"]) == 2
 
 

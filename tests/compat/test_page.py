@@ -18,4 +18,4 @@ def test_block(block):
 
 
 def test_the_page_has_its_blocks():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
