@@ -1,8 +1,8 @@
 """Our ops under the argument lists, classes and conventions of other people's quantization loops.
 
 :mod:`hdrq.compat.functional` has functions, :mod:`hdrq.compat.modules` modules for a loop or a parametrization,
-:mod:`hdrq.compat.torch_ao` the fake-quantize of ``torch.ao.quantization``, and :func:`patch` puts ours in the place of
-another package's functions.
+:mod:`hdrq.compat.torch_ao` and :mod:`hdrq.compat.torchao` the fake-quantize of those two, and :func:`patch` puts ours
+in the place of another package's functions and modules.
 """
 
 from __future__ import annotations

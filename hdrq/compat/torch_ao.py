@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,56 @@ PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
 SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 
 
-class FakeQuantize(_FakeQuantize):
+class Observed:
+    """The forward pass of a ``FakeQuantize``, of torch.ao or of torchao."""
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    observer_enabled: torch.Tensor
+    fake_quant_enabled: torch.Tensor
+    activation_post_process: Any
+    qscheme: torch.qscheme
+    ch_axis: int
+    calculate_qparams: Callable
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        """Observe and quantize X, as far as either is switched on. Its memory format stays."""
+        if X.dtype == torch.float64 or self.qscheme == torch.per_channel_affine_float_qparams:
+            return super().forward(X)  # type: ignore[misc]
+        if self.observer_enabled[0] == 1:
+            self.activation_post_process(X.detach())
+            found = self.calculate_qparams()
+            for buffer, values in zip((self.scale, self.zero_point), found, strict=True):
+                buffer.resize_(values.shape).copy_(values)
+        if self.fake_quant_enabled[0] == 0:
+            return X
+        axis = self.ch_axis if self.qscheme in PER_CHANNEL else None
+        observer = self.activation_post_process
+        grid = self.scale, self.zero_point, observer.quant_min, observer.quant_max
+        return functional.fake_quantize(X, *grid, axis, rounding="reciprocal")
+
+
+class Learnable:
+    """The quantization of a ``LearnableFakeQuantize``, of torch.ao or of torchao."""
+
+    scale: Any
+    zero_point: Any
+    quant_min: int
+    quant_max: int
+    qscheme: torch.qscheme
+    ch_axis: int
+    use_grad_scaling: bool
+
+    def quantized(self, X: torch.Tensor) -> torch.Tensor:
+        if self.qscheme in SYMMETRIC:
+            self.zero_point.data.zero_()
+        factor = (max(X.numel(), 1) * self.quant_max) ** -0.5 if self.use_grad_scaling else 1.0
+        axis = self.ch_axis if self.qscheme in PER_CHANNEL else None
+        grid = self.scale, self.zero_point, self.quant_min, self.quant_max, axis, factor
+        return functional.fake_quantize(X, *grid, rounding="reciprocal", zero_point_rounding="clamped")
+
+
+class FakeQuantize(Observed, _FakeQuantize):
     """A ``torch.ao.quantization.FakeQuantize``, with its observer, switches, state and arguments, on our op.
 
     It computes by :func:`hdrq.ops.fake_quantize` in the order of torch's own op, ``rounding="reciprocal"``.
@@ -30,27 +80,8 @@ class FakeQuantize(_FakeQuantize):
         >>> qconfig = QConfig(activation=own, weight=own.with_args(dtype=torch.qint8, quant_min=-128, quant_max=127))
     """
 
-    def forward(self, X: torch.Tensor) -> torch.Tensor:
-        """Observe and quantize X, as far as either is switched on. Its memory format stays."""
-        if X.dtype == torch.float64 or self.qscheme == torch.per_channel_affine_float_qparams:
-            return super().forward(X)
-        if self.observer_enabled[0] == 1:
-            self._observe(X.detach())
-        if self.fake_quant_enabled[0] == 0:
-            return X
-        axis = self.ch_axis if self.qscheme in PER_CHANNEL else None
-        observer = self.activation_post_process
-        grid = self.scale, self.zero_point, observer.quant_min, observer.quant_max
-        return functional.fake_quantize(X, *grid, axis, rounding="reciprocal")
 
-    def _observe(self, x: torch.Tensor) -> None:
-        self.activation_post_process(x)
-        found = self.calculate_qparams()
-        for buffer, values in zip((self.scale, self.zero_point), found, strict=True):
-            buffer.resize_(values.shape).copy_(values)
-
-
-class LearnableFakeQuantize(_LearnableFakeQuantize):
+class LearnableFakeQuantize(Learnable, _LearnableFakeQuantize):
     """A ``_LearnableFakeQuantize`` of torch.ao, on our op. Scale and zero point are parameters, which
     an observer estimates first, and a loss learns after ``enable_param_learning``.
 
@@ -73,11 +104,4 @@ class LearnableFakeQuantize(_LearnableFakeQuantize):
                 parameter.data.copy_(values)
         else:
             self.scale.data.clamp_(min=self.eps.item())
-        if self.fake_quant_enabled[0] == 0:
-            return X
-        if self.qscheme in SYMMETRIC:
-            self.zero_point.data.zero_()
-        factor = (max(X.numel(), 1) * self.quant_max) ** -0.5 if self.use_grad_scaling else 1.0
-        axis = self.ch_axis if self.qscheme in PER_CHANNEL else None
-        grid = self.scale, self.zero_point, self.quant_min, self.quant_max, axis, factor
-        return functional.fake_quantize(X, *grid, rounding="reciprocal", zero_point_rounding="clamped")
+        return self.quantized(X) if self.fake_quant_enabled[0] == 1 else X
