@@ -8,19 +8,19 @@ from helpers import assert_same_bits, sample
 from torch import nn
 
 pytest.importorskip("torchao.quantization.pt2e")
-from torchao.quantization.pt2e import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver  # noqa: E402
-from torchao.quantization.pt2e.fake_quantize import FakeQuantize as TheirFakeQuantize  # noqa: E402
-from torchao.quantization.pt2e.learnable_fake_quantize import (  # noqa: E402
+from torchao.quantization.pt2e import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+from torchao.quantization.pt2e.fake_quantize import FakeQuantize as TheirFakeQuantize
+from torchao.quantization.pt2e.learnable_fake_quantize import (
     LearnableFakeQuantize as TheirLearnableFakeQuantize,
 )
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e  # noqa: E402
-from torchao.quantization.pt2e.quantizer import (  # noqa: E402
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantizer import (
     QuantizationAnnotation,
     QuantizationSpec,
     Quantizer,
 )
 
-from hdrq.compat.torchao import FakeQuantize, LearnableFakeQuantize  # noqa: E402
+from hdrq.compat.torchao import FakeQuantize, LearnableFakeQuantize
 
 X = sample((6, 3, 8, 8), special=False)
 AFFINE = {"observer": MovingAverageMinMaxObserver, "quant_min": 0, "quant_max": 255}
