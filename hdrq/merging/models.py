@@ -35,7 +35,8 @@ def merge(models: Sequence[nn.Module], **options: Any) -> nn.Module:
             ``tau``, ``draws``, ``seed``, ``noise``, ``select``, ``mode``, ``extrapolate``, ``bits``. Without any,
             equal weights and systematic rounding. ``preset="paper"`` is what the paper does: rule ``"noise"`` for two
             models, rounding to nearest for more; ``"official"`` what its released code does, for two models: noise
-            where the integers' sum is odd, 100 draws, its own choice among them. Options given besides a preset win.
+            where the integers' sum is odd, 100 draws, its own choice among them; ``docs/official-merge.md`` says what
+            it does not copy. Options given besides a preset win.
 
     Returns:
         A model of the class of the first.
