@@ -9,6 +9,10 @@ class BackendError(RuntimeError):
     """The backend that was asked for is not available, or cannot run this op on this tensor."""
 
 
+class MissingExtra(ImportError):
+    """A package that only some uses need is not installed; the message has the extra of hdrq that brings it."""
+
+
 class DivergenceError(FloatingPointError):
     """A loss is not finite. ``model`` has the finished blocks, and this one as it last was good."""
 

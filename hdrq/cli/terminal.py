@@ -13,11 +13,12 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from hdrq.checks import plain
-from hdrq.errors import BackendError
+from hdrq.errors import BackendError, MissingExtra
 
 console, errors = Console(), Console(stderr=True)
 
-OURS = (ValueError, TypeError, OSError, FloatingPointError, BackendError)  # what hdrq raises, with a message of its own
+# What hdrq raises, with a message of its own.
+OURS = (ValueError, TypeError, OSError, FloatingPointError, BackendError, MissingExtra)
 LONGEST = 2000  # characters of a message
 
 
@@ -52,7 +53,7 @@ def _line(error: Any) -> str:
         return plain(error.format_message())
     whole = isinstance(error, OSError) and error.strerror and error.filename is None  # a message without "[Errno 28]"
     text = plain(error.strerror if whole else str(error))[:LONGEST]
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and not isinstance(error, MissingExtra):
         return f'{text}; pip install "hdrq[demo]" brings what commands need'
     if isinstance(error, OURS) and text:
         return text

@@ -1,0 +1,42 @@
+"""``hdrq export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hdrq.cli.terminal import console
+
+
+def export(
+    file: Annotated[Path, typer.Argument(help="A quantized model.")],
+    model: Annotated[str, typer.Option(help="The architecture: module:factory.")],
+    data: Annotated[Path, typer.Option(help="A folder of images, a .npy or a .safetensors file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    to: Annotated[str, typer.Option(help="onnx.")] = "onnx",
+    runtime: Annotated[str, typer.Option(help="openvino, onnxruntime, tensorrt or standard.")] = "openvino",
+    allow_float: Annotated[bool, typer.Option("--allow-float", help="Let it compute in float what it must.")] = False,
+    opset: Annotated[int, typer.Option(help="Of ONNX, 21 to 25.")] = 21,
+    samples: Annotated[int, typer.Option(help="How many samples of the data are read.")] = 64,
+    resize: Annotated[int, typer.Option(help="The shorter side of an image, pixels.")] = 256,
+    crop: Annotated[int, typer.Option(help="The sides of its middle, pixels.")] = 224,
+    check: Annotated[bool, typer.Option("--check", help="Run the file, and count its integer kernels.")] = False,
+) -> None:
+    """Write a quantized model for another runtime; status 1 if --check finds a quantized layer computed in float."""
+    from hdrq import checks, load
+    from hdrq import export as exporting
+    from hdrq.calibrate.images import load_data
+
+    checks.choice("to", to, ("onnx",))
+    inputs = load_data(data, resize=resize, crop=crop, limit=samples)
+    quantized = load(file, model)
+    written = exporting.to_onnx(
+        quantized, inputs, out, runtime=runtime, data=inputs, allow_float=allow_float, opset=opset
+    )
+    console.print(str(written), highlight=False, soft_wrap=True)
+    if check:
+        found = exporting.check(out, quantized, inputs, runtime="openvino" if runtime == "openvino" else "onnxruntime")
+        console.print(str(found), highlight=False, soft_wrap=True)
+        raise typer.Exit(1 if found.floats and not allow_float else 0)

@@ -1,0 +1,6 @@
+"""Quantized models for other runtimes: :func:`to_onnx`, and :func:`check` for what a runtime makes of the file."""
+
+from hdrq.export.checking import Checked, check
+from hdrq.export.onnx_qdq import Exported, to_onnx
+
+__all__ = ["Checked", "Exported", "check", "to_onnx"]
