@@ -7,6 +7,7 @@ import functools
 import inspect
 import sys
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,20 +15,21 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from hdrq import checks
 from hdrq.compat import classes
-from hdrq.compat.classes import Form, form_of
-from hdrq.compat.conventions import NAMES, NOISY, Convention, Noise, Unlike, roles_of
+from hdrq.compat.classes import Form, Verdict
+from hdrq.compat.conventions import NAMES, NOISY, Convention, Noise, Unlike, refuse_to_draw_again, roles_of
 from hdrq.compat.source import fused
 from hdrq.compat.trial import Refused, agrees, check_noise, noise_probe, recognised
+from hdrq.ops._library import watched
 
 _trying: ContextVar[bool] = ContextVar("hdrq_compat_trying", default=False)  # an original runs to be compared
-STATES = 32  # of one object, beyond which it is left: something counts in it
+VERDICTS = 64  # of one class, beyond which calls under new conditions are left: something counts in its objects
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Replaced:
     now: Any = None
     places: list[tuple[ModuleType, str]] = field(default_factory=list)
     calls: int = 0
+    undone: bool = False
     passed_on: Counter[str] = field(default_factory=Counter)  # calls that the original computed: by why
 
     def __str__(self) -> str:
@@ -107,6 +110,8 @@ class Patch:
         _put({id(r.now): r.original for r in self.replaced})
         for c in self.classes:
             c.original.forward = c.forward  # type: ignore[method-assign]
+        for r in self.replaced:
+            r.undone = True
         self.undone = True
 
     def __enter__(self) -> Patch:
@@ -126,8 +131,8 @@ def patch(package: str | ModuleType, *, seed: int = 0) -> Patch:
     replaced in every module that holds it, until :meth:`Patch.undo` or the end of a ``with`` block.
 
     A module class is watched where its name speaks of quantization, rounding or LSQ and its ``forward`` takes x alone.
-    Its objects with a scale and a range of their own are compared with our forms, AdaRound among them, on a copy, at
-    their first call in each state (switches, modes, which tensors learn).
+    An object with a scale and a range of its own is compared with our forms, AdaRound among them, on copies, at the
+    first call under each set of conditions: whatever its pass reads (:mod:`hdrq.compat.classes`).
 
     The first call of each kind (dtypes, dimensions, shapes of scale and zero point, range, axis, which tensors learn)
     runs the original as well, on copies, and is compared with it. A kind that differs, and a call that our op refuses,
@@ -158,7 +163,7 @@ def patch(package: str | ModuleType, *, seed: int = 0) -> Patch:
     for original in _candidates(name):
         own = f"{original.__module__}.{original.__qualname__}"
         try:
-            result.replaced.append(_replaced(own, original, Noise(seed, len(result.replaced))))
+            result.replaced.append(_replaced(own, original, Noise(seed, zlib.crc32(own.encode()))))
         except Unlike as reason:
             result.left[own] = str(reason)
     result.classes = _watched(name)
@@ -207,9 +212,11 @@ def _watched(package: str) -> list[ReplacedClass]:
                 and f"{value.__module__}.".startswith(f"{package}.")
                 and classes.NAMES.search(value.__name__)
                 and inspect.isfunction(forward := vars(value).get("forward"))
-                and len(inspect.signature(forward).parameters) == 2
+                and _takes_x_alone(forward)
                 and id(value) not in found
             ):
+                if hasattr(forward, "_hdrq_patched"):
+                    raise ValueError(f"{value.__qualname__} must not be patched twice: undo the first patch")
                 record = ReplacedClass(f"{value.__module__}.{value.__qualname__}", value, forward)
                 record.now = _forward(record)
                 value.forward = record.now  # type: ignore[method-assign]
@@ -217,39 +224,58 @@ def _watched(package: str) -> list[ReplacedClass]:
     return list(found.values())
 
 
+def _takes_x_alone(forward: Callable) -> bool:
+    parameters = list(inspect.signature(forward).parameters.values())
+    return len(parameters) == 2 and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+
+
 def _forward(record: ReplacedClass) -> Callable:
     """What is called in the place of a class's forward pass."""
     original = record.forward
-    verdicts: WeakKeyDictionary[nn.Module, dict[tuple, Form | str]] = WeakKeyDictionary()
+    (_, argument) = inspect.signature(original).parameters
+    verdicts: list[Verdict] = []
 
     @functools.wraps(original)
-    def forward(self, x):
-        if torch.compiler.is_compiling() or _trying.get() or not classes.is_quantizer(self, x):
-            return original(self, x)
-        own = verdicts.setdefault(self, {})
-        state = classes.state(self, x)
-        if state not in own:
-            own[state] = _compared_form(self, original, x) if len(own) < STATES else "it is in ever new states"
-        form = own[state]
+    def forward(self, *args, **kwargs):
+        x = (
+            args[0]
+            if len(args) == 1 and not kwargs
+            else kwargs.get(argument)
+            if not args and len(kwargs) == 1
+            else None
+        )
+        if not _ordinary(x) or not classes.is_quantizer(self, x):
+            return original(self, *args, **kwargs)
+        verdict = next((v for v in verdicts if v.holds(self, x)), None)
+        if verdict is None and len(verdicts) < VERDICTS:
+            with _originals():
+                verdict = classes.judge(self, original, x)
+            verdicts.append(verdict)
+        form = "it is in ever new states" if verdict is None else verdict.form
         if isinstance(form, Form):
             try:
                 y = form(self, x)
                 record.forms[str(form.kind)] += 1
                 return y
             except (TypeError, ValueError) as refused:
-                form = str(refused)
+                form = _without_values(refused)
         record.passed_on[form] += 1
-        return original(self, x)
+        return original(self, *args, **kwargs)
 
+    forward._hdrq_patched = True  # type: ignore[attr-defined]
     return forward
 
 
-def _compared_form(module: nn.Module, original: Callable, x: torch.Tensor) -> Form | str:
-    with _originals():
-        try:
-            return form_of(module, original, x)
-        except Unlike as reason:
-            return str(reason)
+def _ordinary(*tensors: Any) -> bool:
+    """Whether a call is one of plain tensors that nothing records or transforms, and may be compared and computed."""
+    if _trying.get() or watched() or torch.is_inference_mode_enabled() or forward_ad._current_level >= 0:
+        return False
+    return all(type(t) in (torch.Tensor, nn.Parameter) and t.device.type != "meta" for t in tensors)
+
+
+def _without_values(error: Exception) -> str:
+    """A message without what it got, which is another one at each call."""
+    return str(error).partition(", got ")[0]
 
 
 @contextmanager
@@ -335,9 +361,11 @@ class _Call:
         self.verdicts: dict[tuple, str | None] = {}  # by the kind of call: None where ours computes the same
 
     def __call__(self, *args, **kwargs) -> torch.Tensor:
-        if torch.compiler.is_compiling() or _trying.get():
-            return self.function(*args, **kwargs)
         record = self.record
+        if record.undone or not _ordinary(*(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))):
+            return self.function(*args, **kwargs)
+        if isinstance(record.form, Noise):
+            refuse_to_draw_again()
         record.calls += 1
         values = args if self.positional and len(args) == len(self.roles) and not kwargs else self._bound(args, kwargs)
         given = dict(zip(self.roles, values, strict=True))
@@ -348,8 +376,12 @@ class _Call:
             why = self.verdicts[kind]
             if why is None:
                 return record.form(**given)
-        except (TypeError, ValueError, Refused) as refused:
-            why = str(refused)
+        except Refused as refused:  # a kind that our op never takes, else values that it does not take
+            why = _without_values(refused)
+            if isinstance(refused.__cause__, TypeError):
+                self.verdicts[kind] = why
+        except (TypeError, ValueError) as refused:
+            why = _without_values(refused)
         if why not in record.passed_on:
             warnings.warn(f"{record.name}, patched by hdrq.compat, is computed by the original: {why}", stacklevel=3)
         record.passed_on[why] += 1

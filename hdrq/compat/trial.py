@@ -239,13 +239,16 @@ def probes(roles: Iterable[str], zero_point_learns: bool) -> Iterator[dict[str, 
 
     The last ones' zero points are no integers.
     """
-    grid = torch.arange(-44, 44) / 8
+    grid = torch.arange(-44, 44, dtype=torch.float32) / 8
     for k, (low, high) in enumerate([(-4, 3), (0, 7), (-128, 127), (-4, 3), (-4, 3)]):
-        scale, zero = torch.tensor([0.375, 0.3, 0.7][: 3 if "ch_axis" in roles else 1]), torch.tensor([1.0, -3.0, 2.0])
+        scale, zero = (
+            torch.tensor([0.375, 0.3, 0.7], dtype=torch.float32)[: 3 if "ch_axis" in roles else 1],
+            torch.tensor([1.0, -3.0, 2.0], dtype=torch.float32),
+        )
         factor = 0.25
         if k == 2:  # no factor: a code's own way to put it on may move such a scale by its last bit
             scale, factor = scale / 3, 1.0
-        x = torch.stack([(torch.arange(-44, 44) + 0.5 if k == 2 else grid) * s for s in scale])
+        x = torch.stack([(grid * 8 + 0.5 if k == 2 else grid) * s for s in scale])
         if k == 3:
             x, scale = x * 2.0**-40, scale * 2.0**-40
         if k == 4:

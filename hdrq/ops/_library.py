@@ -37,7 +37,7 @@ class Op:
         return self._packet.default
 
     def __call__(self, *args):
-        learns, plain = False, not _watched()
+        learns, plain = False, not watched()
         for argument in args:
             kind = type(argument)
             if kind in _VALUES:
@@ -89,7 +89,7 @@ def flat(values: torch.Tensor | None) -> torch.Tensor | None:
     return None if values is None else values.flatten().contiguous()
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether a compiler, a mode, a transform or a trace must see the ops that are called."""
     return (
         torch.compiler.is_compiling()

@@ -78,7 +78,8 @@ class ObservingQuantizer(nn.Module):
     def forward(self, x):
         if self.observer_enabled[0] == 1:
             self.scale.copy_(0.9 * self.scale + 0.1 * x.detach().abs().max() / 7)
-        return torch.clamp(round_ste(x / self.scale) + self.zero_point, self.quant_min, self.quant_max) * self.scale
+        q = torch.clamp(round_ste(x / self.scale) + self.zero_point, self.quant_min, self.quant_max)
+        return (q - self.zero_point) * self.scale
 
 
 class QuantizerOfFloors(UniformAffineQuantizer):
