@@ -10,12 +10,12 @@ that tell them apart and under other scales, zero points and α than the present
 from __future__ import annotations
 
 import copy
-import enum
 import inspect
 import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,14 +24,14 @@ from torch import nn
 from hdrq.backends.eager import per_element
 from hdrq.compat import functional
 from hdrq.compat.conventions import CONVENTIONS, ROLES, Convention, Unlike
-from hdrq.compat.trial import Outcome, difference, outcome
+from hdrq.compat.surroundings import SIMPLE
+from hdrq.compat.trial import Outcome, another, difference, outcome
 
 NAMES = re.compile(r"quant|lsq|round", re.IGNORECASE)
 SCALES = frozenset(ROLES["scale"])
 BITS = ("bits", "bit", "n_bits", "nbits", "num_bits")
 ROUND_OFF = 1e-5  # steps; of a sigmoid, which is torch's there, and of a scale that a factor went over
 LEAST = 48  # elements of a trial: both ends of a range by eighths of a step
-KINDS = (bool, int, float, str, enum.Enum, torch.dtype, torch.device, torch.qscheme, type(None))
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,11 @@ class Verdict:
 
     conditions: list[tuple[str, str | None, Any]]  # an attribute, its role, its :func:`trait`
     of_x: tuple
+    around: tuple  # values of the module that the class is in
     form: Form | str
 
-    def holds(self, module: nn.Module, x: torch.Tensor) -> bool:
-        if self.of_x != traits_of(x):
+    def holds(self, module: nn.Module, x: torch.Tensor, around: tuple) -> bool:
+        if self.of_x != traits_of(x) or self.around != around:
             return False
         return all(trait(getattr(module, name, None), role) == wanted for name, role, wanted in self.conditions)
 
@@ -109,7 +110,7 @@ def trait(value: Any, role: str | None) -> Any:
         raise Unlike(f"its forward pass reads a tensor of {tuple(value.shape)} that has no part in a quantizer we know")
     if role in ("scale", "zero_point") and isinstance(value, (int, float)):
         return type(value)
-    if isinstance(value, KINDS):
+    if isinstance(value, SIMPLE):
         return type(value), value
     if isinstance(value, tuple):
         return tuple(trait(v, None) for v in value)
@@ -118,7 +119,7 @@ def trait(value: Any, role: str | None) -> Any:
     raise Unlike(f"its forward pass reads a {type(value).__name__}, which may change unseen")
 
 
-def judge(module: nn.Module, forward: Callable, x: torch.Tensor) -> Verdict:
+def judge(module: nn.Module, forward: Callable, x: torch.Tensor, around: tuple = ()) -> Verdict:
     """The form that computes what the module's ``forward`` does under present conditions, or why there is none."""
     read: set[str] = set()
     python = random.getstate()
@@ -138,11 +139,11 @@ def judge(module: nn.Module, forward: Callable, x: torch.Tensor) -> Verdict:
             conditions.append((name, role, trait(value, role)))
         except Unlike as reason:
             form = f"{reason}: {name}"
-    return Verdict(conditions, traits_of(x), form)
+    return Verdict(conditions, traits_of(x), around, form)
 
 
 def _form(module: nn.Module, forward: Callable, x: torch.Tensor, read: set[str]) -> Form:
-    _tried(_recording(module, read), forward, x, {})
+    _tried(_recording(module, read, x), forward, x, {})
     names = {role: name for name in sorted(read) if (role := _role(name, getattr(module, name, None), x))}
     if "scale" not in names:
         raise Unlike("it reads no scale of its own that we know by name")
@@ -153,7 +154,9 @@ def _form(module: nn.Module, forward: Callable, x: torch.Tensor, read: set[str])
         names.pop("ch_axis", None)  # the scale's shape says it
     why = "it computes otherwise than any quantizer that we know"
     for low, high in _ranges(module):
-        cases = [case for variant in _variants(module, names, low) for case in _cases(variant, names, x, low, high)]
+        cases = [
+            case for variant in _variants(module, names, low, high) for case in _cases(variant, names, x, low, high)
+        ]
         cases.append(_Case(_recording(module, set()), x, fractional=False, ties=False))
         theirs = [_tried(case.module, forward, case.x, _learned(case.module, names)) for case in cases]
         kinds: list = [AdaRound(False), AdaRound(True)] if "alpha" in names else CONVENTIONS
@@ -161,39 +164,56 @@ def _form(module: nn.Module, forward: Callable, x: torch.Tensor, read: set[str])
             Form(kind, names, low, high, lsq) for kind in kinds for lsq in (False, True) if not (lsq and high <= 0)
         ]
         pairs = list(zip(cases, theirs, strict=True))
-        left = [form for form in forms if _computes_all(form, [pair for pair in pairs if not pair[0].fractional])]
-        if not left:
+        whole, parts = ([pair for pair in pairs if pair[0].fractional == wanted] for wanted in (False, True))
+        left = (form for form in forms if _computes_all(form, whole))
+        first = next(left, None)
+        if first is None:
             continue
-        known = [form for form in left if _computes_all(form, [pair for pair in pairs if pair[0].fractional])]
-        if known:
-            return known[0]
-        if isinstance(left[0].kind, AdaRound):  # our op takes integers alone, and refuses others at a call
-            return left[0]
-        return replace(left[0], kind=replace(left[0].kind, zero_point_rounding=None))
+        if known := next((form for form in chain([first], left) if _computes_all(form, parts)), None):
+            return known
+        # What rounds no zero point is computed where it is an integer: our op refuses others, at the call.
+        if isinstance(first.kind, Convention):
+            first = replace(first, kind=replace(first.kind, zero_point_rounding=None))
+        if _computes_all(first, whole):
+            return first
     raise Unlike(why)
 
 
-def _recording(module: nn.Module, read: set[str]) -> nn.Module:
-    """A copy that notes which of its attributes are read, and refuses to have one set."""
+def _recording(module: nn.Module, read: set[str], x: torch.Tensor | None = None) -> nn.Module:
+    """A copy that notes which of its attributes are read, and refuses to have one set, or one read whose changes nobody
+    would see: its children are not called, so that their hooks and observers stay as they are."""
     try:
         made = copy.deepcopy(module)
     except Exception as error:
         raise Unlike(f"it cannot be copied to be tried: {type(error).__name__}: {error!s:.100}") from error
 
-    def get(self, name):
-        if not (name.startswith("__") and name.endswith("__")):
+    kind = type(made)
+
+    def noted(name: str, value: Any) -> Any:
+        if x is not None and not (name.startswith("__") and name.endswith("__")):
             read.add(name)
-        return object.__getattribute__(self, name)
+            try:
+                trait(value, _role(name, value, x))
+            except Unlike as reason:
+                raise _Stop(f"{reason}: {name}") from reason
+        return value
+
+    def get(self, name):
+        return noted(name, object.__getattribute__(self, name))
+
+    def get_held(self, name):  # parameters, buffers and children
+        return noted(name, kind.__getattr__(self, name))  # type: ignore[attr-defined]
 
     def refuse(self, name, value):
-        raise _Writes(f"its forward pass sets {name}")
+        raise _Stop(f"its forward pass sets {name}")
 
-    made.__class__ = type(type(made).__name__, (type(made),), {"__getattribute__": get, "__setattr__": refuse})
+    methods = {"__getattribute__": get, "__getattr__": get_held, "__setattr__": refuse}
+    made.__class__ = type(kind.__name__, (kind,), methods)
     return made
 
 
-class _Writes(Exception):
-    """A pass changes its module."""
+class _Stop(Exception):
+    """A pass changes its module, or reads what nobody can follow."""
 
 
 def _tried(module: nn.Module, forward: Callable, x: torch.Tensor, learned: dict[str, torch.Tensor]) -> Outcome:
@@ -210,19 +230,19 @@ def _tried(module: nn.Module, forward: Callable, x: torch.Tensor, learned: dict[
         if isinstance(value, torch.Tensor)
     ]
     before = [t.detach().clone() for t in tensors]
-    drawn = torch.random.get_rng_state()
+    drawn, python = torch.random.get_rng_state(), random.getstate()
     moved = False
 
     def call(x: torch.Tensor) -> torch.Tensor:
         nonlocal moved
         y = forward(module, x)
-        moved = not torch.equal(torch.random.get_rng_state(), drawn)
+        moved = random.getstate() != python or not torch.equal(torch.random.get_rng_state(), drawn)
         return y
 
     try:
         found = outcome(call, {"x": x}, learned)
     except Unlike as failed:
-        if isinstance(failed.__cause__, _Writes):
+        if isinstance(failed.__cause__, _Stop):
             raise Unlike(str(failed.__cause__)) from failed
         raise
     if moved:
@@ -240,39 +260,33 @@ class _Case:
     ties: bool  # its elements lie at ties and at the ends of the range, not between
 
 
-def _variants(module: nn.Module, names: dict[str, str], low: int) -> Iterator[tuple[nn.Module, bool]]:
+def _variants(module: nn.Module, names: dict[str, str], low: int, high: int) -> Iterator[tuple[nn.Module, bool]]:
     """Copies with other scales, zero points and α, and whether the zero point is no integer."""
     zero = getattr(module, names["zero_point"]) if "zero_point" in names else None
     floating = isinstance(zero, float) or (isinstance(zero, torch.Tensor) and zero.is_floating_point())
-    for shift in [3, low - 5, *([0.3] if floating else [])] if zero is not None else [0]:
+    shifts: list[float] = [0] if zero is None else [3, low - 5, high + 5, *([3.3] if floating else [])]
+    for shift, size in [(shifts[0], 2.0**-30), *((shift, 1.0) for shift in shifts)]:  # a tiny scale may be raised
         made = _recording(module, set())
         for role, name in names.items():
             value = getattr(module, name)
             if role == "scale":
-                other = _other(value, lambda n: 0.61 + 0.13 * (torch.arange(n) % 7), torch.mul)
+                other = another(value, lambda n, size=size: size * (0.61 + 0.13 * (torch.arange(n) % 7)), torch.mul)
             elif role == "zero_point":
-                other = _other(value, lambda n, s=shift: s + 2.0 * (torch.arange(n) % 2), torch.add)
+                other = another(value, lambda n, s=shift: s + 2.0 * (torch.arange(n) % 2), lambda _, by: by)
             elif role == "alpha":
                 draws = torch.Generator().manual_seed(0)
                 other = (2 * torch.randn(value.shape, generator=draws)).to(value.device)
             else:
                 continue
             _put(made, name, other)
-        yield made, shift == 0.3
-
-
-def _other(value: torch.Tensor | float, pattern: Callable, combine: Callable) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return type(value)(combine(torch.tensor(float(value)), pattern(1)[0]).item())
-    by = pattern(value.numel()).reshape(value.shape).to(value.device)
-    return combine(value.detach().float(), by).to(value.dtype)
+        yield made, shift == 3.3
 
 
 def _put(module: nn.Module, name: str, value: Any) -> None:
     """Another value of an attribute, in the tensor that is there or in its place."""
     there = getattr(module, name)
     if isinstance(there, torch.Tensor):
-        there.data = value
+        there.data = value.detach()
     elif name in vars(module):
         vars(module)[name] = value
     else:
@@ -356,8 +370,8 @@ def _learned(module: nn.Module, names: dict[str, str]) -> dict[str, torch.Tensor
 
 
 def _computes_all(form: Form, pairs: list[tuple[_Case, Outcome]]) -> bool:
-    """Whether a form gives the same in all cases. A factor on its gradient may move a scale by its last bit, which turns
-    ties; a form with one is held against the others alone."""
+    """Whether a form gives the same in all cases: a form with a factor in those without ties, since a factor on its
+    gradient may move a scale by its last bit."""
     return all(_computes(form, case, theirs) for case, theirs in pairs if not (case.ties and form.lsq_factor))
 
 

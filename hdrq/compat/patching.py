@@ -25,6 +25,7 @@ from hdrq.compat import classes
 from hdrq.compat.classes import Form, Verdict
 from hdrq.compat.conventions import NAMES, NOISY, Convention, Noise, Unlike, refuse_to_draw_again, roles_of
 from hdrq.compat.source import fused
+from hdrq.compat.surroundings import surroundings, values_of
 from hdrq.compat.trial import Refused, agrees, check_noise, noise_probe, recognised
 from hdrq.ops._library import watched
 
@@ -57,6 +58,7 @@ class ReplacedClass:
     name: str
     original: type[nn.Module]
     forward: Callable  # the original's
+    package: str
     forms: Counter[str] = field(default_factory=Counter)  # calls, by what was computed
     passed_on: Counter[str] = field(default_factory=Counter)
     now: Callable | None = None
@@ -163,7 +165,7 @@ def patch(package: str | ModuleType, *, seed: int = 0) -> Patch:
     for original in _candidates(name):
         own = f"{original.__module__}.{original.__qualname__}"
         try:
-            result.replaced.append(_replaced(own, original, Noise(seed, zlib.crc32(own.encode()))))
+            result.replaced.append(_replaced(own, original, Noise(seed, zlib.crc32(own.encode())), name))
         except Unlike as reason:
             result.left[own] = str(reason)
     result.classes = _watched(name)
@@ -217,7 +219,7 @@ def _watched(package: str) -> list[ReplacedClass]:
             ):
                 if hasattr(forward, "_hdrq_patched"):
                     raise ValueError(f"{value.__qualname__} must not be patched twice: undo the first patch")
-                record = ReplacedClass(f"{value.__module__}.{value.__qualname__}", value, forward)
+                record = ReplacedClass(f"{value.__module__}.{value.__qualname__}", value, forward, package)
                 record.now = _forward(record)
                 value.forward = record.now  # type: ignore[method-assign]
                 found[id(value)] = record
@@ -234,6 +236,7 @@ def _forward(record: ReplacedClass) -> Callable:
     original = record.forward
     (_, argument) = inspect.signature(original).parameters
     verdicts: list[Verdict] = []
+    places = surroundings(original, record.package, record.original)
 
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
@@ -246,10 +249,11 @@ def _forward(record: ReplacedClass) -> Callable:
         )
         if not _ordinary(x) or not classes.is_quantizer(self, x):
             return original(self, *args, **kwargs)
-        verdict = next((v for v in verdicts if v.holds(self, x)), None)
+        around = values_of(places)
+        verdict = next((v for v in verdicts if v.holds(self, x, around)), None)
         if verdict is None and len(verdicts) < VERDICTS:
             with _originals():
-                verdict = classes.judge(self, original, x)
+                verdict = classes.judge(self, original, x, around)
             verdicts.append(verdict)
         form = "it is in ever new states" if verdict is None else verdict.form
         if isinstance(form, Form):
@@ -305,7 +309,7 @@ def _put(now: dict[int, Any]) -> dict[int, list[tuple[ModuleType, str]]]:
     return places
 
 
-def _replaced(name: str, original: Any, noise: Noise) -> Replaced:
+def _replaced(name: str, original: Any, noise: Noise, package: str) -> Replaced:
     is_class = isinstance(original, type)
     function = original.apply if is_class else original
     signature = _read(original.forward if is_class else original)
@@ -318,7 +322,8 @@ def _replaced(name: str, original: Any, noise: Noise) -> Replaced:
         record = Replaced(name, noise, original)
     else:
         record = Replaced(name, recognised(by_role, roles.values()), original)
-    call = _Call(record, function, by_role, signature, roles)
+    places = surroundings(original.forward if is_class else original, package)
+    call = _Call(record, function, by_role, signature, roles, places)
     if is_class:
 
         def apply(cls, *args):
@@ -353,9 +358,15 @@ class _Call:
     """What is called in a function's place."""
 
     def __init__(
-        self, record: Replaced, function: Callable, by_role: Callable, signature: inspect.Signature, roles: dict
+        self,
+        record: Replaced,
+        function: Callable,
+        by_role: Callable,
+        signature: inspect.Signature,
+        roles: dict,
+        places: list,
     ) -> None:
-        self.record, self.function, self.by_role = record, function, by_role
+        self.record, self.function, self.by_role, self.places = record, function, by_role, places
         self.signature, self.roles = signature, tuple(roles.values())
         self.positional = all(p.kind is not p.KEYWORD_ONLY for p in signature.parameters.values())
         self.verdicts: dict[tuple, str | None] = {}  # by the kind of call: None where ours computes the same
@@ -369,7 +380,7 @@ class _Call:
         record.calls += 1
         values = args if self.positional and len(args) == len(self.roles) and not kwargs else self._bound(args, kwargs)
         given = dict(zip(self.roles, values, strict=True))
-        kind = _kind(given)
+        kind = (_kind(given), values_of(self.places)) if self.places else _kind(given)
         try:
             if kind not in self.verdicts:
                 self.verdicts[kind] = self._compared(given)
@@ -400,7 +411,7 @@ class _Call:
 
 def _kind(given: dict[str, Any]) -> tuple:
     """What calls share that are compared with the original once: all but numbers and the lengths of x."""
-    parts: list = []
+    parts: list = [torch.is_grad_enabled()]
     for role, value in given.items():
         if isinstance(value, torch.Tensor):
             shape = value.ndim if role == "x" else value.shape

@@ -7,7 +7,7 @@ replaced, and once more on the arguments of each kind of call that reaches it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ def outcome(
 ) -> Outcome:
     """What ``function(**arguments)`` gives for copies of its tensors, which learn as the given ones do.
 
-    torch's random state is as it was. Gradients are taken of ``parameters`` as well, which are used as they are.
+    torch's random state is as it was. Gradients are taken of ``parameters`` as well, which are used as they are; none
+    are where they are switched off.
 
     Raises:
         Unlike: it fails, or writes to an argument.
@@ -48,7 +49,7 @@ def outcome(
     leaves = {role: t for role, t in (tensors | (parameters or {})).items() if t.requires_grad}
     before = {role: t.detach().clone() for role, t in tensors.items()}
     devices = {t.device.index for t in tensors.values() if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad(), saved_tensors_hooks(_as_is, _as_is):
+    with torch.random.fork_rng(devices=list(devices)), saved_tensors_hooks(_as_is, _as_is):
         try:
             y = function(**given)
             upstream = 1.5 + torch.sin(torch.arange(1, y.numel() + 1, dtype=torch.float32, device=y.device))
@@ -70,6 +71,7 @@ def _as_is(saved: torch.Tensor) -> torch.Tensor:
     return saved
 
 
+@torch.enable_grad()
 def recognised(function: Callable, roles: Iterable[str]) -> Convention:
     """The convention of a function without noise, that takes arguments by their roles.
 
@@ -88,7 +90,9 @@ def recognised(function: Callable, roles: Iterable[str]) -> Convention:
         if left:
             want = outcome(function, fractional)
             known = [c for c in left if _computes(c, want, fractional)]
-            return known[0] if known else replace(left[0], zero_point_rounding=None)  # it takes integers alone
+            # What rounds no zero point is computed where it is an integer: our op refuses others, at the call.
+            if known := known or [c for c in left if c.zero_point_rounding is None]:
+                return known[0]
     raise Unlike("on small numbers it computes otherwise than any quantizer that we know")
 
 
@@ -104,11 +108,61 @@ class Refused(Unlike):
 
 
 def agrees(form: Convention | Noise, function: Callable, arguments: dict[str, Any]) -> str | None:
-    """None if the form computes what the function does for these arguments, else how not.
+    """None if the form computes what the function does for calls of this kind, else how not.
+
+    They are compared for these arguments, and for others of the same dtypes and shapes: elements at ties and half a
+    step beyond the range, scales that differ, odd zero points.
 
     Raises:
         Refused: our op does not take them.
     """
+    cases = [arguments]
+    if isinstance(form, Convention) and not isinstance(arguments.get("grad_factor", 1), torch.Tensor):
+        cases += others(arguments)
+    return next((why for case in cases if (why := _differs(form, function, case)) is not None), None)
+
+
+def others(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Arguments of the same kind that tell forms apart."""
+    x, low, high = (arguments[role] for role in ("x", "quant_min", "quant_max"))
+    if not (isinstance(low, int) and isinstance(high, int)) or x.numel() == 0:
+        return []
+    shape = list(x.shape)
+    one_scale = not isinstance(arguments["scale"], torch.Tensor) or arguments["scale"].numel() == 1
+    if shape and one_scale and arguments.get("ch_axis", -1) in (-1, None):
+        shape[0] = max(shape[0], -(-64 * shape[0] // x.numel()))  # enough elements for every tie
+    scale = another(arguments["scale"], lambda n: 0.61 + 0.13 * (torch.arange(n) % 7), torch.mul)
+    zero = arguments.get("zero_point")
+    if zero is not None:
+        zero = another(zero, lambda n: torch.tensor([1.0, 3.0])[torch.arange(n) % 2], lambda _, by: by)
+    ends = torch.cat([end + torch.arange(-12, 12, device=x.device) / 8 for end in (low, high)])
+    place = torch.arange(torch.Size(shape).numel(), device=x.device) * 29 % len(ends)  # 29 mixes all of them
+    exact = arguments.get("grad_factor", 1) == 1  # else the scale may be a last bit off, which turns ties
+    try:
+        s, z = (_spread(v, x.ndim, arguments.get("ch_axis")) for v in (scale, 0 if zero is None else zero))
+        probe = (ends[place].reshape(shape) + (0 if exact else 1 / 16) - z) * s
+    except (RuntimeError, ValueError):  # shapes of the code's own
+        return []
+    made = {"x": probe.detach().reshape(shape).to(x.dtype).requires_grad_(x.requires_grad), "scale": scale}
+    made |= {} if zero is None else {"zero_point": zero}
+    return [arguments | made]
+
+
+def another(value: Any, pattern: Callable, combine: Callable) -> Any:
+    """Another value of the same kind."""
+    if not isinstance(value, torch.Tensor):
+        return type(value)(combine(torch.tensor(float(value)), pattern(1)[0]).item())
+    by = pattern(value.numel()).reshape(value.shape).to(value.device)
+    learns = value.requires_grad
+    return combine(value.detach().float(), by).to(value.dtype).requires_grad_(learns)
+
+
+def _spread(values: Any, ndim: int, axis: int | None) -> Any:
+    one_axis = isinstance(values, torch.Tensor) and values.ndim == 1 and values.numel() > 1 and axis is not None
+    return per_element(values, ndim, (axis or 0) % ndim) if one_axis else values
+
+
+def _differs(form: Convention | Noise, function: Callable, arguments: dict[str, Any]) -> str | None:
     try:
         ours = outcome(Noise(0, 0) if isinstance(form, Noise) else form, arguments)
     except Unlike as refused:

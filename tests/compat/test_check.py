@@ -39,7 +39,7 @@ def test_fused_forms_are_offered_by_name(capsys):
         assert code in lines[number - 1]
     assert len(offered) == 3
     with patch("standin") as patched:
-        assert "  standin.loop, line " in patched.report() and patched.report().count("hdrq.ops.drop_mix") == 1
+        assert "  standin.loop, line " in patched.report() and patched.report().count("hdrq.ops.source_distance") == 1
 
 
 @pytest.mark.parametrize(

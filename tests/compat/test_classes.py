@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import assert_same_bits, sample
-from standin import modules
+from standin import modules, states
 from torch import nn
 
 from hdrq.compat import patch
@@ -90,6 +90,128 @@ def test_what_changes_with_a_call_is_left_to_the_original():
             assert_same_bits(a.detach() + 0.0, b.detach() + 0.0)
         assert any("changes a tensor" in why or "its forward pass sets" in why for why in record.passed_on)
         assert record.forms.total() == (0 if build is modules.ObservingQuantizer else 1)
+
+
+def later(**attributes):
+    """A change of what an object holds, between two calls."""
+
+    def change(module, monkeypatch):
+        for name, value in attributes.items():
+            held = getattr(module, name)
+            if isinstance(held, torch.Tensor):
+                setattr(module, name, value) if held.shape != value.shape else held.copy_(value)
+            else:
+                setattr(module, name, value)
+
+    return change
+
+
+CHANGES = {
+    "DroppingQuantizer": later(drop_prob=0.5),
+    "ClampedZeroQuantizer": later(zero_point=torch.tensor(12.0)),
+    "Quantizer": later(zero_point=torch.tensor(0.3)),
+    "ReciprocalQuantizer": later(scale=torch.tensor(0.3)),
+    "ChannelQuantizer": later(scale=torch.linspace(0.05, 0.5, 6), zero_point=torch.zeros(())),
+    "SwitchedQuantizer": lambda module, monkeypatch: monkeypatch.setattr(states.SwitchedQuantizer, "enabled", False),
+    "GlobalQuantizer": lambda module, monkeypatch: monkeypatch.setattr(states, "ENABLED", False),
+    "OptionsQuantizer": lambda module, monkeypatch: module.options.update(off=True),
+    "MaskQuantizer": later(mask=torch.zeros(6, 40)),
+    "FloatSwitchQuantizer": later(signed=torch.zeros(1)),
+    "RaisedQuantizer": later(scale=torch.tensor(0.01)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_verdict_holds_under_its_conditions_alone(name, monkeypatch):
+    """What a pass reads is another one later: the results are the original's before and after."""
+    results = []
+    for replaced in (False, True):
+        with monkeypatch.context() as inside:
+            torch.manual_seed(0)
+            module = getattr(states, name)(1.0) if name == "ReciprocalQuantizer" else getattr(states, name)()
+            patched = patch("standin") if replaced else None
+            first = module(X)
+            CHANGES[name](module, inside)
+            results.append((first, module(X), torch.rand(1)))
+            if patched is not None:
+                patched.undo()
+    for got, want in zip(results[1], results[0], strict=True):
+        assert_same_bits(got + 0.0, want + 0.0)
+    assert not torch.equal(results[0][0], results[0][1])
+
+
+def test_gradients_may_be_switched_off():
+    module = states.GradModeQuantizer()
+    with patch("standin"):
+        for enabled in (True, False, True):
+            with torch.set_grad_enabled(enabled):
+                assert torch.equal(module(X), X) is not enabled
+
+
+def test_a_trial_leaves_no_trace():
+    """Nothing is drawn, no child is called, no gradient is left."""
+    import random
+
+    want = states.DrawingQuantizer()
+    ours, held = copy.deepcopy(want), states.HoldingQuantizer()
+    torch.manual_seed(0)
+    random.seed(0)
+    expected = want(X), torch.rand(3), random.random()
+    torch.manual_seed(0)
+    random.seed(0)
+    with patch("standin") as patched:
+        found = ours(X), torch.rand(3), random.random()
+        held(X)
+        reasons = {c.original.__name__: set(c.passed_on) for c in patched.classes}
+    assert all(torch.equal(a, b) for a, b in zip(found[:2], expected[:2], strict=True)) and found[2] == expected[2]
+    assert held.seen == 1
+    assert reasons["DrawingQuantizer"] == {"its forward pass draws random numbers"}
+    assert reasons["HoldingQuantizer"] == {"its forward pass reads a Identity, which may change unseen: observer"}
+
+
+def test_a_factor_of_the_first_batch_is_none_of_ours():
+    results = []
+    for replaced in (False, True):
+        module = states.SampleFactorQuantizer()
+        patched = patch("standin") if replaced else None
+        module(X[:1])
+        module(X).sum().backward()
+        results.append(module.scale.grad)
+        if patched is not None:
+            patched.undo()
+    torch.testing.assert_close(*results)
+
+
+def test_objects_share_a_verdict():
+    tried = []
+    with patch("standin") as patched:
+        (record,) = (c for c in patched.classes if c.original is states.Quantizer)
+        for _ in range(3):
+            tried.append(states.Quantizer()(X))
+        assert dict(record.forms) == {"rounding='quotient', gradient='round-first'": 3} and not record.passed_on
+    assert all(torch.equal(tried[0], other) for other in tried)
+
+
+@pytest.mark.parametrize("x", [torch.randn(1, 1), torch.randn(0, 4), torch.zeros(2, 3, dtype=torch.int64)])
+def test_small_empty_and_integer_inputs(x):
+    for kind in (modules.QuantizerOfFloors, *([modules.ActLSQ] if x.numel() else [])):
+        theirs, ours = (kind(4) for _ in range(2))
+        theirs(X), ours(X)
+        with patch("standin"):
+            assert torch.equal(ours(x), theirs(x))
+            assert torch.equal(ours(x=x), theirs(x=x))
+            assert torch.equal(ours(X), theirs(X))
+
+
+def test_modes_that_record_or_transform_get_the_original():
+    module = states.Quantizer()
+    with patch("standin") as patched:
+        with torch.inference_mode():
+            module(X)
+        torch.func.vmap(module)(X)
+        torch.func.jvp(module, (X,), (X,))
+        torch.func.grad(lambda x: module(x).sum())(X)
+        assert all(not c.forms and not c.passed_on for c in patched.classes)
 
 
 def test_a_fork_is_left():

@@ -23,6 +23,7 @@ KNOWN_FORKS = {
     "fake_quantize_of_a_fixed_zero": "rounding='quotient', gradient='round-first'",
     "fake_quantize_other_axis": "rounding='quotient', gradient='round-first'",
     "fake_quantize_keywords": "rounding='quotient', gradient='round-first'",
+    "fake_quantize_while_enabled": "rounding='quotient', gradient='round-first'",
 }
 LEFT = {
     "fake_quantize_floor": "computes otherwise",
@@ -52,7 +53,7 @@ def test_what_is_known_is_replaced_and_the_rest_is_left_with_a_reason():
         assert reasons.keys() == LEFT.keys()
         assert all(why in reasons[name] for name, why in LEFT.items())
         report = patched.report()
-    assert report.startswith("standin: 10 replaced, 13 left")
+    assert report.startswith("standin: 11 replaced, 13 left")
     assert "left standin.forks.fake_quantize_floor: on small numbers it computes otherwise" in report
 
 
@@ -250,6 +251,41 @@ def test_a_function_is_replaced_wherever_it_was_imported():
         assert late.quantize is original
     finally:
         del sys.modules["late"]
+
+
+def test_a_function_may_read_its_module(monkeypatch):
+    from standin import states
+
+    args = X, torch.tensor([0.25]), 0, -8, 7
+    with patch("standin"), pytest.warns(UserWarning, match="its values differ"):
+        assert not torch.equal(states.fake_quantize_while_enabled(*args), X)
+        monkeypatch.setattr(states, "ENABLED", False)
+        assert torch.equal(states.fake_quantize_while_enabled(*args), X)
+
+
+def test_equal_scales_at_first_do_not_hide_the_axis():
+    x, zero = sample((8, 8, 8), special=False), torch.zeros(8)
+    with patch("standin"), pytest.warns(UserWarning, match="its values differ"):
+        forks.fake_quantize_other_axis(x, torch.full((8,), 0.2), zero, 2, -8, 7)
+        scale = torch.rand(8) + 0.1
+        got = forks.fake_quantize_other_axis(x, scale, zero, 2, -8, 7)
+    assert_same_bits(got + 0.0, quantizers.fake_quantize_per_channel_affine(x, scale, zero, -2, -8, 7) + 0.0)
+
+
+def test_an_object_that_holds_ours_calls_the_original_after_undo():
+    with patch("standin") as patched:
+        held = quantizers.fake_quantize_per_tensor_affine
+        held(X, torch.tensor([0.25]), 0, -8, 7)
+    held(X, torch.tensor([0.25]), 0, -8, 7)
+    assert sum(r.calls for r in patched.replaced) == 1
+
+
+def test_a_reason_is_one_whatever_the_values(recwarn):
+    with patch("standin") as patched:
+        for scale in (-0.1, -0.2, -0.3):
+            quantizers.fake_quantize_per_tensor_affine(X, torch.tensor([scale]), 0, -8, 7)
+        (record,) = (r for r in patched.replaced if r.name.endswith("quantizers.fake_quantize_per_tensor_affine"))
+    assert dict(record.passed_on) == {"scale must be positive and finite": 3} and len(recwarn) == 1
 
 
 def test_patching_twice_and_undoing_out_of_order():

@@ -1,3 +1,3 @@
 """A package with the quantizers of released codes, written out from their signatures and semantics."""
 
-from standin import forks, loop, modules, quantizers  # noqa: F401
+from standin import forks, loop, modules, quantizers, states  # noqa: F401
