@@ -25,9 +25,10 @@ def export(
     check: Annotated[bool, typer.Option("--check", help="Run the file, and count its integer kernels.")] = False,
 ) -> None:
     """Write a quantized model for another runtime; status 1 if --check finds a quantized layer computed in float."""
-    from hdrq import checks, load
+    from hdrq import checks
     from hdrq import export as exporting
     from hdrq.calibrate.images import load_data
+    from hdrq.checkpoint.loading import load
 
     checks.choice("to", to, ("onnx",))
     inputs = load_data(data, resize=resize, crop=crop, limit=samples)
