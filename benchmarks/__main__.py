@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -22,13 +23,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def main(arguments: list[str] | None = None, prog: str = "python -m hdrq.benchmarks") -> int:
     """Run benches, print and write what they say: 0, or 1 if a verification failed. Exits with 2 on bad arguments.
 
-    ``compat`` as the first argument is a bench of its own, with arguments of its own.
+    ``compat`` and ``deploy`` as the first argument are benches of their own, with arguments of their own.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["compat"]:
-        from hdrq.benchmarks import compat
-
-        return compat.main(arguments[1:], prog=f"{prog} compat")
+    if arguments[:1] in (["compat"], ["deploy"]):
+        bench = importlib.import_module(f"hdrq.benchmarks.{arguments[0]}")
+        return bench.main(arguments[1:], prog=f"{prog} {arguments[0]}")
     parser = _parser(prog)
     options = parser.parse_intermixed_args(arguments)  # families may stand anywhere
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -61,8 +61,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog,
         description="Verify the ops, then time them beside a copy, the eager formula and torch.compile.",
-        epilog="compat in place of FAMILY: a step in the released style before and after hdrq.compat.patch; "
-        "compat --help has its options",
+        epilog="In place of FAMILY: compat, a step in the released style before and after hdrq.compat.patch; deploy, "
+        "exported models in other runtimes. compat --help and deploy --help have their options.",
     )
     add = parser.add_argument
     add("families", nargs="*", type=_one_of(known), metavar="FAMILY", help=f"all if none is given: {', '.join(known)}")
