@@ -141,7 +141,7 @@ def measure(calls: dict[str, Callable], seconds: float) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m hdrq.benchmarks deploy") -> int:
-    """Export, check, time, print and write: 0, or 1 if a file is not what it should be."""
+    """Export, check, time, print and write: 0, or 1 if a file was not what it should be, which is not timed."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
@@ -150,14 +150,16 @@ def main(arguments: list[str] | None = None, prog: str = "python -m hdrq.benchma
     parser.add_argument("--out", type=Path, metavar="DIR", help="write figures (CSV, JSON) there")
     options = parser.parse_args(arguments)
     records: list[dict] = []
+    status = 0
     for name in options.models:
         for batch in options.batch:
             with pinned(options.threads), tempfile.TemporaryDirectory() as folder:
                 try:
                     calls, sizes = providers(name, batch, Path(folder))
                 except Mismatch as failure:
-                    print(f"verification failed: {failure}")
-                    return 1
+                    print(f"\nverification failed: {failure}")
+                    status = 1
+                    continue
                 found = measure(calls, options.seconds)
             print(f"\n{name}, batch {batch}, {options.threads} thread{'s' * (options.threads > 1)}")
             print(f"files: {', '.join(f'{form} {size / 2**20:.2f} MiB' for form, size in sizes.items())}")
@@ -168,9 +170,9 @@ def main(arguments: list[str] | None = None, prog: str = "python -m hdrq.benchma
                     {"model": name, "batch": batch, "threads": options.threads, "form": form, "ms": milliseconds}
                     | {"over_float": ratio}
                 )
-    if options.out is not None:
+    if options.out is not None and records:
         _write(records, options.out)
-    return 0
+    return status
 
 
 def _write(records: list[dict], folder: Path) -> None:
