@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hdrq.backends.eager import per_element
 from hdrq.compat import functional
 from hdrq.compat.conventions import CONVENTIONS, ROLES, Convention, Unlike
 from hdrq.compat.surroundings import SIMPLE
-from hdrq.compat.trial import Outcome, another, difference, outcome
+from hdrq.compat.trial import Outcome, another, around_ends, difference, outcome, spread, uneven
 
 NAMES = re.compile(r"quant|lsq|round", re.IGNORECASE)
 SCALES = frozenset(ROLES["scale"])
@@ -152,7 +151,6 @@ def _form(module: nn.Module, forward: Callable, x: torch.Tensor, read: set[str])
     scale = getattr(module, names["scale"])
     if not isinstance(scale, torch.Tensor) or scale.ndim != 1 or scale.numel() == 1:
         names.pop("ch_axis", None)  # the scale's shape says it
-    why = "it computes otherwise than any quantizer that we know"
     for low, high in _ranges(module):
         cases = [
             case for variant in _variants(module, names, low, high) for case in _cases(variant, names, x, low, high)
@@ -176,7 +174,7 @@ def _form(module: nn.Module, forward: Callable, x: torch.Tensor, read: set[str])
             first = replace(first, kind=replace(first.kind, zero_point_rounding=None))
         if _computes_all(first, whole):
             return first
-    raise Unlike(why)
+    raise Unlike("it computes otherwise than any quantizer that we know")
 
 
 def _recording(module: nn.Module, read: set[str], x: torch.Tensor | None = None) -> nn.Module:
@@ -270,7 +268,7 @@ def _variants(module: nn.Module, names: dict[str, str], low: int, high: int) -> 
         for role, name in names.items():
             value = getattr(module, name)
             if role == "scale":
-                other = another(value, lambda n, size=size: size * (0.61 + 0.13 * (torch.arange(n) % 7)), torch.mul)
+                other = another(value, lambda n, size=size: size * uneven(n), torch.mul)
             elif role == "zero_point":
                 other = another(value, lambda n, s=shift: s + 2.0 * (torch.arange(n) % 2), lambda _, by: by)
             elif role == "alpha":
@@ -299,11 +297,10 @@ def _cases(variant: tuple[nn.Module, bool], names: dict[str, str], x, low: int, 
     scale, zero = (getattr(module, names[role]) if role in names else 0.0 for role in ("scale", "zero_point"))
     axis = getattr(module, names["ch_axis"]) if "ch_axis" in names else None
     for shape in _shapes(x, scale, axis, "alpha" in names):
-        steps = torch.cat([end + torch.arange(-12, 12, device=x.device) / 8 for end in (low, high)])
-        place = torch.arange(int(torch.Size(shape).numel()), device=x.device) * 29 % len(steps)  # 29 mixes all of them
-        s, z = (per_element(v, x.ndim, axis) if torch.is_tensor(v) and v.ndim == 1 else v for v in (scale, zero))
+        steps = around_ends(low, high, shape, x.device)
+        s, z = (spread(v, x.ndim, axis) for v in (scale, zero))
         for ties, offset in ((True, 0.0), (False, 1 / 16)):
-            probe = ((steps[place].reshape(shape) + offset - z) * s).detach().to(x.dtype)
+            probe = ((steps + offset - z) * s).detach().to(x.dtype)
             yield _Case(module, probe.requires_grad_(x.requires_grad), fractional, ties)
 
 

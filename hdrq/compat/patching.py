@@ -240,13 +240,8 @@ def _forward(record: ReplacedClass) -> Callable:
 
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
-        x = (
-            args[0]
-            if len(args) == 1 and not kwargs
-            else kwargs.get(argument)
-            if not args and len(kwargs) == 1
-            else None
-        )
+        given = args if not kwargs else tuple(kwargs.values()) if not args and argument in kwargs else ()
+        x = given[0] if len(given) == 1 else None
         if not _ordinary(x) or not classes.is_quantizer(self, x):
             return original(self, *args, **kwargs)
         around = values_of(places)

@@ -6,7 +6,7 @@ replaced, and once more on the arguments of each kind of call that reaches it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,16 +131,14 @@ def others(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     one_scale = not isinstance(arguments["scale"], torch.Tensor) or arguments["scale"].numel() == 1
     if shape and one_scale and arguments.get("ch_axis", -1) in (-1, None):
         shape[0] = max(shape[0], -(-64 * shape[0] // x.numel()))  # enough elements for every tie
-    scale = another(arguments["scale"], lambda n: 0.61 + 0.13 * (torch.arange(n) % 7), torch.mul)
+    scale = another(arguments["scale"], uneven, torch.mul)
     zero = arguments.get("zero_point")
     if zero is not None:
         zero = another(zero, lambda n: torch.tensor([1.0, 3.0])[torch.arange(n) % 2], lambda _, by: by)
-    ends = torch.cat([end + torch.arange(-12, 12, device=x.device) / 8 for end in (low, high)])
-    place = torch.arange(torch.Size(shape).numel(), device=x.device) * 29 % len(ends)  # 29 mixes all of them
     exact = arguments.get("grad_factor", 1) == 1  # else the scale may be a last bit off, which turns ties
     try:
-        s, z = (_spread(v, x.ndim, arguments.get("ch_axis")) for v in (scale, 0 if zero is None else zero))
-        probe = (ends[place].reshape(shape) + (0 if exact else 1 / 16) - z) * s
+        s, z = (spread(v, x.ndim, arguments.get("ch_axis")) for v in (scale, 0 if zero is None else zero))
+        probe = (around_ends(low, high, shape, x.device) + (0 if exact else 1 / 16) - z) * s
     except (RuntimeError, ValueError):  # shapes of the code's own
         return []
     made = {"x": probe.detach().reshape(shape).to(x.dtype).requires_grad_(x.requires_grad), "scale": scale}
@@ -157,7 +155,20 @@ def another(value: Any, pattern: Callable, combine: Callable) -> Any:
     return combine(value.detach().float(), by).to(value.dtype).requires_grad_(learns)
 
 
-def _spread(values: Any, ndim: int, axis: int | None) -> Any:
+def uneven(count: int) -> torch.Tensor:
+    """Factors of scales: no two neighbours alike, none a power of two."""
+    return 0.61 + 0.13 * (torch.arange(count) % 7)
+
+
+def around_ends(low: int, high: int, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Steps by eighths around both ends of a range: ties, and what lies half a step beyond."""
+    steps = torch.cat([end + torch.arange(-12, 12, device=device) / 8 for end in (low, high)])
+    place = torch.arange(torch.Size(shape).numel(), device=device) * 29 % len(steps)  # 29 mixes all of them
+    return steps[place].reshape(shape)
+
+
+def spread(values: Any, ndim: int, axis: int | None) -> Any:
+    """Values of a channel each, as they broadcast; others as they are."""
     one_axis = isinstance(values, torch.Tensor) and values.ndim == 1 and values.numel() > 1 and axis is not None
     return per_element(values, ndim, (axis or 0) % ndim) if one_axis else values
 

@@ -16,6 +16,7 @@ from torch import nn
 from hdrq import checks, tree
 from hdrq.calibrate.data import Call, calibration_calls
 from hdrq.export.onnx_qdq import require
+from hdrq.export.session import feed, session
 
 RUNTIMES = ("onnxruntime", "openvino")
 PRODUCTS = ("Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm")
@@ -73,7 +74,8 @@ def check(path: str | os.PathLike, model: nn.Module, data: Any, *, runtime: str 
     with torch.backends.mkldnn.flags(enabled=False):
         plain = [_answers(model, call) for call in calls]
     run, integer, floats = (_openvino if runtime == "openvino" else _onnxruntime)(path)
-    got, unfused = [run(call) for call in calls], [_unfused(path)(call) for call in calls]
+    plainly = _runner(session(path))
+    got, unfused = [run(call) for call in calls], [plainly(call) for call in calls]
     same = [(_top(g) == _top(w)).ravel() for g, w in zip(got, want, strict=True)]
     return Checked(
         runtime,
@@ -100,35 +102,18 @@ def _largest(these: list, those: list) -> float:
     return max(float(np.abs(a - b).max(initial=0)) for a, b in pairs)
 
 
-def _session(path: str | os.PathLike, optimized: Path | None) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_DISABLE_ALL if optimized is None else level.ORT_ENABLE_ALL
-    if optimized is not None:
-        options.optimized_model_filepath = os.fspath(optimized)
-    return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-
-
-def _runner(session: Any) -> Callable[[Call], list[np.ndarray]]:
-    from hdrq.export.outputs import feed
-
-    return lambda call: [y for y in session.run(None, feed(session, call)) if y.dtype == np.float32]
-
-
-def _unfused(path: str | os.PathLike) -> Callable[[Call], list[np.ndarray]]:
-    return _runner(_session(path, None))
+def _runner(opened: Any) -> Callable[[Call], list[np.ndarray]]:
+    return lambda call: [y for y in opened.run(None, feed(opened, call)) if y.dtype == np.float32]
 
 
 def _onnxruntime(path: str | os.PathLike) -> tuple[Callable, int, list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        session = _session(path, optimized)
-        floats = [str(product) for product in _products(optimized)]
-        integer = sum(node.op_type in INTEGER_PRODUCTS for node in _graph(optimized).node)
-    return _runner(session), integer, floats
+        opened = session(path, optimized)
+        graph = _graph(optimized)
+    floats = [str(product) for product in _products(graph)]
+    integer = sum(node.op_type in INTEGER_PRODUCTS for node in graph.node)
+    return _runner(opened), integer, floats
 
 
 def _graph(path: str | os.PathLike) -> Any:
@@ -152,8 +137,7 @@ class Product:
         return f"{self.name} ({self.op})"
 
 
-def _products(path: str | os.PathLike) -> list[Product]:
-    graph = _graph(path)
+def _products(graph: Any) -> list[Product]:
     constants = {tensor.name for tensor in graph.initializer}
     weights = {
         node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants
@@ -183,7 +167,7 @@ def _openvino(path: str | os.PathLike) -> tuple[Callable, int, list[str]]:
         for name in names.split(","):
             product = name.partition("/")[0].removesuffix("_original")
             kernels[product] = kernels.get(product, False) or integers
-    products = _products(path)
+    products = _products(_graph(path))
     floats = [str(product) for product in products if not any(kernels.get(name, False) for name in product.names)]
 
     def run(call: Call) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ What runtimes fuse differs, so a quantizer is exported first as ``hdrq.export::W
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -120,7 +121,8 @@ def traced(model: nn.Module, example: Call, opset: int) -> Any:
     def shape_of(value: Any) -> Any:
         return {0: batch} if isinstance(value, torch.Tensor) and value.ndim else None
 
-    shapes: Any = tuple(map(shape_of, args)) if not kwargs else None
+    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments if kwargs else {}
+    shapes: Any = {name: shape_of(value) for name, value in given.items()} or tuple(map(shape_of, args))
     try:
         program = torch.onnx.export(
             with_nodes(model),

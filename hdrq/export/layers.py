@@ -33,8 +33,7 @@ def layers_of(graph: ir.Graph, profile: Profile) -> list[Layer]:
             continue
         weight = next((v for v in node.inputs if v is not None and _is_weight(v)), None)
         if weight is not None:
-            name = weight.name.removesuffix(".values").removesuffix("_t").removesuffix(".weight")
-            found.append(Layer(name, node.op_type, _why_float(node, weight, profile)))
+            found.append(Layer(_layer(weight), node.op_type, _why_float(node, weight, profile)))
     return found
 
 
@@ -53,8 +52,13 @@ def unquantized_outputs(graph: ir.Graph) -> list[tuple[str, ir.Value]]:
         out = _after_relu(node.outputs[0])
         quantized = bool(out.uses()) and all(use.node.op_type == "QuantizeLinear" for use in out.uses())
         if not quantized and not out.is_graph_output():
-            found.append((weight.name.removesuffix(".values").removesuffix(".weight"), out))
+            found.append((_layer(weight), out))
     return found
+
+
+def _layer(weight: ir.Value) -> str:
+    """The name of the layer whose weight it is."""
+    return weight.name.removesuffix(".values").removesuffix("_t").removesuffix(".weight")
 
 
 def _is_weight(value: ir.Value) -> bool:

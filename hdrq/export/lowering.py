@@ -240,9 +240,8 @@ def _facts(node: ir.Node) -> dict[str, Any]:
 
 
 def _constant(value: ir.Value | None) -> np.ndarray:
-    assert value is not None
-    if value.const_value is None:
-        raise ValueError(f"{value.name} must be a constant of the graph")
+    if value is None or value.const_value is None:
+        raise ValueError(f"a quantizer's numbers must be constants of the graph, got {value}")
     return value.const_value.numpy()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -11,6 +9,7 @@ import torch
 from hdrq.calibrate.data import Call
 from hdrq.export.lowering import drop_superfluous_clip, insert_grid
 from hdrq.export.profiles import TYPES, ActivationForm
+from hdrq.export.session import feed, session
 
 
 def quantize_outputs(program: ir.Model, outputs: list[tuple[str, ir.Value]], calls: list[Call]) -> list[str]:
@@ -29,31 +28,20 @@ def quantize_outputs(program: ir.Model, outputs: list[tuple[str, ir.Value]], cal
 
 def _ranges(program: ir.Model, values: list[ir.Value], calls: list[Call]) -> list[tuple[float, float]]:
     """The least and the greatest element of each value over all calls, as the graph computes them unfused."""
-    import onnxruntime
-
     own = list(program.graph.outputs)
     program.graph.outputs.extend(value for value in values if value not in own)
     try:
         proto = ir.to_proto(program).SerializeToString()
     finally:
         del program.graph.outputs[len(own) :]
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    unfused = session(proto)
     names = [str(value.name) for value in values]
     found = [(np.inf, -np.inf)] * len(values)
     for call in calls:
         for at in torch.arange(call.size).split(32):
-            results = session.run(names, feed(session, call.at(at)))
+            results = unfused.run(names, feed(unfused, call.at(at)))
             found = [
                 (min(low, float(r.min())), max(high, float(r.max())))
                 for (low, high), r in zip(found, results, strict=True)
             ]
     return found
-
-
-def feed(session: Any, call: Call) -> dict[str, np.ndarray]:
-    """A call's tensors as the inputs of a session."""
-    inputs = [each.name for each in session.get_inputs()]
-    return dict(zip(inputs, (tensor.detach().cpu().numpy() for tensor in call.tensors), strict=True))

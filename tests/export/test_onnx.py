@@ -89,6 +89,16 @@ def test_the_batch_is_free(size, tmp_path):
         np.testing.assert_allclose(answers(tmp_path / "model.onnx", X[:size]), model(X[:size]).numpy(), atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ["BERT", "language"])
+def test_the_batch_is_free_where_inputs_are_named(name, tmp_path):
+    model, data = built(name)
+    model = hdrq.quantize(model, data, "rtn", bits="W4A4", progress=False)
+    to_onnx(model, data, tmp_path / "model.onnx")
+    for size in (1, 4):
+        call = calibration_calls(data)[0].at(torch.arange(size))
+        assert check(tmp_path / "model.onnx", model, [dict(call.kwargs)], runtime="onnxruntime").unfused <= 1e-6
+
+
 def test_weights_are_the_codes_to_the_bit(tmp_path):
     model = quantized("W3A8", per_channel=True)
     to_onnx(model, X, tmp_path / "model.onnx")
