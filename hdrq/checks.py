@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -109,11 +109,12 @@ def axis_of(x: torch.Tensor, axis: Any) -> int | None:
     """``axis`` counted from the front, or None."""
     if axis is None:
         return None
-    if isinstance(axis, bool) or not isinstance(axis, Integral):
+    if type(axis) is not int and (isinstance(axis, bool) or not isinstance(axis, Integral)):
         raise TypeError(f"axis must be an int or None, got {type(axis).__name__}")
-    if not -x.ndim <= int(axis) < x.ndim:
-        raise ValueError(f"axis must be in [{-x.ndim}, {x.ndim - 1}] for a tensor of {x.ndim} dimensions, got {axis}")
-    return int(axis) % x.ndim
+    ndim = x.ndim
+    if not -ndim <= int(axis) < ndim:
+        raise ValueError(f"axis must be in [{-ndim}, {ndim - 1}] for a tensor of {ndim} dimensions, got {axis}")
+    return int(axis) % ndim
 
 
 def per_axis(name: str, value: Any, x: torch.Tensor, axis: int | None) -> torch.Tensor:
@@ -124,6 +125,27 @@ def per_axis(name: str, value: Any, x: torch.Tensor, axis: int | None) -> torch.
         where = "" if axis is None else f", the length of axis {axis}"
         raise ValueError(f"{name} must have {wanted} element{'' if wanted == 1 else 's'}{where}, got {value.numel()}")
     return value
+
+
+def groups(name: str, shape: Sequence[int], axis: Any, group_size: Any) -> tuple[int, ...]:
+    """The shape of the scales of a tensor in groups of ``group_size`` neighbours along its last axis."""
+    if axis is not None:
+        raise ValueError(f"axis must be None with a group_size, whose groups lie along the last axis, got {axis}")
+    integer("group_size", group_size, 1, 2**31 - 1)
+    if not len(shape) or shape[-1] % group_size:
+        raise ValueError(
+            f"group_size must divide the last axis of {name}, got {group_size} for the shape {tuple(shape)}"
+        )
+    return (*shape[:-1], shape[-1] // group_size)
+
+
+def per_group(name: str, value: Any, shape: Sequence[int], group_size: int) -> None:
+    """``value`` as one number for each group, ``shape`` of them."""
+    tensor(name, value, (torch.float32,))
+    if value.numel() != math.prod(shape):
+        raise ValueError(
+            f"{name} must have {math.prod(shape)} elements, one for each group of {group_size}, got {value.numel()}"
+        )
 
 
 def scale_values(name: str, scale: torch.Tensor) -> None:

@@ -71,6 +71,7 @@ class Recipe:
         True  # quantize q, k, v and softmax too, where they are modules' (hdrq.prepare.attention says which)
     )
     per_channel: bool = False  # a weight scale for each output channel
+    group_size: int | None = None  # inputs of a linear layer that share a weight scale; other layers: per channel
     affine_weights: bool = False  # zero points of weights, where rounding is learned or to nearest
 
     def __post_init__(self) -> None:
@@ -86,6 +87,8 @@ class Recipe:
         checks.choice("activation_placement", self.activation_placement, ("input", "qdrop", "block"))
         checks.choice("weight_schedule", self.weight_schedule, ("cosine", "constant"))
         checks.choice("beta_schedule", self.beta_schedule, ("linear", "cosine"))
+        if self.group_size is not None:
+            checks.integer("group_size", self.group_size, 1, 2**31 - 1)
         for each in fields(self):
             if each.type == "bool":
                 checks.choice(each.name, getattr(self, each.name), (False, True))

@@ -87,8 +87,10 @@ def _weight_quantizers(
 
 def _search_weight(name: str, layer: Any, bits: BitWidths, plan: Recipe) -> WeightQuantizer:
     weight = layer.weight
-    axis = None
-    if plan.per_channel:
+    axis, group_size = None, None
+    if plan.group_size is not None and weight.ndim == 2:
+        group_size = _group_size(name, layer, plan.group_size)
+    elif plan.per_channel or plan.group_size is not None:
         axis = output_axis(layer)
         if isinstance(layer, TRANSPOSED) and layer.groups > 1:
             raise ValueError(
@@ -97,11 +99,28 @@ def _search_weight(name: str, layer: Any, bits: BitWidths, plan: Recipe) -> Weig
             )
     checks.finite(f"weight of {name}", weight)
     qmin, qmax = integer_range(bits.weight, signed=True)
-    options: Any = {"norm": plan.norm, "candidates": plan.candidates, "axis": axis}
+    options: Any = {"norm": plan.norm, "candidates": plan.candidates, "axis": axis, "group_size": group_size}
     if plan.affine_weights:
         scale, zero_point = ops.search_affine(weight, qmin, qmax, **options)
-        return WeightQuantizer(scale, qmin, qmax, axis, zero_point)
-    return WeightQuantizer(ops.search_scale(weight, qmin, qmax, **options), qmin, qmax, axis)
+    else:
+        scale, zero_point = ops.search_scale(weight, qmin, qmax, **options), None
+    return WeightQuantizer(scale, qmin, qmax, axis, zero_point, group_size)
+
+
+def _group_size(name: str, layer: Any, group_size: int) -> int:
+    """The size of a layer's groups, if its weight can be cut into such."""
+    inputs = layer.weight.shape[1 - output_axis(layer)]
+    if output_axis(layer) != 0:
+        raise ValueError(
+            f"{name} must have its inputs along the last axis of its weight for group_size={group_size}, got a "
+            f"{type(layer).__name__}, which has its outputs there; per_channel=True, or keep it in float"
+        )
+    if inputs % group_size:
+        raise ValueError(
+            f"group_size must divide the {inputs} inputs of {name}, got {group_size}; keep that layer in float, or "
+            f"take a size that divides {inputs}"
+        )
+    return group_size
 
 
 def _search_activation(name: str, sampled: _Sampled, bits: int, plan: Recipe) -> ActivationQuantizer:

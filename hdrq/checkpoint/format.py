@@ -58,10 +58,24 @@ def codes_spec(qmin: int, qmax: int, shape: tuple[int, ...]) -> Spec:
     return (torch.uint8, ((prod(shape) + 1) // 2,)) if packs(qmin, qmax) else (checks.code_range(qmin, qmax), shape)
 
 
+def scales_shape(name: str, facts: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of the scales, and zero points, of a weight that a manifest describes.
+
+    Raises:
+        TypeError, ValueError: an axis that there is not, or groups that do not divide the weight.
+    """
+    shape, axis = tuple(facts["shape"]), facts["axis"]
+    if facts.get("group_size") is not None:
+        return checks.groups(f"weight of {name}", shape, axis, facts["group_size"])
+    return (1 if axis is None else shape[checks.integer(f"axis of {name}", axis, -len(shape), len(shape) - 1)],)
+
+
 class Reader:
     """A file to read from, in a ``with`` block.
 
-    ``manifest`` has tables ``weights`` (by layer: range, axis, shape, and ``affine`` where it has zero points),
+    ``manifest`` has tables ``weights`` (by layer: range, axis, shape, ``affine`` where it has zero points, and
+    ``group_size`` where neighbours along the last axis share a scale: scales then have the shape
+    ``(…, last / group_size)``),
     ``tied`` (layers whose weight is another's; files of older versions lack it, and hold that weight under both names),
     ``inputs`` (by module: range), ``shared`` (modules whose input quantizer is another's), ``folded``, ``attention``
     (:func:`hdrq.prepare.attention.operand_table`) and ``sha256``, and says how the model was made: ``recipe``,
@@ -265,15 +279,12 @@ def _check(manifest: dict[str, Any], specs: Mapping[str, Spec]) -> None:
     ):
         raise ValueError(f"manifest must have factory and arguments of the architecture, got {architecture!r}")
     for name, facts in manifest["weights"].items():
-        if not (isinstance(facts, dict) and facts.keys() - {"affine"} == {"range", "axis", "shape"}):
+        if not (isinstance(facts, dict) and facts.keys() - {"affine", "group_size"} == {"range", "axis", "shape"}):
             raise ValueError(f"manifest must have range, axis and shape of weight {name!r}, got {facts!r}")
         low, high = _range(name, facts["range"])
         shape = tuple(checks.integer(f"shape of {name}", side, 0, 2**48) for side in facts["shape"])
-        axis = facts["axis"]
-        if axis is not None:
-            axis = checks.integer(f"axis of {name}", axis, -len(shape), len(shape) - 1)
         _expect(specs, f"{name}.weight.codes", *codes_spec(low, high, shape))
-        scales = (1 if axis is None else shape[axis],)
+        scales = scales_shape(name, facts)
         _expect(specs, f"{name}.weight.scale", torch.float32, scales)
         if facts.get("affine"):
             _expect(specs, f"{name}.weight.zero_point", torch.int32, scales)

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from hdrq import checks
 from hdrq.checkpoint.architecture import build
-from hdrq.checkpoint.format import TABLES, Reader, packs
+from hdrq.checkpoint.format import TABLES, Reader, packs, scales_shape
 from hdrq.checkpoint.states import plain_state, state_differences, tensors_of
 from hdrq.checks import listed
 from hdrq.ops.packing import unpack
@@ -92,13 +92,10 @@ def attach(model: nn.Module, manifest: Mapping[str, Any]) -> None:
         if list(layer.weight.shape) != facts["shape"]:
             want = f"the shape of the layer's weight, {tuple(layer.weight.shape)}"
             raise ValueError(f"codes of {name} must have {want}, got {tuple(facts['shape'])}")
-        axis = checks.axis_of(layer.weight, facts["axis"])
-        scale = torch.ones(
-            1 if axis is None else layer.weight.shape[axis], dtype=torch.float32, device=layer.weight.device
-        )
+        scale = torch.ones(scales_shape(name, facts), dtype=torch.float32, device=layer.weight.device)
         zero_point = torch.zeros_like(scale) if facts.get("affine") else None
         qmin, qmax = facts["range"]
-        weight_quantizer = WeightQuantizer(scale, qmin, qmax, facts["axis"], zero_point)
+        weight_quantizer = WeightQuantizer(scale, qmin, qmax, facts["axis"], zero_point, facts.get("group_size"))
         parametrize.register_parametrization(layer, "weight", weight_quantizer)
     owners = quantized_layers(model)
     for name, owner in manifest["tied"].items():

@@ -86,12 +86,15 @@ def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         checks.scale_values(f"{name}.weight.scale", quantizer.scale)
         codes = quantizer.codes(layer.latent)
         tensors[f"{name}.weight.codes"] = pack(codes) if packs(quantizer.qmin, quantizer.qmax) else codes
-        tensors[f"{name}.weight.scale"] = quantizer.scale.detach().flatten()
+        grid = (-1,) if quantizer.group_size is None else (*codes.shape[:-1], codes.shape[-1] // quantizer.group_size)
+        tensors[f"{name}.weight.scale"] = quantizer.scale.detach().reshape(grid)
         bounds = [quantizer.qmin, quantizer.qmax]
         weights[name] = {"range": bounds, "axis": quantizer.axis, "shape": list(codes.shape)}
         if quantizer.zero_point is not None:
-            tensors[f"{name}.weight.zero_point"] = quantizer.zero_point.to(torch.int32).flatten()
+            tensors[f"{name}.weight.zero_point"] = quantizer.zero_point.to(torch.int32).reshape(grid)
             weights[name]["affine"] = True
+        if quantizer.group_size is not None:
+            weights[name]["group_size"] = quantizer.group_size
     for name, activation in input_quantizers(model).items():
         tensors[f"{name}.input.scale"] = activation.scale.detach().flatten()
         inputs[name] = [activation.qmin, activation.qmax]

@@ -64,6 +64,7 @@ def description(source: Source, any_bits: bool) -> dict[str, Any]:
     for name, weight in weights.items():
         facts[f"{name}: weight shape"] = tuple(weight["shape"])
         facts[f"{name}: weight axis"] = weight["axis"]
+        facts[f"{name}: weight group_size"] = weight.get("group_size")
         if not any_bits:
             facts[f"{name}: weight range"] = tuple(weight["range"])
     for name, (qmin, qmax) in source.manifest["inputs"].items():

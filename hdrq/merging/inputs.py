@@ -56,13 +56,17 @@ class Inputs:
         return [value if self.device is None else value.to(self.device) for value in values]
 
     def layer(self, name: str) -> LayerInputs:
-        """The quantized weight of one layer, of every model."""
+        """The quantized weight of one layer, of every model. Groups are rows there, each with its own scale."""
         facts = self.sources[0].manifest["weights"][name]
         codes, scales = (self.tensor(f"{name}.weight.{part}") for part in ("codes", "scale"))
         zeros = [z.float() for z in self.tensor(f"{name}.weight.zero_point")] if facts.get("affine") else None
         ranges = [tuple(source.manifest["weights"][name]["range"]) for source in self.sources]
-        grid = (codes, scales, zeros, ranges, *self.ranges[name], facts["axis"])
-        return LayerInputs(name, self.layers.index(name), *grid, facts["shape"])
+        axis, shape = facts["axis"], facts["shape"]
+        if facts.get("group_size") is not None:
+            axis, shape = 0, (scales[0].numel(), facts["group_size"])
+            codes = [c if c.dtype == torch.uint8 else c.view(shape) for c in codes]
+        grid = (codes, scales, zeros, ranges, *self.ranges[name], axis)
+        return LayerInputs(name, self.layers.index(name), *grid, shape)
 
     def mean(self, name: str) -> torch.Tensor:
         """The weighted mean of a floating-point tensor, in its dtype; the first model's where it holds integers.

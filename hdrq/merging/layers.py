@@ -19,7 +19,7 @@ from hdrq.rng import rng_state
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """A layer's quantized weight in every model, and the range of the merged one."""
+    """A layer's quantized weight in every model, and the merged range; groups that share a scale are rows."""
 
     name: str
     index: int  # in the order of names, which chooses the random stream

@@ -40,7 +40,7 @@ def merged_tensors(
         for part, value in parts.items():
             if f"{name}.weight.{part}" in rest:  # not every layer has zero points
                 del rest[f"{name}.weight.{part}"]
-                yield f"{name}.weight.{part}", value
+                yield f"{name}.weight.{part}", value.view(inputs.specs[f"{name}.weight.{part}"][1])
     for name in rest:
         yield name, inputs.mean(name)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._C._functorch import peek_interpreter_stack
 
+from hdrq import checks
 from hdrq.backends.dispatch import forced, forcing
 
 _LIBRARY = torch.library.Library("hdrq", "DEF")
@@ -87,6 +88,23 @@ def as_shape(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def flat(values: torch.Tensor | None) -> torch.Tensor | None:
     """A small tensor as backends take it by its address: of one dimension, each value beside the last."""
     return None if values is None else values.flatten().contiguous()
+
+
+def grouped(
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    axis: int | None,
+    group_size: int | None,
+) -> tuple[torch.Tensor, int | None]:
+    """``x`` itself, or its groups of ``group_size`` neighbours as rows, and the axis along which scales then vary."""
+    if group_size is None or not isinstance(x, torch.Tensor):
+        return x, axis
+    shape = checks.groups("x", x.shape, axis, group_size)
+    for name, value in (("scale", scale), ("zero_point", zero_point)):
+        if value is not None:
+            checks.per_group(name, value, shape, group_size)
+    return x.reshape(-1, group_size), 0
 
 
 def watched() -> bool:

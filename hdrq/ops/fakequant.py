@@ -6,7 +6,7 @@ import torch
 
 from hdrq import checks
 from hdrq.backends.dispatch import implementation
-from hdrq.ops._library import as_shape, as_type, differentiable, flat, not_differentiable, register
+from hdrq.ops._library import as_shape, as_type, differentiable, flat, grouped, not_differentiable, register
 from hdrq.rng import KEEP_ALL
 
 ROUNDINGS = ("quotient", "reciprocal", "shifted")
@@ -22,6 +22,7 @@ def fake_quantize(
     *,
     zero_point: torch.Tensor | None = None,
     axis: int | None = None,
+    group_size: int | None = None,
     grad_scale: float = 1.0,
     keep: float = 1.0,
     rng: torch.Tensor | None = None,
@@ -59,6 +60,8 @@ def fake_quantize(
         zero_point: integer-valued float32, shaped as ``scale``; None for 0. One that learns is rounded before it comes
             here, by a rounding that passes gradients through.
         axis: the axis along which ``scale`` and ``zero_point`` vary; None for one of each.
+        group_size: neighbours along the last axis that share a scale and a zero point, of which there is then one for
+            each such group, ``(*x.shape[:-1], x.shape[-1] / group_size)``; None for no groups.
         grad_scale: factor on the gradients of ``scale`` and ``zero_point``; LSQ uses ``1/sqrt(numel·qmax)``.
         keep: probability in [0, 1] that an element is quantized.
         rng: :func:`hdrq.rng_state`, on the device of x; needed where keep < 1.
@@ -81,7 +84,9 @@ def fake_quantize(
         (tensor([0.5000, 1.0000, 1.5000]), tensor([1., 1., 0.]))
     """
     threshold = checks.keep_threshold("keep", keep)
-    return _forward_op(x, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold, rounding, gradient)
+    rows, axis = grouped(x, scale, zero_point, axis, group_size)
+    y = _forward_op(rows, scale, qmin, qmax, zero_point, axis, grad_scale, rng, threshold, rounding, gradient)
+    return y if rows is x else y.view(x.shape)
 
 
 def quantize(
@@ -92,6 +97,7 @@ def quantize(
     *,
     zero_point: torch.Tensor | None = None,
     axis: int | None = None,
+    group_size: int | None = None,
 ) -> torch.Tensor:
     """The integer codes ``q = clamp(round_half_even(x/scale) + z, qmin, qmax)``.
 
@@ -104,11 +110,12 @@ def quantize(
     Raises:
         ValueError: x holds a NaN, or the range does not fit int16; and as :func:`fake_quantize`.
     """
-    _check(x, scale, qmin, qmax, zero_point, axis)
-    codes, nan = _quantize_op(x, scale, qmin, qmax, zero_point, axis)
+    rows, axis = grouped(x, scale, zero_point, axis, group_size)
+    _check(rows, scale, qmin, qmax, zero_point, axis)
+    codes, nan = _quantize_op(rows, scale, qmin, qmax, zero_point, axis)
     if not torch.compiler.is_compiling() and (count := int(nan)):
         raise ValueError(f"x must hold no NaN to be quantized to integers, got {count} of {x.numel()} elements NaN")
-    return codes
+    return codes if rows is x else codes.view(x.shape)
 
 
 def dequantize(
@@ -117,18 +124,21 @@ def dequantize(
     *,
     zero_point: torch.Tensor | None = None,
     axis: int | None = None,
+    group_size: int | None = None,
 ) -> torch.Tensor:
     """The values of integer codes, ``y = (q − z)·scale``, float32. No gradient.
 
     Args:
         codes: int8 or int16, any shape and strides.
-        scale, zero_point, axis: as :func:`fake_quantize`.
+        scale, zero_point, axis, group_size: as :func:`fake_quantize`.
 
     Raises:
         TypeError, ValueError: "X must be …, got …".
     """
-    _check_codes(codes, scale, zero_point, axis)
-    return _dequantize_op(codes, scale, zero_point, axis)
+    rows, axis = grouped(codes, scale, zero_point, axis, group_size)
+    _check_codes(rows, scale, zero_point, axis)
+    y = _dequantize_op(rows, scale, zero_point, axis)
+    return y if rows is codes else y.view(codes.shape)
 
 
 def _check(x, scale, qmin, qmax, zero_point, axis) -> int | None:

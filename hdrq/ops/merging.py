@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ def merge(
     draws: int | None = None,
     noise: str | None = None,
     axis: int | None = None,
+    group_size: int | None = None,
     select: str | None = None,
     mode: str | None = None,
     zero_points: Sequence[torch.Tensor] | None = None,
@@ -93,6 +95,8 @@ def merge(
             ``c = Σ λ_k·J_k`` is nearer to a tie than to an integer, ``abs(c − floor(c) − ½) < ¼``: for two tensors of
             equal weight, where the sum of the integers is odd.
         axis: the axis along which the scales vary.
+        group_size: neighbours along the last axis that share a scale and a zero point, of which there is then one for
+            each such group, ``(*shape[:-1], shape[-1] / group_size)``; None for no groups.
         select: the first draw of the greatest smallest (``"min-cosine"``, also None) or mean (``"mean-cosine"``)
             cosine; the ``"first"``; or the released code's rule (``"official"``): a draw replaces the one kept so far
             if all cosines rise. Cosines within 1e-6 of each other are equal.
@@ -124,6 +128,10 @@ def merge(
             raise ValueError("shape must be given with packed codes, got None")
         checks.tensor("codes[0]", codes[0], checks.CODES)
         shape = codes[0].shape
+    whole = torch.Size(shape)
+    if group_size is not None:
+        grid = checks.groups("codes", whole, axis, group_size)
+        codes, shape, axis = _rows(codes, scales, zeros, whole, grid, group_size), (math.prod(grid), group_size), 0
     flat = [bound for each in ranges for bound in each]
     tensors = (codes, scales, zeros, flat, qmin, qmax, rng, lam)
     if rule == "noise":
@@ -131,12 +139,23 @@ def merge(
         rest = (*chosen[:2], axis, *chosen[2:], list(shape), packed)
         _check(*tensors, *rest)
         merged, scale, zero_point, similarity, draw = _merge_op(*tensors, *rest)
-        return MergedTensor(merged, scale, similarity, draw, zero_point)
-    near = 0.0 if rule == "half-even" else TAU if tau is None else tau
-    _check_systematic(*tensors, near, axis, list(shape), packed)
-    merged, scale, zero_point = _systematic_op(*tensors, near, axis, list(shape), packed)
-    similarity = scale.new_empty((0, count), dtype=torch.float64)
-    return MergedTensor(merged, scale, similarity, scale.new_zeros((), dtype=torch.int64), zero_point)
+    else:
+        near = 0.0 if rule == "half-even" else TAU if tau is None else tau
+        _check_systematic(*tensors, near, axis, list(shape), packed)
+        merged, scale, zero_point = _systematic_op(*tensors, near, axis, list(shape), packed)
+        similarity, draw = scale.new_empty((0, count), dtype=torch.float64), scale.new_zeros((), dtype=torch.int64)
+    if group_size is not None:
+        merged, scale, zero_point = merged if packed else merged.view(whole), scale.view(grid), zero_point.view(grid)
+    return MergedTensor(merged, scale, similarity, draw, zero_point)
+
+
+def _rows(codes, scales, zero_points, shape, grid, group_size) -> list[torch.Tensor]:
+    """Codes with groups of neighbours as rows; packed codes lie in memory as they do."""
+    for k, code in enumerate(codes):
+        checks.tensor(f"codes[{k}]", code, (*checks.CODES, torch.uint8))
+        checks.per_group(f"scales[{k}]", scales[k], grid, group_size)
+        checks.per_group(f"zero_points[{k}]", zero_points[k], grid, group_size)
+    return [c.reshape(-1, group_size) if c.shape == shape and c.dtype != torch.uint8 else c for c in codes]
 
 
 def rule_of(rule: str | None, tau: float | None, drawing: dict[str, Any], rules: tuple[str, ...] = RULES) -> str:

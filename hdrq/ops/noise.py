@@ -6,7 +6,7 @@ import torch
 
 from hdrq import checks
 from hdrq.backends.dispatch import implementation
-from hdrq.ops._library import as_shape, as_type, differentiable, flat, not_differentiable, register
+from hdrq.ops._library import as_shape, as_type, differentiable, flat, grouped, not_differentiable, register
 from hdrq.rng import KEEP_ALL
 
 NO_VMAP = "an element's place in the whole tensor decides its noise; pass the whole batch as one tensor"
@@ -21,6 +21,7 @@ def noise_quantize(
     *,
     noise: str = "uniform",
     axis: int | None = None,
+    group_size: int | None = None,
     grad_scale: float = 1.0,
     keep: float = 1.0,
 ) -> torch.Tensor:
@@ -46,6 +47,7 @@ def noise_quantize(
         qmin, qmax: the integer range.
         rng: :func:`hdrq.rng_state`, on the device of x.
         axis: the axis along which ``scale`` varies; None for one scale. An empirical histogram is one for the tensor.
+        group_size: neighbours along the last axis that share a scale, as :func:`fake_quantize` has it.
         grad_scale: factor on the gradient of ``scale``; LSQ uses ``1/sqrt(numel·qmax)``.
         keep: probability in [0, 1] that an element is quantized.
 
@@ -67,11 +69,13 @@ def noise_quantize(
     """
     checks.choice("noise", noise, ("uniform", "empirical"))
     threshold = checks.keep_threshold("keep", keep)
+    rows, axis = grouped(x, scale, None, axis, group_size)
     cumulative = None
     if noise == "empirical":
-        _check_random(x, scale, qmin, qmax, rng, None, axis, grad_scale, threshold)
-        cumulative = _error_histogram_op(x.detach(), scale.detach(), qmin, qmax, axis)
-    return _forward_op(x, scale, qmin, qmax, rng, cumulative, axis, grad_scale, threshold)
+        _check_random(rows, scale, qmin, qmax, rng, None, axis, grad_scale, threshold)
+        cumulative = _error_histogram_op(rows.detach(), scale.detach(), qmin, qmax, axis)
+    y = _forward_op(rows, scale, qmin, qmax, rng, cumulative, axis, grad_scale, threshold)
+    return y if rows is x else y.view(x.shape)
 
 
 def _check(x, scale, qmin, qmax, axis) -> int | None:

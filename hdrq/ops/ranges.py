@@ -10,7 +10,7 @@ import torch
 
 from hdrq import checks
 from hdrq.backends.dispatch import implementation
-from hdrq.ops._library import not_differentiable, register
+from hdrq.ops._library import grouped, not_differentiable, register
 
 SMALLEST, LARGEST = 2.0**-126, torch.finfo(torch.float32).max  # a scale is a normal float32
 BINS = 2**16  # of the largest table that stands for a row
@@ -24,7 +24,14 @@ ROOM = 2**22  # candidates, or bins, that are in memory at a time
 
 
 def search_scale(
-    x: torch.Tensor, qmin: int, qmax: int, *, norm: float = 2.4, candidates: int = 100, axis: int | None = None
+    x: torch.Tensor,
+    qmin: int,
+    qmax: int,
+    *,
+    norm: float = 2.4,
+    candidates: int = 100,
+    axis: int | None = None,
+    group_size: int | None = None,
 ) -> torch.Tensor:
     """The scale whose quantization error is least in the L_p sense, over evenly spaced clip thresholds.
 
@@ -39,21 +46,32 @@ def search_scale(
         norm: the exponent p, over 0.
         candidates: how many thresholds, at least 1.
         axis: the axis along which a scale of its own is sought for each element; None for one scale.
+        group_size: neighbours along the last axis for which a scale of their own is sought; None for no groups.
 
     Returns:
-        float32, one element or ``x.shape[axis]`` elements, positive and finite: 1 where x is all zero or empty.
+        float32, one element, ``x.shape[axis]`` elements, or with groups ``(*x.shape[:-1], x.shape[-1] / group_size)``,
+        positive and finite: 1 where x is all zero or empty.
 
     Raises:
         TypeError, ValueError: "X must be …, got …"; x not finite (on a CPU).
 
     Source: BRECQ (Li et al., ICLR 2021) and the released code of HDRQ, which take p = 2.4 over 100 thresholds.
     """
-    _check(x, qmin, qmax, norm, candidates, axis)
-    return _search_op(x.detach(), qmin, qmax, norm, candidates, axis)
+    rows, axis = grouped(x, None, None, axis, group_size)
+    _check(rows, qmin, qmax, norm, candidates, axis)
+    scale = _search_op(rows.detach(), qmin, qmax, norm, candidates, axis)
+    return scale if group_size is None else scale.view(*x.shape[:-1], x.shape[-1] // group_size)
 
 
 def search_affine(
-    x: torch.Tensor, qmin: int, qmax: int, *, norm: float = 2.4, candidates: int = 100, axis: int | None = None
+    x: torch.Tensor,
+    qmin: int,
+    qmax: int,
+    *,
+    norm: float = 2.4,
+    candidates: int = 100,
+    axis: int | None = None,
+    group_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale and zero point whose quantization error is least in the L_p sense.
 
@@ -65,11 +83,16 @@ def search_affine(
     Arguments, errors and source as :func:`search_scale`.
 
     Returns:
-        ``(scale, zero_point)``, float32, each one element or ``x.shape[axis]`` elements: a scale is positive and
-        finite, a zero point an integer in [qmin, qmax]; where x is all zero or empty, 1 and the one next to 0.
+        ``(scale, zero_point)``, float32, each shaped as there: a scale is positive and finite, a zero point an integer
+        in [qmin, qmax]; where x is all zero or empty, 1 and the one next to 0.
     """
-    _check(x, qmin, qmax, norm, candidates, axis)
-    return _affine_op(x.detach(), qmin, qmax, norm, candidates, axis)
+    rows, axis = grouped(x, None, None, axis, group_size)
+    _check(rows, qmin, qmax, norm, candidates, axis)
+    scale, zero_point = _affine_op(rows.detach(), qmin, qmax, norm, candidates, axis)
+    if group_size is None:
+        return scale, zero_point
+    shape = (*x.shape[:-1], x.shape[-1] // group_size)
+    return scale.view(shape), zero_point.view(shape)
 
 
 def _check(x, qmin, qmax, norm, candidates, axis) -> int | None:

@@ -7,7 +7,7 @@ import torch
 from hdrq import checks
 from hdrq.backends.dispatch import implementation
 from hdrq.backends.eager import per_element
-from hdrq.ops._library import differentiable, flat, not_differentiable, register
+from hdrq.ops._library import differentiable, flat, grouped, not_differentiable, register
 from hdrq.ops.fakequant import NO_VMAP
 
 CLOSEST = 2**-10  # of a starting h to 0 and 1, where its gradient ends
@@ -22,6 +22,7 @@ def adaround(
     *,
     zero_point: torch.Tensor | None = None,
     axis: int | None = None,
+    group_size: int | None = None,
     hard: bool = False,
 ) -> torch.Tensor:
     """Round each element up or down, as α says: softly while α is learned, hard at the end.
@@ -43,6 +44,7 @@ def adaround(
         qmin, qmax: the integer range.
         zero_point: integer-valued float32, shaped as ``scale``; None for 0.
         axis: the axis along which ``scale`` and ``zero_point`` vary; None for one of each.
+        group_size: neighbours along the last axis that share them, as :func:`fake_quantize` has it.
         hard: round by the sign of α.
 
     Returns:
@@ -54,9 +56,12 @@ def adaround(
 
     Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020.
     """
-    _check(x, scale, alpha, qmin, qmax, None, axis, zero_point)
+    rows, axis = grouped(x, scale, zero_point, axis, group_size)
+    alpha = _like(rows, x, alpha)
+    _check(rows, scale, alpha, qmin, qmax, None, axis, zero_point)
     hard = checks.choice("hard", hard, (False, True))
-    return _forward_op(x, scale, alpha, qmin, qmax, None, axis, hard, zero_point)[0]
+    y, _ = _forward_op(rows, scale, alpha, qmin, qmax, None, axis, hard, zero_point)
+    return y if rows is x else y.view(x.shape)
 
 
 def adaround_regularized(
@@ -69,6 +74,7 @@ def adaround_regularized(
     *,
     zero_point: torch.Tensor | None = None,
     axis: int | None = None,
+    group_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`adaround`, and in the same pass the penalty that drives every h to 0 or 1, ``Σ (1 − |2h − 1|^β)``.
 
@@ -77,7 +83,7 @@ def adaround_regularized(
     Args:
         beta: at least 1; annealed from 20 to 2 as a rule. A float, or a float32 tensor of one element on the device of
             x, whose value is not checked off the CPU: it can be annealed inside a captured CUDA graph.
-        x, scale, alpha, qmin, qmax, zero_point, axis: as :func:`adaround`.
+        x, scale, alpha, qmin, qmax, zero_point, axis, group_size: as :func:`adaround`.
 
     Returns:
         y, and the penalty: float32, zero-dimensional, within 1e-6 of a float64 sum.
@@ -85,25 +91,38 @@ def adaround_regularized(
     if not isinstance(beta, torch.Tensor):
         checks.tensor("x", x, checks.FLOATS)
         beta = torch.full((), checks.real("beta", beta, 1.0), dtype=torch.float32, device=x.device)
-    _check(x, scale, alpha, qmin, qmax, beta, axis, zero_point)
-    y, penalty = _forward_op(x, scale, alpha, qmin, qmax, beta, axis, False, zero_point)
-    return y, penalty
+    rows, axis = grouped(x, scale, zero_point, axis, group_size)
+    alpha = _like(rows, x, alpha)
+    _check(rows, scale, alpha, qmin, qmax, beta, axis, zero_point)
+    y, penalty = _forward_op(rows, scale, alpha, qmin, qmax, beta, axis, False, zero_point)
+    return (y if rows is x else y.view(x.shape)), penalty
 
 
-def adaround_init(x: torch.Tensor, scale: torch.Tensor, *, axis: int | None = None) -> torch.Tensor:
+def adaround_init(
+    x: torch.Tensor, scale: torch.Tensor, *, axis: int | None = None, group_size: int | None = None
+) -> torch.Tensor:
     """The α with which soft rounding starts at x itself: ``h(α) = x/s − floor(x/s)``, float32, shaped as x.
 
     h stays 2⁻¹⁰ away from 0 and 1: beyond them α has no gradient, and could never be learned. At a tie h is
     2⁻¹⁰ away from ½, on the side of the even integer: hard rounding at the start is rounding to nearest, ties to even.
     """
     checks.tensor("x", x, checks.FLOATS)
-    axis = checks.axis_of(x, axis)
-    checks.per_axis("scale", scale, x, axis)
+    rows, axis = grouped(x, scale, None, axis, group_size)
+    axis = checks.axis_of(rows, axis)
+    checks.per_axis("scale", scale, rows, axis)
     checks.scale_values("scale", scale)
-    v = x.detach().float() / per_element(scale.detach(), x.ndim, axis)
+    v = rows.detach().float() / per_element(scale.detach().flatten(), rows.ndim, axis)
     h = (v - v.floor()).clamp(CLOSEST, 1 - CLOSEST)
     h = torch.where(h == 0.5, 0.5 + CLOSEST * (v.round() - v).sign(), h)
-    return -torch.log(1.2 / (h + 0.1) - 1)
+    return -torch.log(1.2 / (h + 0.1) - 1).view(x.shape)
+
+
+def _like(rows: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """α of x as that of its rows."""
+    if rows is x or not isinstance(alpha, torch.Tensor):
+        return alpha
+    checks.same_shape("alpha", alpha, "x", x)
+    return alpha.reshape(rows.shape)
 
 
 def _check(x, scale, alpha, qmin, qmax, beta, axis, zero_point) -> int | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from hdrq import checks
 from hdrq.backends.dispatch import implementation
-from hdrq.ops._library import differentiable, flat, not_differentiable, register
+from hdrq.ops._library import differentiable, flat, grouped, not_differentiable, register
 from hdrq.ops.noise import NO_VMAP, _error_histogram_op
 
 
@@ -22,6 +23,7 @@ def quantize_weights(
     rngs: Sequence[torch.Tensor] | None = None,
     noise: str = "uniform",
     axis: int | None = None,
+    group_size: int | None = None,
     grad_scales: Sequence[float] | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """What one step of a reconstruction does with its weights: quantize each, and say how far each is from its source.
@@ -42,6 +44,7 @@ def quantize_weights(
         rngs: as many random states, :func:`hdrq.rng_state`; None to round.
         noise: ``"uniform"`` or ``"empirical"``, where rngs are given.
         axis: the axis along which every scale varies.
+        group_size: neighbours along the last axis that share a scale, as :func:`fake_quantize` has it.
         grad_scales: as many factors on the gradients of the scales; None for LSQ's ``1/sqrt(numel·qmax)``.
 
     Returns:
@@ -53,6 +56,14 @@ def quantize_weights(
     Source: HDRQ (Shin et al., ICML 2025), Eq. 8-9 and Section 4.2; LSQ (Esser et al., ICLR 2020).
     """
     checks.choice("noise", noise, ("uniform", "empirical"))
+    if group_size is not None and len(scales) == len(weights):
+        given: dict[str, Any] = {"rngs": rngs, "noise": noise, "grad_scales": grad_scales}
+        rows = [grouped(w, s, None, axis, group_size)[0] for w, s in zip(weights, scales, strict=True)]
+        if sources is not None:
+            pairs = zip(sources, weights, strict=False)
+            sources = [s.reshape(-1, group_size) if s.shape == w.shape else s for s, w in pairs]
+        results, distances = quantize_weights(rows, scales, ranges, sources=sources, axis=0, **given)
+        return [y.view(w.shape) for y, w in zip(results, weights, strict=True)], distances
     qmins, qmaxs = [low for low, _ in ranges], [high for _, high in ranges]
     if grad_scales is None:
         sizes = zip(weights, qmaxs, strict=False)

@@ -6,6 +6,7 @@ anywhere. Used by :mod:`hdrq.parity`.
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Callable
@@ -34,6 +35,7 @@ class Draw:
         self.random = random.Random(f"{op} {seed} {number}")
         self.generator = torch.Generator().manual_seed(self.random.getrandbits(63))
         self.largest = LARGE if number % 2 else SMALL
+        self.grouping = random.Random(f"{op} {seed} {number} groups")
 
     def chance(self, p: float) -> bool:
         return self.random.random() < p
@@ -53,6 +55,13 @@ class Draw:
 
     def axis(self, shape: tuple[int, ...]) -> int | None:
         return self.random.randrange(-len(shape), len(shape)) if shape and self.chance(0.6) else None
+
+    def group_size(self, *lengths: int) -> int | None:
+        """Sometimes a size of groups, which divides the last axis of tensors of these lengths there."""
+        common = math.gcd(*lengths)
+        if common < 2 or self.grouping.random() > 0.25:
+            return None
+        return self.grouping.choice([size for size in range(1, common + 1) if common % size == 0])
 
     def dtype(self) -> torch.dtype:
         return self.choice(*checks.FLOATS)
@@ -94,9 +103,10 @@ class Draw:
     def grid(self, *, nan: bool = True) -> dict[str, Any]:
         """``x`` and what quantizes it: many elements inside the range, some outside, ties, extremes."""
         shape, (qmin, qmax) = self.shape(), self.quant_range()
-        axis = self.axis(shape)
+        axis, group_size = self.axis(shape), self.group_size(*shape[-1:])
+        axis = axis if group_size is None else None
         step = 2.0 ** self.random.randint(-12, 2)
-        scale = (1 + torch.rand(1 if axis is None else shape[axis], generator=self.generator)) * step
+        scale = (1 + torch.rand(scales_shape(shape, axis, group_size), generator=self.generator)) * step
         if ties := self.chance(0.4):
             scale[:] = step
         reach = (qmax - qmin) * self.choice(0.2, 0.6) * step
@@ -111,7 +121,8 @@ class Draw:
             return x.to(kind)
 
         special, kind = self.chance(0.4), self.dtype()
-        return {"x": self.laid_out(shape, fill), "scale": scale, "qmin": qmin, "qmax": qmax, "axis": axis}
+        along = {"axis": axis, "group_size": group_size}
+        return {"x": self.laid_out(shape, fill), "scale": scale, "qmin": qmin, "qmax": qmax} | along
 
     def zero_point(self, grid: dict[str, Any]) -> torch.Tensor | None:
         low, high = max(grid["qmin"], -100), min(grid["qmax"], 100)
@@ -122,6 +133,20 @@ class Draw:
         """A grid with an upstream gradient and a factor on the scale's."""
         x = grid["x"]
         return grid | {"grad": self.normal(tuple(x.shape), x.dtype), "grad_scale": self.choice(1.0, 0.03)}
+
+
+def scales_shape(shape: tuple[int, ...], axis: int | None, group_size: int | None) -> tuple[int, ...]:
+    """The shape of the scales of a tensor."""
+    if group_size is not None:
+        return checks.groups("x", shape, axis, group_size)
+    return (1 if axis is None else shape[axis],)
+
+
+def sum_of_scales(values: torch.Tensor, axis: int | None, group_size: int | None) -> torch.Tensor:
+    """The sum over the elements of each scale."""
+    if group_size is not None:
+        return values.unflatten(-1, (-1, group_size)).sum(-1)
+    return sum_but(values, checks.axis_of(values, axis))
 
 
 @dataclass(frozen=True)
@@ -150,17 +175,18 @@ def terms(op: str, leaf: str = "scale") -> Close:
     """The gradient of a leaf: a sum, whose terms appear when the reference gives each element a scale of its own."""
 
     def magnitude(arguments: dict[str, Any], want: torch.Tensor) -> torch.Tensor:
-        x, axis = arguments["x"], arguments["axis"]
-        axis = checks.axis_of(x, axis)
+        x, axis, group_size = (arguments[name] for name in ("x", "axis", "group_size"))
         flat = dict(arguments)
         for name, value in arguments.items():
-            if name in ("scale", "zero_point") and value is not None:
-                flat[name] = per_element(value, x.ndim, axis).expand(x.shape).flatten()
+            if name in ("scale", "zero_point") and value is not None and group_size is not None:
+                flat[name] = value.flatten().repeat_interleave(group_size)
+            elif name in ("scale", "zero_point") and value is not None:
+                flat[name] = per_element(value, x.ndim, checks.axis_of(x, axis)).expand(x.shape).flatten()
             elif isinstance(value, torch.Tensor) and value.shape == x.shape:
                 flat[name] = value.flatten()
         with use_backend("reference"):
-            parts = run(op, flat | {"axis": 0})[f"grad {leaf}"]
-        return sum_but(parts.abs().reshape(x.shape), axis).reshape(want.shape)
+            parts = run(op, flat | {"axis": 0, "group_size": None})[f"grad {leaf}"]
+        return sum_of_scales(parts.abs().reshape(x.shape), axis, group_size).reshape(want.shape)
 
     return Close(magnitude)
 
@@ -231,17 +257,18 @@ def block(draw: Draw) -> dict[str, Any]:
     count, dtype, rows = draw.random.randint(1, 3), draw.dtype(), draw.random.randint(1, 9)
     shapes = [(rows, *draw.shape()) for _ in range(count)]
     axis, ranges = draw.choice(None, 0), [draw.quant_range() for _ in shapes]
-    lengths = [1 if axis is None else rows] * count
+    group_size = draw.group_size(*(shape[-1] for shape in shapes))
+    axis = axis if group_size is None else None
+    sizes = [scales_shape(shape, axis, group_size) for shape in shapes]
     return {
         "weights": [draw.normal(shape, dtype) for shape in shapes],
-        "scales": [
-            (1 + torch.rand(n, generator=draw.generator)) / h for n, (_, h) in zip(lengths, ranges, strict=True)
-        ],
+        "scales": [(1 + torch.rand(n, generator=draw.generator)) / h for n, (_, h) in zip(sizes, ranges, strict=True)],
         "ranges": ranges,
         "sources": [draw.normal(shape, dtype) for shape in shapes] if draw.chance(0.7) else None,
         "rngs": [draw.rng() for _ in shapes] if draw.chance(0.7) else None,
         "noise": draw.choice("uniform", "empirical"),
         "axis": axis,
+        "group_size": group_size,
     }
 
 
@@ -262,7 +289,11 @@ def searched(draw: Draw) -> dict[str, Any]:
     axis = draw.axis(shape)
     if axis is not None and shape[axis] > 8:  # an interpreter takes milliseconds for a row and a candidate
         axis = None
+    group_size = draw.group_size(*shape[-1:]) if len(shape) == 1 else None
+    if group_size is not None:
+        axis, group_size = None, max(group_size, shape[-1] // 4 if shape[-1] % 4 == 0 else shape[-1])
     options = {"norm": draw.choice(2.4, 2.0, 1.0), "candidates": draw.choice(20, 100), "axis": axis}
+    options |= {"group_size": group_size}
     return {"x": x, "qmin": qmin, "qmax": qmax} | options
 
 
@@ -273,15 +304,15 @@ def searched_affine(draw: Draw) -> dict[str, Any]:
     return searched(draw) | {"qmin": qmin, "qmax": qmax, "candidates": draw.choice(1, 3, 10)}
 
 
-def search_error(x, qmin, qmax, axis, affine=False, **options) -> dict[str, torch.Tensor]:
+def search_error(x, qmin, qmax, axis, group_size, affine=False, **options) -> dict[str, torch.Tensor]:
     """The error that the scale found leaves: scales of equal error may differ."""
     search = ops.search_affine if affine else ops.search_scale
-    found = search(x, qmin, qmax, axis=axis, **options)
+    found = search(x, qmin, qmax, axis=axis, group_size=group_size, **options)
     scale, zero_point = (t.cpu() for t in found) if isinstance(found, tuple) else (found.cpu(), None)
     x = x.cpu().float()
     with use_backend("reference"):
-        y = ops.fake_quantize(x, scale, qmin, qmax, zero_point=zero_point, axis=axis)
-    return {"error": sum_but((y - x).double().abs() ** options["norm"], checks.axis_of(x, axis))}
+        y = ops.fake_quantize(x, scale, qmin, qmax, zero_point=zero_point, axis=axis, group_size=group_size)
+    return {"error": sum_of_scales((y - x).double().abs() ** options["norm"], axis, group_size)}
 
 
 def merged(draw: Draw) -> dict[str, Any]:
@@ -290,16 +321,19 @@ def merged(draw: Draw) -> dict[str, Any]:
     shape, (qmin, qmax) = draw.shape(), draw.choice((-8, 7), (0, 15), (-2, 1)) if packed else draw.quant_range()
     axis, mode = draw.axis(shape), draw.choice("exact", "fast")
     models = draw.random.randint(2, 4)
-    length = 1 if axis is None else shape[axis]
-    scales = [torch.rand(length, generator=draw.generator) + 0.5 for _ in range(models)]
+    group_size = draw.group_size(*shape[-1:])
+    axis = axis if group_size is None else None
+    size = scales_shape(shape, axis, group_size)
+    scales = [torch.rand(size, generator=draw.generator) + 0.5 for _ in range(models)]
     raw = torch.rand(models, generator=draw.generator) + 0.1
-    zeros = [torch.randint(qmin, qmax + 1, (length,), generator=draw.generator).float() for _ in range(models)]
+    zeros = [torch.randint(qmin, qmax + 1, size, generator=draw.generator).float() for _ in range(models)]
     codes = [draw.codes(shape, qmin, qmax, checks.code_range(qmin, qmax)) for _ in range(models)]
     options = {
         "weights": draw.choice(None, tuple((raw / raw.sum()).double().tolist())),
         "draws": draw.random.randint(1, 4),
         "noise": draw.choice("all", "odd", "none"),
         "axis": axis,
+        "group_size": group_size,
         "mode": mode,
         "zero_points": draw.choice(None, zeros),
         "shape": shape,

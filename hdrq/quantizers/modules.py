@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -41,10 +41,11 @@ class Quantizer(nn.Module):
     """A scale, learned with LSQ's gradient factor, an integer range, and the random stream of its noise.
 
     Args:
-        scale: float32, one element, or one for each index of ``axis``.
+        scale: float32, one element, one for each index of ``axis``, or one for each group, ``(…, last / group_size)``.
         qmin, qmax: the integer range.
         axis: the axis along which ``scale`` varies; None for one scale.
         zero_point: integers in float32, as many as scales; None for 0.
+        group_size: neighbours along the last axis that share a scale; None for no groups.
     """
 
     keep = 1.0  # the probability that an element is quantized
@@ -57,12 +58,13 @@ class Quantizer(nn.Module):
         qmax: int,
         axis: int | None = None,
         zero_point: torch.Tensor | None = None,
+        group_size: int | None = None,
     ) -> None:
         super().__init__()
         checks.quant_range(qmin, qmax)
         self.scale = nn.Parameter(scale)
         self.register_buffer("zero_point", zero_point)
-        self.qmin, self.qmax, self.axis = qmin, qmax, axis
+        self.qmin, self.qmax, self.axis, self.group_size = qmin, qmax, axis, group_size
         self.mode = "round"
         self.noise = "uniform"
         self.rng = rng_state(0)
@@ -72,15 +74,22 @@ class Quantizer(nn.Module):
         if self.mode == "float":
             return x
         grid = (x, self.scale, self.qmin, self.qmax)
-        factor = self._gradient_factor(x)
+        where: Any = {**self.where, "grad_scale": self._gradient_factor(x), "keep": self.keep}
         if self.mode == "noise":
-            return ops.noise_quantize(
-                *grid, self.rng, noise=self.noise, axis=self.axis, grad_scale=factor, keep=self.keep
-            )
+            return ops.noise_quantize(*grid, self.rng, noise=self.noise, **where)
         rng = self.rng if self.keep < 1 else None  # it lies where a learner put it, not where the module went
-        return ops.fake_quantize(
-            *grid, zero_point=self.zero_point, axis=self.axis, grad_scale=factor, keep=self.keep, rng=rng
-        )
+        return ops.fake_quantize(*grid, zero_point=self.zero_point, rng=rng, **where)
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """Along what scales vary, as ops take it."""
+        return {"axis": self.axis, "group_size": self.group_size}
+
+    def broadcast(self, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """One number for each scale, in a shape that broadcasts over ``x``."""
+        if self.group_size is None:
+            return per_element(values, x.ndim, checks.axis_of(x, self.axis))
+        return values.reshape(*x.shape[:-1], x.shape[-1] // self.group_size).repeat_interleave(self.group_size, -1)
 
     def _gradient_factor(self, x: torch.Tensor) -> float:
         """LSQ's ``1/sqrt(numel·Q_P)``; 1 where no gradient reaches the scale, so that a compiler sees no size there."""
@@ -91,11 +100,11 @@ class Quantizer(nn.Module):
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """The integers that ``x`` rounds to."""
-        return ops.quantize(x, self.scale, self.qmin, self.qmax, zero_point=self.zero_point, axis=self.axis)
+        return ops.quantize(x, self.scale, self.qmin, self.qmax, zero_point=self.zero_point, **self.where)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """What integers stand for."""
-        return ops.dequantize(codes, self.scale, zero_point=self.zero_point, axis=self.axis)
+        return ops.dequantize(codes, self.scale, zero_point=self.zero_point, **self.where)
 
     def _apply(self, *args, **kwargs):
         """As modules move and change their type; scale and zero point stay float32, to the bit, as ops ask for."""
@@ -107,11 +116,12 @@ class Quantizer(nn.Module):
         return self
 
     def get_extra_state(self) -> torch.Tensor:
-        """What a state dict holds beside the scale: ``qmin``, ``qmax``, and the axis if there is one.
+        """What a state dict holds beside the scale: ``qmin``, ``qmax``, and the axis, or −1 and the size of groups.
 
         It is a tensor, so that any format of state dicts takes it. Files of :func:`hdrq.save` have it in the manifest.
         """
-        facts = [self.qmin, self.qmax, *([] if self.axis is None else [self.axis])]
+        varies = [self.axis] if self.group_size is None else [-1, self.group_size]
+        facts = [self.qmin, self.qmax, *(number for number in varies if number is not None)]
         return torch.tensor(facts, dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: torch.Tensor) -> None:
@@ -120,11 +130,14 @@ class Quantizer(nn.Module):
         Raises:
             TypeError, ValueError: it is not what :meth:`get_extra_state` returns.
         """
-        if not isinstance(state, torch.Tensor) or state.numel() not in (2, 3) or state.is_floating_point():
-            raise ValueError(f"extra state must be the tensor [qmin, qmax] or [qmin, qmax, axis], got {state}")
-        qmin, qmax, *axis = (int(number) for number in state.flatten().tolist())
+        if not isinstance(state, torch.Tensor) or state.numel() not in (2, 3, 4) or state.is_floating_point():
+            forms = "[qmin, qmax], [qmin, qmax, axis] or [qmin, qmax, -1, group_size]"
+            raise ValueError(f"extra state must be the tensor {forms}, got {state}")
+        qmin, qmax, *varies = (int(number) for number in state.flatten().tolist())
         checks.quant_range(qmin, qmax)
-        self.qmin, self.qmax, self.axis = qmin, qmax, axis[0] if axis else None
+        self.qmin, self.qmax = qmin, qmax
+        self.axis = varies[0] if len(varies) == 1 else None
+        self.group_size = varies[1] if len(varies) == 2 else None
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """As torch loads a module's own part, an error of which says whose part it is."""
@@ -134,7 +147,8 @@ class Quantizer(nn.Module):
             raise type(error)(f"state of {prefix.rstrip('.') or 'the quantizer'}: {error}") from error
 
     def extra_repr(self) -> str:
-        return f"range=[{self.qmin}, {self.qmax}], axis={self.axis}, mode={self.mode}"
+        groups = "" if self.group_size is None else f", group_size={self.group_size}"
+        return f"range=[{self.qmin}, {self.qmax}], axis={self.axis}{groups}, mode={self.mode}"
 
 
 class WeightQuantizer(Quantizer):
@@ -165,13 +179,13 @@ class WeightQuantizer(Quantizer):
     def adaround(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The weight rounded up or down as ``alpha`` says, softly, and the rounding loss for the exponent ``beta``."""
         grid = (w, self.scale, cast(torch.Tensor, self.alpha), *self._rounding_range)
-        y, penalty = ops.adaround_regularized(*grid, cast(torch.Tensor, self.beta), axis=self.axis)
+        y, penalty = ops.adaround_regularized(*grid, cast(torch.Tensor, self.beta), **self.where)
         return self._clamped(y), penalty
 
     def rounded(self, w: torch.Tensor) -> torch.Tensor:
         """The weight on its grid for good: rounded up or down as ``alpha`` says, or to the nearest point."""
         if self.alpha is not None:
-            w = ops.adaround(w, self.scale, self.alpha, *self._rounding_range, axis=self.axis, hard=True)
+            w = ops.adaround(w, self.scale, self.alpha, *self._rounding_range, hard=True, **self.where)
         return self.values(self.codes(w))
 
     @property
@@ -182,8 +196,7 @@ class WeightQuantizer(Quantizer):
     def _clamped(self, y: torch.Tensor) -> torch.Tensor:
         if self.zero_point is None:
             return y
-        axis = checks.axis_of(y, self.axis)
-        shift, scale = (per_element(t.detach(), y.ndim, axis) for t in (self.zero_point, self.scale))
+        shift, scale = (self.broadcast(t.detach(), y) for t in (self.zero_point, self.scale))
         return torch.clamp(y, (self.qmin - shift) * scale, (self.qmax - shift) * scale)
 
     @property
@@ -196,7 +209,7 @@ class WeightQuantizer(Quantizer):
 
     def _kept_weight(self, w: torch.Tensor) -> torch.Tensor:
         """The quantized weight, computed anew only where something that it depends on is another."""
-        grid = (self.qmin, self.qmax, self.axis)
+        grid = (self.qmin, self.qmax, self.axis, self.group_size)
         kept, given = self._kept, [w, self.scale, *([] if self.zero_point is None else [self.zero_point])]
         if kept is None or kept.grid != grid or kept.state != _state(*given, kept.weight):
             with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode would serve nothing else
@@ -220,7 +233,7 @@ class _Kept(NamedTuple):
     weight: torch.Tensor
     sources: list[torch.Tensor]
     state: tuple
-    grid: tuple[int, int, int | None]
+    grid: tuple[int | None, ...]
 
 
 def _keepable(x: torch.Tensor) -> bool:

@@ -165,8 +165,8 @@ class Learner:
             return [y for y, _ in pairs], self.row[ROUNDING_WEIGHT] * sum(penalty for _, penalty in pairs)
         quantized: dict[str, torch.Tensor] = {}
         total: torch.Tensor | float = 0.0
-        for axis in dict.fromkeys(quantizer.axis for quantizer in self.quantizers):
-            layers = [layer for layer in self.weights if layer.weight_quantizer.axis == axis]
+        for where in {tuple(quantizer.where.items()): quantizer.where for quantizer in self.quantizers}.values():
+            layers = [layer for layer in self.weights if layer.weight_quantizer.where == where]
             quantizers = [layer.weight_quantizer for layer in layers]
             weights, distances = ops.quantize_weights(
                 [layer.latent for layer in layers],
@@ -175,7 +175,7 @@ class Learner:
                 sources=[self.source[layer.name] for layer in layers] if self.source else None,
                 rngs=[q.rng for q in quantizers] if quantizers[0].mode == "noise" else None,
                 noise=self.recipe.noise,
-                axis=axis,
+                **where,
             )
             quantized.update(zip((layer.name for layer in layers), weights, strict=True))
             total = total if distances is None else total + distances.sum()

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from hdrq import checks, ops
-from hdrq.backends.eager import per_element
+from hdrq import ops
 from hdrq.calibrate.sequential import Unit
 from hdrq.methods.reconstruct.biases import learned_bias, settle_bias
 from hdrq.methods.reconstruct.schedule import ACTIVATION_RATE, BETA, BIAS_RATE, WEIGHT_RATE
@@ -52,7 +51,7 @@ class Parameters:
         latent.data = latent.data.float()
         if self.recipe.learns == "weights":
             return {"weight": latent, "weight_scale": quantizer.scale}
-        quantizer.alpha = ops.adaround_init(latent.detach(), quantizer.scale.detach(), axis=quantizer.axis)
+        quantizer.alpha = ops.adaround_init(latent.detach(), quantizer.scale.detach(), **quantizer.where)
         quantizer.beta = row[BETA : BETA + 1]
         return {"alpha": quantizer.alpha}
 
@@ -86,7 +85,11 @@ class Parameters:
         if self.recipe.learns == "weights" and self.recipe.weight_step > 0:
             self._bounded += [layer.latent for layer in self.unit.weights]
             self._shares += [
-                self._share(_broadcast_scale(layer), self.recipe.weight_step, self.recipe.weight_lr)
+                self._share(
+                    layer.weight_quantizer.broadcast(layer.weight_quantizer.scale, layer.latent),
+                    self.recipe.weight_step,
+                    self.recipe.weight_lr,
+                )
                 for layer in self.unit.weights
             ]
 
@@ -141,12 +144,6 @@ class Parameters:
             activation.keep = 1.0
         for p in self.by_name.values():
             p.requires_grad_(False).grad = None
-
-
-def _broadcast_scale(layer: QuantizedLayer) -> torch.Tensor:
-    """A weight's scales, in a shape that broadcasts over it."""
-    quantizer, latent = layer.weight_quantizer, layer.latent
-    return per_element(quantizer.scale, latent.ndim, checks.axis_of(latent, quantizer.axis))
 
 
 def _together(parameters: list[torch.Tensor], device: torch.device) -> torch.Tensor:
