@@ -68,15 +68,25 @@ def check_exportable(model: nn.Module) -> None:
         TypeError: it is not float32, or no module.
         ValueError: it is not quantized, or a quantizer does not round.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a quantized torch.nn.Module, got {type(model).__name__}")
-    if not quantized_layers(model):
-        raise ValueError(f"model must be quantized by hdrq.quantize, got a plain {type(model).__name__}")
+    check_finished(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise TypeError(
                 f"model must be float32 to be exported, got {checks.short(tensor.dtype)} in {name}: .float() it"
             )
+
+
+def check_finished(model: nn.Module) -> None:
+    """Whether a model is quantized, and by quantizers that round.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: it is not quantized, or a quantizer does not round.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a quantized torch.nn.Module, got {type(model).__name__}")
+    if not quantized_layers(model):
+        raise ValueError(f"model must be quantized by hdrq.quantize, got a plain {type(model).__name__}")
     for name, quantizer in named_quantizers(model).items():
         if quantizer.mode != "round" or quantizer.keep != 1:
             raise ValueError(f"quantizers must round to be exported, got mode {quantizer.mode!r} for {name}")
