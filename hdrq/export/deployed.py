@@ -46,6 +46,9 @@ def deploy(model: nn.Module) -> nn.Module:
 class PackedWeight(nn.Module):
     """A weight's codes, two to a byte where they fit, and its quantizer; a call gives the weight."""
 
+    codes: torch.Tensor
+    like: torch.Tensor
+
     def __init__(self, quantizer: WeightQuantizer, latent: torch.Tensor) -> None:
         super().__init__()
         codes = quantizer.codes(latent)
@@ -66,12 +69,13 @@ class PackedWeight(nn.Module):
             codes = F.embedding(flat, self._unpacked(self.codes, self.shape))
         else:
             codes = self._unpacked(F.embedding(flat, self.codes.view(rows, -1)), (flat.shape[0], columns))
-        grid = {"scale": quantizer.scale, "zero_point": quantizer.zero_point}
+        scale, zero_point = quantizer.scale, quantizer.zero_point
         if quantizer.axis in (0, -2) or quantizer.group_size is not None:
-            grid = {name: None if t is None else t.view(rows, -1)[flat] for name, t in grid.items()}
-            if quantizer.group_size is None:
-                grid = {name: None if t is None else t.flatten() for name, t in grid.items()}
-        return ops.dequantize(codes, **grid, **quantizer.where).to(self.like.dtype).view(*index.shape, columns)
+            shape = (rows,) if quantizer.group_size is None else (rows, -1)
+            scale = scale.view(shape)[flat]
+            zero_point = None if zero_point is None else zero_point.view(shape)[flat]
+        values = ops.dequantize(codes, scale, zero_point=zero_point, **quantizer.where)
+        return values.to(self.like.dtype).view(*index.shape, columns)
 
     def _unpacked(self, codes: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         return ops.unpack(codes.flatten(), shape, signed=self.quantizer.qmin < 0) if self.packed else codes
@@ -100,7 +104,7 @@ def hold_weights(model: nn.Module, make: Callable[[QuantizedLayer], nn.Module]) 
         if id(latent) not in made:
             made[id(latent)] = make(layer)
         module: Any = layer.module
-        kind = parametrize.type_before_parametrizations(module)
+        kind: Any = parametrize.type_before_parametrizations(module)
         del module.parametrizations["weight"]  # not by remove_parametrizations, which changes the original's class too
         if module.parametrizations:
             kind = type(module)
@@ -123,8 +127,8 @@ class _Held:
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """A class that was made here has no name to be pickled by: it is made again from the layer's own."""
         held, kind = type(self).__bases__
-        _, _, *state = super().__reduce_ex__(2)
-        return _remade, (kind, held), *state
+        reduced: Any = super().__reduce_ex__(2)
+        return _remade, (kind, held), *reduced[2:]
 
 
 class _HeldRows(_Held):
@@ -133,10 +137,9 @@ class _HeldRows(_Held):
 
 
 @functools.cache
-def _held_class(kind: type[nn.Module], held: type[_Held]) -> type[nn.Module]:
+def _held_class(kind: Any, held: Any) -> Any:
     return type(f"Packed{kind.__name__}", (held, kind), {})
 
 
 def _remade(kind: type[nn.Module], held: type[_Held]) -> nn.Module:
-    made = _held_class(kind, held)
-    return made.__new__(made)
+    return object.__new__(_held_class(kind, held))
