@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,26 +18,32 @@ DTYPES = {name: getattr(ir.DataType, name) for name in TYPES}
 
 @dataclass(frozen=True)
 class WeightForm:
-    """A weight's integers in an ONNX type, for ``(codes − zero_point)·scale``."""
+    """A weight's integers in an ONNX type, for ``(codes − zero_point)·scale``; multiplied by ``2^shift``."""
 
     type: str
     codes: np.ndarray
     scale: np.ndarray
     zero_point: np.ndarray | None
     axis: int | None
+    shift: int = 0
 
 
 def lower(model: ir.Model, profile: Profile) -> None:
-    """Replace every quantizer node, in place; a graph of ONNX's own operators is left."""
+    """Replace every quantizer node, in place; a graph of ONNX's own operators is left.
+
+    Its metadata ``hdrq.weights`` has the layer, range and zero points that codes had before they took their form here.
+    """
     graph = model.graph
     _drop_single_splits(graph)
     for node in list(graph):
         if node.op_type == "Gemm":
             _product_and_sum(graph, node)
     made: dict[tuple, ir.Value] = {}
+    facts: dict[str, dict[str, Any]] = {}
     for node in list(graph):
         if node.domain == DOMAIN and node.op_type == "Weight":
-            _lower_weight(graph, node, profile)
+            _lower_weight(graph, node, profile, facts)
+    model.metadata_props["hdrq.weights"] = json.dumps(facts, sort_keys=True)
     for node in list(graph):
         if node.domain == DOMAIN and node.op_type == "Grid":
             _lower_grid(graph, node, profile, made)
@@ -70,26 +77,29 @@ def weight_form(profile: Profile, codes: np.ndarray, scale: np.ndarray, zero_poi
     if profile.weights_widened and largest:
         while largest << (shift + 1) <= WIDENED:
             shift += 1
-    return WeightForm("INT8", (codes << shift).astype(np.int8), scale * np.float32(2.0**-shift), None, axis)
+    return WeightForm("INT8", (codes << shift).astype(np.int8), scale * np.float32(2.0**-shift), None, axis, shift)
 
 
-def _lower_weight(graph: ir.Graph, node: ir.Node, profile: Profile) -> None:
+def _lower_weight(graph: ir.Graph, node: ir.Node, profile: Profile, noted: dict[str, dict[str, Any]]) -> None:
     facts = _facts(node)
     codes, scale, *rest = (_constant(value) for value in node.inputs)
     axis = None if facts["axis"] == -1 or scale.size == 1 else facts["axis"]
     zero_point = rest[0] if rest else None
     form = weight_form(profile, codes, scale.astype(np.float32), zero_point, facts["qmin"], facts["qmax"], axis)
+    original = {"layer": facts["layer"], "range": [facts["qmin"], facts["qmax"]], "shift": form.shift}
+    if zero_point is not None:
+        original["zero_point"] = [int(z) for z in zero_point.reshape(-1)]
     (out,) = node.outputs
     for consumer in {use.node for use in out.uses()}:
         if consumer.op_type == "Transpose" and list(consumer.attributes["perm"].as_ints()) == [1, 0]:
-            turned = WeightForm(
-                form.type, form.codes.T, form.scale, form.zero_point, None if axis is None else 1 - axis
-            )
+            turned = replace(form, codes=form.codes.T, axis=None if axis is None else 1 - axis)
             value = _dequantized(graph, consumer, f"{facts['layer']}.weight_t", turned)
+            noted[value.producer().inputs[0].name] = {**original, "turned": True}
             ir.convenience.replace_all_uses_with(consumer.outputs[0], value)
             graph.remove(consumer, safe=True)
     if out.uses():
         value = _dequantized(graph, node, f"{facts['layer']}.weight", form)
+        noted[value.producer().inputs[0].name] = {**original, "turned": False}
         ir.convenience.replace_all_uses_with(out, value)
     graph.remove(node, safe=True)
 
