@@ -15,37 +15,26 @@ from math import prod
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from hdrq import checks
 from hdrq.checkpoint.files import disk_with_room, replacing
+from hdrq.checkpoint.tensors import (
+    DTYPES,
+    LONGEST_HEADER,
+    NAMES,
+    Spec,
+    TensorFile,
+    as_bytes,
+    header,
+    places_of,
+)
 from hdrq.prepare.attention import OPERANDS
 
 FORMAT = 3
 FORMATS = {2: {"contract": 1}, FORMAT: {}}  # that are read, and what a manifest of each leaves unsaid
-LONGEST_HEADER = 100_000_000  # bytes, in any reader of safetensors
 # The keys of a manifest that say what the file holds; the rest says how the model was made.
 TABLES = ("format", "hdrq", "weights", "tied", "inputs", "shared", "attention", "sha256")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
 def packs(qmin: int, qmax: int) -> bool:
@@ -97,17 +86,11 @@ class Reader:
                 f"path must be a file that hdrq.save wrote, got {self.path!r}, a device, a pipe or a socket"
             )
         with ExitStack() as stack, _refusing(self.path):
-            with safe_open(path, framework="pt") as mapped:  # checks the header against the file
-                metadata = mapped.metadata() or {}
-                self.manifest = _manifest(metadata.get("hdrq"), metadata.get("sha256"))
-                slices = {name: mapped.get_slice(name) for name in mapped.keys()}  # noqa: SIM118
-                self.specs = {n: (_dtype(n, s.get_dtype()), tuple(s.get_shape())) for n, s in slices.items()}
+            self._file = TensorFile(path)
+            stack.callback(self._file.close)
+            self.specs = self._file.specs
+            self.manifest = _manifest(self._file.metadata.get("hdrq"), self._file.metadata.get("sha256"))
             _check(self.manifest, self.specs)
-            # What is mapped ends the process where another shortens the file, so tensors are read.
-            self._file = stack.enter_context(open(path, "rb"))
-            length = int.from_bytes(self._file.read(8), "little")
-            header = json.loads(self._file.read(length))
-            self._places = {name: 8 + length + header[name]["data_offsets"][0] for name in self.specs}
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Reader:
@@ -128,11 +111,7 @@ class Reader:
             ValueError: it is not what was written.
         """
         with _refusing(self.path):
-            dtype, shape = self.specs[name]
-            value = torch.empty(shape, dtype=dtype)
-            self._file.seek(self._places[name])
-            if value.numel() and self._file.readinto(_bytes(value)) != value.nbytes:
-                raise ValueError(f"tensor {name} ends before its last byte")
+            value = self._file.read(name)
             if _hash(value) != self.manifest["sha256"][name]:
                 raise ValueError(f"tensor {name} has another hash than it was written with")
             return value
@@ -159,9 +138,7 @@ class Writer:
         self.specs = dict(sorted(specs.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
         self._path, self._manifest = path, {**manifest, "format": FORMAT}
         self._hashes = dict.fromkeys(specs, "0" * 64)
-        self._places, end = {}, 0
-        for name, (dtype, shape) in self.specs.items():
-            self._places[name] = (end, end := end + prod(shape) * dtype.itemsize)
+        self._places = places_of(self.specs)
         _check(json.loads(self._text()), self.specs)
         if len(self._header()) > LONGEST_HEADER:
             raise ValueError(
@@ -194,7 +171,7 @@ class Writer:
         if (value.dtype, tuple(value.shape)) != self.specs[name]:
             raise ValueError(f"{name} must be {self.specs[name]}, got {value.dtype} of shape {tuple(value.shape)}")
         self._hashes[name] = _hash(value)
-        self._write(self._start + self._places[name][0], _bytes(value))
+        self._write(self._start + self._places[name][0], as_bytes(value))
 
     def _write(self, place: int, data) -> None:
         with disk_with_room(self._path):
@@ -208,12 +185,7 @@ class Writer:
     def _header(self) -> bytes:
         """The header, whose length does not depend on the hashes."""
         text = self._text()
-        entries: dict[str, Any] = {"__metadata__": {"hdrq": text, "sha256": _text_hash(text)}}
-        for name, (dtype, shape) in self.specs.items():
-            entries[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": self._places[name]}
-        header = json.dumps(entries, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        return len(header).to_bytes(8, "little") + header
+        return header(self.specs, self._places, {"hdrq": text, "sha256": _text_hash(text)})
 
 
 def _plain(value: Any) -> Any:
@@ -307,21 +279,11 @@ def _expect(specs: Mapping[str, Spec], name: str, dtype: torch.dtype, shape: tup
         raise ValueError(f"{name} must be {dtype} of shape {shape}, got {specs[name][0]} of shape {specs[name][1]}")
 
 
-def _dtype(name: str, text: str) -> torch.dtype:
-    if text not in DTYPES:
-        raise ValueError(f"{name} must be of {', '.join(DTYPES)}, got {text}")
-    return DTYPES[text]
-
-
 def _hash(value: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{NAMES[value.dtype]} {tuple(value.shape)} ".encode())
-    digest.update(_bytes(value))
+    digest.update(as_bytes(value))
     return digest.hexdigest()
 
 
 def _text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _bytes(value: torch.Tensor):
-    return value.reshape(-1).view(torch.uint8).numpy().data
