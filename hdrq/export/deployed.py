@@ -69,7 +69,7 @@ class PackedWeight(nn.Module):
             codes = F.embedding(flat, self._unpacked(self.codes, self.shape))
         else:
             codes = self._unpacked(F.embedding(flat, self.codes.view(rows, -1)), (flat.shape[0], columns))
-        scale, zero_point = quantizer.scale, quantizer.zero_point
+        scale, zero_point = quantizer.scale.detach(), quantizer.zero_point
         if quantizer.axis in (0, -2) or quantizer.group_size is not None:
             shape = (rows,) if quantizer.group_size is None else (rows, -1)
             scale = scale.view(shape)[flat]
@@ -141,5 +141,5 @@ def _held_class(kind: Any, held: Any) -> Any:
     return type(f"Packed{kind.__name__}", (held, kind), {})
 
 
-def _remade(kind: type[nn.Module], held: type[_Held]) -> nn.Module:
+def _remade(kind: Any, held: Any) -> nn.Module:
     return object.__new__(_held_class(kind, held))
