@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hdrq import checks
-from hdrq.calibrate.data import Call
+from hdrq.calibrate.data import Call, calibration_calls
 from hdrq.prepare.copying import copy_model
 from hdrq.quantizers.layers import input_readers, quantized_layers
 from hdrq.quantizers.modules import Quantizer
@@ -116,6 +116,30 @@ def with_nodes(model: nn.Module) -> nn.Module:
     return copy
 
 
+def first_call(example: Any) -> Call:
+    """The call that is traced; one sample is taken twice, since a batch of one would be a constant of the graph."""
+    call = calibration_calls(example, "example")[0]
+    return call if call.size > 1 else call.at(torch.tensor([0, 0]))
+
+
+def free_batch(model: nn.Module, call: Call) -> tuple[tuple, dict[str, Any], Any]:
+    """Copies of a call's arguments, positional and by keyword, and their free axes, as ``torch.export`` takes them.
+
+    The first axis of all tensors that have the samples along it is a batch of any size.
+    """
+
+    def copied(value: Any) -> Any:  # an exported program keeps the whole storage of a view
+        return value.clone(memory_format=torch.contiguous_format) if isinstance(value, torch.Tensor) else value
+
+    def shape_of(value: Any) -> Any:
+        return {0: batch} if isinstance(value, torch.Tensor) and value.ndim and len(value) == call.size else None
+
+    args, kwargs = tuple(map(copied, call.args)), {key: copied(value) for key, value in call.kwargs.items()}
+    batch = torch.export.Dim("batch", min=1, max=2**20)
+    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments if kwargs else {}
+    return args, kwargs, {name: shape_of(value) for name, value in given.items()} or tuple(map(shape_of, args))
+
+
 def traced(model: nn.Module, example: Call, opset: int) -> Any:
     """The ``onnx_ir.Model`` of :func:`with_nodes`; the first axis of all example tensors is a free batch.
 
@@ -124,15 +148,7 @@ def traced(model: nn.Module, example: Call, opset: int) -> Any:
     """
     if not hasattr(torch.onnx, "ops"):
         raise ValueError(f"torch must be 2.8 or newer to export ONNX, got {torch.__version__}")
-    args = tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in example.args)
-    kwargs = {key: x.clone() if isinstance(x, torch.Tensor) else x for key, x in example.kwargs.items()}
-    batch = torch.export.Dim("batch", min=1, max=2**20)
-
-    def shape_of(value: Any) -> Any:
-        return {0: batch} if isinstance(value, torch.Tensor) and value.ndim else None
-
-    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments if kwargs else {}
-    shapes: Any = {name: shape_of(value) for name, value in given.items()} or tuple(map(shape_of, args))
+    args, kwargs, shapes = free_batch(model, example)
     try:
         program = torch.onnx.export(
             with_nodes(model),

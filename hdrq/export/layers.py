@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import onnx_ir as ir
 
+from hdrq.export.exported import Layer
 from hdrq.export.profiles import Profile
 
 PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 RELU = ("Relu", "Clip")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A product of a quantized weight: in integers, or in float and why."""
-
-    name: str
-    op: str
-    why_float: str | None
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.op}): {'integers' if self.why_float is None else f'float: {self.why_float}'}"
 
 
 def layers_of(graph: ir.Graph, profile: Profile) -> list[Layer]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from hdrq import checks
@@ -16,40 +14,14 @@ from hdrq._version import __version__
 from hdrq.calibrate.data import calibration_calls
 from hdrq.checkpoint.files import output_path, write_atomically
 from hdrq.errors import MissingExtra
-from hdrq.export.graph import check_exportable, named_quantizers, traced
+from hdrq.export.exported import Exported, check_floats
+from hdrq.export.graph import check_exportable, first_call, named_quantizers, traced
 from hdrq.export.profiles import WIDENED, profile
 from hdrq.quantizers.layers import input_readers, quantized_layers
 from hdrq.quantizers.provenance import origin
 
 OPSETS = (21, 25)
 LARGEST = 2**31 - 2**20  # bytes of a protobuf; beyond, weights lie in a file beside it
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written, and what the runtime will compute each layer in.
-
-    Attributes:
-        layers: every product of a quantized weight, in order: its name, and why it will be float where it will.
-        added: layers whose outputs were given 8-bit quantizers from data.
-    """
-
-    path: Path
-    runtime: str
-    layers: list
-    added: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def floats(self) -> list:
-        return [layer for layer in self.layers if layer.why_float is not None]
-
-    def __str__(self) -> str:
-        integers = len(self.layers) - len(self.floats)
-        lines = [f"{self.path}: for {self.runtime}, {integers} of {len(self.layers)} products in integers"]
-        lines += [f"  {layer}" for layer in self.floats]
-        lines += [f"  8-bit quantizers were added after {', '.join(self.added)}"] if self.added else []
-        return "\n".join([*lines, *(f"  {text}" for text in self.warnings)])
 
 
 def to_onnx(
@@ -100,10 +72,8 @@ def to_onnx(
     path = output_path(path)
     check_exportable(model)
     if not allow_float and runtime != "standard":
-        _check_bits(model, runtime)
-    call = calibration_calls(example, "example")[0]
-    if call.size == 1:  # a batch of one would be a constant of the graph
-        call = call.at(torch.tensor([0, 0]))
+        check_bits(model, runtime)
+    call = first_call(example)
     program = traced(model, call, opset)
     lower(program, target)
     added: list[str] = []
@@ -119,18 +89,19 @@ def to_onnx(
                 'runtime="openvino", or allow_float=True'
             )
     layers = layers_of(program.graph, target)
-    floats = [layer for layer in layers if layer.why_float is not None]
-    if floats and not allow_float and runtime != "standard":
-        raise ValueError(
-            f'layers must be computed in integers by runtime "{runtime}", got {floats[0]}'
-            f"{f' and {len(floats) - 1} more' if len(floats) > 1 else ''}; allow_float=True lets it compute in float"
-        )
-    program.metadata_props.update(_provenance(model, runtime))
+    if not allow_float and runtime != "standard":
+        check_floats(layers, runtime)
+    program.metadata_props.update(provenance(model, runtime))
     _write(program, path)
-    return Exported(path, runtime, layers, added, _warnings(model, runtime))
+    return Exported(path, runtime, layers, added, saturation(model, runtime))
 
 
-def _check_bits(model: nn.Module, runtime: str) -> None:
+def check_bits(model: nn.Module, runtime: str) -> None:
+    """Refuse quantizers of more than 8 bits, of which no runtime computes integer products.
+
+    Raises:
+        ValueError: names the first.
+    """
     for name, quantizer in named_quantizers(model).items():
         bits = (quantizer.qmax - quantizer.qmin).bit_length()
         if bits > 8:
@@ -140,7 +111,8 @@ def _check_bits(model: nn.Module, runtime: str) -> None:
             )
 
 
-def _warnings(model: nn.Module, runtime: str) -> list[str]:
+def saturation(model: nn.Module, runtime: str) -> list[str]:
+    """Which layers may saturate in the 16 bits in which processors without VNNI add pairs of products."""
     readers = input_readers(model)
     wide = [
         name
@@ -149,12 +121,12 @@ def _warnings(model: nn.Module, runtime: str) -> list[str]:
         and readers[name].qmax - readers[name].qmin > 127
         and max(-layer.weight_quantizer.qmin, layer.weight_quantizer.qmax) > WIDENED
     ]
-    if not wide or runtime not in ("openvino", "onnxruntime"):
+    if not wide or runtime not in ("openvino", "onnxruntime", "inductor"):
         return []
     return [f"8 bits times 8 bits may saturate on x86 processors without VNNI: {checks.listed(wide)}"]
 
 
-def _provenance(model: nn.Module, runtime: str) -> dict[str, str]:
+def provenance(model: nn.Module, runtime: str) -> dict[str, str]:
     """What the file says of where it comes from."""
     return {"hdrq": __version__, "hdrq.runtime": runtime, "hdrq.origin": json.dumps(origin(model), sort_keys=True)}
 
@@ -173,10 +145,10 @@ def _write(program: Any, path: Path) -> None:
     write_atomically(path, proto.SerializeToString())
 
 
-def require(*packages: str) -> None:
+def require(*packages: str, extra: str = "export") -> None:
     """Refuse to go on without packages that only exporting needs."""
     for package in packages:
         try:
             __import__(package)
         except ImportError as error:
-            raise MissingExtra(f'{package} must be installed, got none: pip install "hdrq[export]"') from error
+            raise MissingExtra(f'{package} must be installed, got none: pip install "hdrq[{extra}]"') from error
