@@ -6,6 +6,8 @@ from hdrq.backends import available_backends, use_backend
 from hdrq.checkpoint.loading import load
 from hdrq.checkpoint.saving import save
 from hdrq.errors import BackendError, DivergenceError
+from hdrq.merging.adding import add
+from hdrq.merging.changes import Change
 from hdrq.merging.models import merge
 from hdrq.methods.post_training import quantize
 from hdrq.methods.reconstruct.memory import keep_freed_memory
@@ -13,8 +15,10 @@ from hdrq.rng import rng_state
 
 __all__ = [
     "BackendError",
+    "Change",
     "DivergenceError",
     "__version__",
+    "add",
     "available_backends",
     "evaluate",
     "keep_freed_memory",

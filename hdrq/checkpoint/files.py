@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -116,3 +117,12 @@ def disk_with_room(path: str | os.PathLike) -> Iterator[None]:
     except OSError as error:
         message = f"{path} must be written to a disk with room, got {error.strerror or error}; what was there is kept"
         raise OSError(error.errno, message) from error
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file, as ``sha256sum`` prints it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -117,4 +117,6 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
         facts["quantized"] = str(share)
     if isinstance(manifest.get("models"), list):
         facts |= {"merge of": f"{len(manifest['models'])} models", "merged by": manifest.get("merge")}
+    if isinstance(manifest.get("added"), dict) and isinstance(manifest.get("parent"), dict):
+        facts |= {"added": manifest["added"], "to (SHA-256)": manifest["parent"].get("sha256")}
     return facts

@@ -7,21 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn
 
-from hdrq.cli.terminal import console, errors
+from hdrq.cli.add import add_to_file
+from hdrq.cli.terminal import console, progress_bar
 
 if TYPE_CHECKING:
     from hdrq.merging.assessment import Readiness
 
 
 def merge(
-    files: Annotated[list[Path], typer.Argument(help="Two or more quantized models.")],
+    files: Annotated[list[Path], typer.Argument(help="Two or more quantized models; with --add, one.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The merged model, safetensors.")] = None,
     weights: Annotated[str | None, typer.Option(help="λ of each model, like 0.5,0.3,0.2; equal ones.")] = None,
     rule: Annotated[
         str | None,
-        typer.Option(help="systematic (the default), noise, half-even, half-up, half-away or requantize."),
+        typer.Option(
+            help="systematic (the default), noise, half-even, half-up, half-away or requantize; with --add systematic, "
+            "nearest, noise or calibrated."
+        ),
     ] = None,
     preset: Annotated[str | None, typer.Option(help="paper or official: what HDRQ's paper or its code does.")] = None,
     tau: Annotated[float | None, typer.Option(help="How near to a tie the systematic rule draws; 0.1.")] = None,
@@ -38,10 +41,30 @@ def merge(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say whether it will work; status 1 if not.")] = False,
-    report: Annotated[Path | None, typer.Option(help="A folder for readiness.json and readiness.png.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print how ready the models are as JSON.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="A folder for readiness.json and readiness.png; with --add, for added.json.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print as JSON how ready the models are; with --add, what is kept.")
+    ] = False,
+    add: Annotated[
+        list[Path] | None, typer.Option(help="A LoRA adapter, or weights; its change goes into one model. Repeatable.")
+    ] = None,
+    minus: Annotated[
+        list[str] | None,
+        typer.Option(help="The weights that --add counts from; - for an adapter. Once for each --add."),
+    ] = None,
+    scale: Annotated[list[float] | None, typer.Option(help="A factor on a change; 1. Once for each --add.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of adapters without adapter_config.json.")] = None,
+    model: Annotated[str | None, typer.Option(help="With --add, the architecture: module:factory.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --add and --model: images, .npy or .safetensors, for rule calibrated.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="How many samples of the data are read.")] = 256,
+    resize: Annotated[int, typer.Option(help="The shorter side of an image, pixels.")] = 256,
+    crop: Annotated[int, typer.Option(help="The sides of its middle, pixels.")] = 224,
 ) -> None:
-    """Merge quantized models on their integers: no originals, no data, no training."""
+    """Merge quantized models on their integers, or add changes to one: no originals, no data, no training."""
     from hdrq.checkpoint.files import output_folder, write_atomically
     from hdrq.checks import plain
     from hdrq.merging.files import merge_files, readiness
@@ -52,28 +75,29 @@ def merge(
         raise ValueError("out must be given, or --dry-run, and not both")
     if report is not None:
         output_folder(report, "report")
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-    )
-    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bars:
-        task = bars.add_task("merging", total=1)
-
-        def show(done: int, total: int, name: str) -> None:
-            bars.update(task, completed=done, total=total, description=plain(name))
-
-        chosen: dict[str, Any] = {
-            "rule": rule,
-            "preset": preset,
-            "tau": tau,
-            "draws": draws,
-            "noise": noise,
-            "select": select,
-        }
-        chosen |= {"mode": mode, "bits": bits, "weights": None if weights is None else _numbers("weights", weights)}
-        options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-        options |= {"seed": seed, "extrapolate": extrapolate, "device": device, "progress": show}
+    chosen: dict[str, Any] = {
+        "preset": preset,
+        "tau": tau,
+        "draws": draws,
+        "noise": noise,
+        "select": select,
+        "mode": mode,
+        "bits": bits,
+        "weights": None if weights is None else _numbers("weights", weights),
+        "extrapolate": extrapolate or None,
+        "device": None if device == "cpu" else device,
+    }
+    options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    common = {"seed": seed} if rule is None else {"seed": seed, "rule": rule}
+    if add:
+        _none_given(options, "with --add")
+        settings = {"minus": minus, "scale": scale, "alpha": alpha, "model": model, "data": data, **common}
+        settings |= {"samples": samples, "resize": resize, "crop": crop}
+        add_to_file(files, add, out, settings, report, as_json)
+        return
+    _none_given({"minus": minus, "scale": scale, "alpha": alpha, "model": model, "data": data}, "without --add")
+    with progress_bar("merging") as show:
+        options |= {**common, "progress": show}
         if out is None:
             found: Readiness | None = readiness(files, **options)
         else:
@@ -91,6 +115,12 @@ def merge(
         console.print(plain(found.verdict), highlight=False, markup=False, soft_wrap=True)
     if dry_run and found.verdict.startswith("not ready"):
         raise typer.Exit(1)
+
+
+def _none_given(options: dict[str, Any], when: str) -> None:
+    given = [name for name, value in options.items() if value not in (None, [])]
+    if given:
+        raise ValueError(f"{given[0]} must be left out {when}, got {options[given[0]]}")
 
 
 def _numbers(name: str, text: str) -> list[float]:

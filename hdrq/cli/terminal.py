@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 from typer.core import TyperGroup
 
 from hdrq.checks import plain
@@ -46,6 +48,23 @@ class Commands(TyperGroup):
             warnings.formatwarning = before
         _drop_what_cannot_be_written()
         sys.exit(status)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on the terminal while the block lasts; what is yielded takes layers done, of how many, and a name."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+    )
+    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bars:
+        task = bars.add_task(title, total=1)
+
+        def show(done: int, total: int, name: str) -> None:
+            bars.update(task, completed=done, total=total, description=plain(name))
+
+        yield show
 
 
 def _line(error: Any) -> str:

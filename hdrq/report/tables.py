@@ -17,6 +17,7 @@ from hdrq.checkpoint.files import write_atomically
 from hdrq.checkpoint.inspection import Contents
 from hdrq.checks import plain
 from hdrq.evaluate.metrics import Row
+from hdrq.merging.adding import AddReport
 from hdrq.merging.assessment import Readiness
 
 
@@ -82,6 +83,34 @@ def readiness_table(readiness: Readiness):
             f"{layer.clipped:.1%}",
             f"{layer.rounding_error:.2f}",
         )
+    return result
+
+
+def added_table(report: AddReport):
+    """What became of a change, tensor by tensor, as a :class:`rich.table.Table`."""
+
+    columns = ["elements", "rule", "in steps", "kept", "error", "clipped"]
+    if any(tensor.input_error is not None for tensor in report.tensors):
+        columns.insert(5, "on inputs")
+    if any(tensor.dead for tensor in report.tensors):
+        columns.append("dead inputs")
+    result = Table(box=None, title="Added", show_footer=True)
+    result.add_column("tensor", "total")
+    footers = {"kept": f"{report.kept:.1%}", "error": f"{report.error:.2f}", "clipped": f"{report.clipped:.1%}"}
+    for name in columns:
+        result.add_column(name, footers.get(name, ""), justify="right")
+    for tensor in report.tensors:
+        cells = {
+            "elements": f"{tensor.elements:,}",
+            "rule": tensor.rule,
+            "in steps": "" if tensor.steps is None else f"{tensor.steps:.3f}",
+            "kept": f"{tensor.kept:.1%}",
+            "error": f"{tensor.error:.2f}",
+            "on inputs": "" if tensor.input_error is None else f"{tensor.input_error:.2f}",
+            "clipped": f"{tensor.clipped:.1%}",
+            "dead inputs": f"{tensor.dead:,}",
+        }
+        result.add_row(shown(tensor.name), *(cells[name] for name in columns))
     return result
 
 
