@@ -12,9 +12,10 @@ from hdrq.cli.terminal import console
 
 def export(
     file: Annotated[Path, typer.Argument(help="A quantized model.")],
-    model: Annotated[str, typer.Option(help="The architecture: module:factory.")],
-    data: Annotated[Path, typer.Option(help="A folder of images, a .npy or a .safetensors file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    model: Annotated[str | None, typer.Option(help="The architecture: module:factory.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A folder of images, a .npy or a .safetensors file.")] = None,
+    like: Annotated[Path | None, typer.Option(help="What it was imported from, in whose form it is written.")] = None,
     to: Annotated[str, typer.Option(help="onnx.")] = "onnx",
     runtime: Annotated[str, typer.Option(help="openvino, onnxruntime, tensorrt or standard.")] = "openvino",
     allow_float: Annotated[bool, typer.Option("--allow-float", help="Let it compute in float what it must.")] = False,
@@ -30,6 +31,12 @@ def export(
     from hdrq.calibrate.images import load_data
     from hdrq.checkpoint.loading import load
 
+    if like is not None:
+        exporting.write_like(file, like, out)
+        console.print(f"{out}: {file} in the form of {like}", highlight=False, markup=False, soft_wrap=True)
+        return
+    if model is None or data is None:
+        raise ValueError("model and data must be given, or --like with what the file was imported from")
     checks.choice("to", to, ("onnx",))
     inputs = load_data(data, resize=resize, crop=crop, limit=samples)
     quantized = load(file, model)
