@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hdrq
+from hdrq.checkpoint.format import Reader
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MISSING = hdrq.available_backends()
@@ -98,6 +99,13 @@ def state(model):
 def same(a, b):
     """Whether two states are equal, tensor by tensor."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def merged_content(path):
+    """All that a merged file holds but the hashes of what it was merged of, which models in memory have not."""
+    with Reader(path) as file:
+        models = [{key: fact for key, fact in parent.items() if key != "sha256"} for parent in file.manifest["models"]]
+        return {**file.manifest, "models": models}, file.specs  # the manifest has the hash of each tensor
 
 
 def per_element(x, s, axis):

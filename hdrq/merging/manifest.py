@@ -10,20 +10,23 @@ from hdrq._version import __version__
 from hdrq.checkpoint.format import TABLES
 from hdrq.merging.inputs import Inputs
 from hdrq.merging.settings import MergeSettings
+from hdrq.merging.sources import hash_of
 from hdrq.quantizers.modules import mean_range
 from hdrq.rng import CONTRACT
 
 
 def merged_manifest(inputs: Inputs, settings: MergeSettings) -> dict[str, Any]:
-    """The manifest of the merged model, without the hashes of its tensors.
+    """The manifest of the merged model, without the hashes of its tensors. Its ``models`` have those of their files.
 
     Raises:
         ValueError: scales of activations that have no mean; see :func:`merged_ranges`.
     """
     first = inputs.sources[0].manifest
     origins = [{key: fact for key, fact in source.manifest.items() if key not in TABLES} for source in inputs.sources]
+    hashes = [{} if (found := hash_of(source)) is None else {"sha256": found} for source in inputs.sources]
+    parents = [digest | facts for digest, facts in zip(hashes, origins, strict=True)]
     merge = {**asdict(settings), "weights": list(inputs.weights)}
-    origin: dict[str, Any] = {"folded": first["folded"], "contract": CONTRACT, "merge": merge, "models": origins}
+    origin: dict[str, Any] = {"folded": first["folded"], "contract": CONTRACT, "merge": merge, "models": parents}
     for key in ("architecture", "coverage"):
         if all(key in facts and facts[key] == origins[0][key] for facts in origins):
             origin[key] = origins[0][key]
