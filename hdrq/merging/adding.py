@@ -18,16 +18,18 @@ from hdrq._version import __version__
 from hdrq.calibrate.data import calibration_calls, data_hash
 from hdrq.calibrate.gptq import DAMPING
 from hdrq.calibrate.moments import MomentsInTurn
-from hdrq.checkpoint.files import file_hash, output_path
-from hdrq.checkpoint.format import TABLES, Reader, Writer, packs
+from hdrq.checkpoint.files import output_folder, output_path
+from hdrq.checkpoint.format import TABLES, Writer, packs
 from hdrq.checkpoint.loading import assign, load
+from hdrq.export.folders import FolderWriter, is_folder
 from hdrq.merging.assessment import CLIPPED
 from hdrq.merging.changed import RULES, ChangedTensor, changed_float, changed_weight
 from hdrq.merging.changes import Opened, changes_of, opened
 from hdrq.merging.models import states_of
-from hdrq.merging.sources import Source
+from hdrq.merging.sources import Source, hash_of
+from hdrq.merging.sources import opened as open_source
 from hdrq.merging.tensors import Progress, no_progress
-from hdrq.merging.weights import Agreed, Plain, Rows, Total, Weights, weight_name
+from hdrq.merging.weights import Agreed, Plain, Reordered, Rows, Total, Weights, weight_name
 from hdrq.ops import pack
 from hdrq.rng import CONTRACT, rng_state
 
@@ -127,7 +129,7 @@ def add(model: nn.Module, changes: Any, *, calibration: Any = None, **options: A
         report: list[ChangedTensor] = []
         tensors = dict(plan.tensors(no_progress, report))
     result = copy.deepcopy(model)
-    assign(result, plan.manifest(None), tensors, tensors.__getitem__)
+    assign(result, plan.manifest(), tensors, tensors.__getitem__)
     return Added(result, _reported(report, settings))
 
 
@@ -145,9 +147,9 @@ def add_file(
     """:func:`add` to a model in a file, into another file: one tensor at a time, and no architecture.
 
     Args:
-        path: a file that :func:`hdrq.save` wrote.
-        out: the changed file, which appears whole or not at all; None: nothing is written, and the report says what
-            would be.
+        path: a file that :func:`hdrq.save` wrote, or a folder that :class:`hdrq.export.folders.Folder` reads.
+        out: the changed file, or, of a folder, a folder like it, unless the name ends with ``.safetensors``; it appears
+            whole or not at all. None: nothing is written, and the report says what would be.
         model: the architecture, as for :func:`hdrq.load`; needed with ``calibration``, and for an adapter of which the
             file does not say along which axis layers have their inputs.
         progress: is called before every quantized layer.
@@ -157,20 +159,24 @@ def add_file(
         OSError: ``out`` cannot be written.
     """
     settings = AddSettings(**options)
+    to_folder = is_folder(path) and not os.fspath(out or "").endswith(".safetensors")
     if out is not None:
-        output_path(out)
+        (output_folder if to_folder else output_path)(out)
+    if is_folder(path) and model is not None:
+        raise ValueError(f"model must be left out for a folder, got one for {path}; hdrq import makes a file of it")
     if calibration is not None and model is None:
         raise ValueError("model must be given with calibration, whose inputs layers must be shown, got None")
     network = None if model is None else load(path, model)
     report: list[ChangedTensor] = []
     with ExitStack() as stack:
-        source = stack.enter_context(Reader(path))
+        source: Any = open_source(path, stack)
         plan = _Plan(source, changes, settings, stack, calibration, network)
         if out is None:
             for _ in plan.tensors(progress, report):
                 pass
         else:
-            with Writer(out, source.specs, plan.manifest(file_hash(path))) as file:
+            manifest = plan.manifest()
+            with FolderWriter(out, source, manifest) if to_folder else Writer(out, source.specs, manifest) as file:
                 for name, value in plan.tensors(progress, report):
                     file.write(name, value)
     return _reported(report, settings)
@@ -215,39 +221,36 @@ class _Plan:
         rng = rng_state(self.settings.seed, stream=64 * number, step=AFTER_DRAWS + additions(self.source.manifest))
         moments = self.moments.of(layer) if self.moments is not None and layer in self.moments.names else None
         rule, damping = self.settings.rule, self.settings.damping
-        codes, found = changed_weight(name, old, self._change(name), rule, rng, moments, damping)
+        change = self._change(name)
+        change = change if old.order is None else Reordered(change, old.order)
+        codes, found = changed_weight(name, old, change, rule, rng, moments, damping)
         report.extend([] if found is None else [found])
         return pack(codes) if packs(*old.facts["range"]) else codes
 
     def _change(self, name: str) -> Rows:
-        return Total([open_part() for open_part in self.parts[name]])
+        return Total([part() for part in self.parts[name]])
 
-    def manifest(self, parent: str | None) -> dict[str, Any]:
+    def manifest(self) -> dict[str, Any]:
         """The manifest of the changed model, without the hashes of its tensors."""
         facts: dict[str, Any] = {"rule": self.settings.rule, "seed": self.settings.seed}
         if self.calls is not None and self.settings.rule == "calibrated":
             facts |= {"damping": self.settings.damping, "calibration": data_hash(self.calls)}
         facts["changes"] = [change.facts for change in self.changes]
-        return added_manifest(self.source.manifest, facts, parent)
+        return added_manifest(self.source.manifest, facts, hash_of(self.source))
 
 
-def added_manifest(parent: Mapping[str, Any], facts: Mapping[str, Any], digest: str | None) -> dict[str, Any]:
+def added_manifest(parent: Mapping[str, Any], facts: Mapping[str, Any], digest: Any) -> dict[str, Any]:
     """The manifest of a model that was changed: the tables of its parent, what was added, and the parent's history.
 
     Args:
         facts: rule, seed, and of every change its scale and the SHA-256 of every file of it.
-        digest: the SHA-256 of the parent's file; None for a model in memory.
+        digest: the SHA-256 of the parent's file, or of each of a folder's; None for a model in memory.
     """
     history = {key: fact for key, fact in parent.items() if key not in TABLES}
+    history |= {} if digest is None else {"sha256": digest}
     kept = {key: parent[key] for key in (*TABLES, "folded", "architecture", "coverage") if key in parent}
     kept.pop("sha256", None)  # the hashes of the parent's tensors
-    return {
-        **kept,
-        "hdrq": __version__,
-        "contract": CONTRACT,
-        "added": dict(facts),
-        "parent": {"sha256": digest, **history},
-    }
+    return {**kept, "hdrq": __version__, "contract": CONTRACT, "added": dict(facts), "parent": history}
 
 
 def additions(manifest: Mapping[str, Any]) -> int:

@@ -15,10 +15,13 @@ from safetensors import SafetensorError, safe_open
 
 from hdrq import checks
 from hdrq.checkpoint.files import file_hash
-from hdrq.checkpoint.format import Reader
 from hdrq.checkpoint.loading import IN_FOLDER, read_state
 from hdrq.checkpoint.workdir import state_hash
+from hdrq.export.folders import Folder, is_folder
+from hdrq.export.folders.reading import read_json
 from hdrq.merging.adapters import adapter_changes, adapter_files, is_adapter, read_config
+from hdrq.merging.sources import hash_of
+from hdrq.merging.sources import opened as open_source
 from hdrq.merging.weights import Difference, Named, Rows, Tensors, Weights
 
 Place = str | os.PathLike | Mapping[str, torch.Tensor]
@@ -30,8 +33,9 @@ class Change:
 
     Args:
         add: a LoRA adapter as peft writes them, a folder or a file of tensors; or, with ``minus``, the weights B of
-            ``δ = B − C``: a state dict in full precision (a file, a folder of shards), or a file of :func:`hdrq.save`.
-            Tensors by name serve in place of any file. Without ``minus`` those that are no adapter are δ itself.
+            ``δ = B − C``: a state dict in full precision (a file, a folder of shards), a file of :func:`hdrq.save`, or
+            a quantized folder of transformers. Tensors by name serve in place of any file; without ``minus`` those that
+            are no adapter are δ itself.
         minus: the weights C, of the same names and shapes.
         scale: a factor on δ; −1 takes it away again.
         alpha: of an adapter that has no ``adapter_config.json`` beside it: its product is multiplied by alpha/r.
@@ -110,6 +114,11 @@ def opened(change: Change, base: Weights, stack: ExitStack, number: int) -> Open
         FileNotFoundError: no such file.
         TypeError, ValueError: it cannot be read, or it is not of this model; names are given, and the way out.
     """
+    if "awq" in _kinds(base.source.manifest) and (not isinstance(change.add, Mapping) or is_adapter(change.add)):
+        raise ValueError(
+            "the model must have its weights as they were trained, got one made by AWQ, which scales their inputs: "
+            "changes of other models do not fit it; give what its own weights change by, as tensors by name"
+        )
     if isinstance(change.add, Mapping):
         label, config, hashes = f"change {number}", None, {"add": state_hash(change.add)}
         adapter = dict(change.add) if is_adapter(change.add) else None
@@ -122,9 +131,15 @@ def opened(change: Change, base: Weights, stack: ExitStack, number: int) -> Open
             raise ValueError(f"minus must be left out for an adapter, got one for {label}; scale=-1 takes it away")
         rows = adapter_changes(adapter, config, change.alpha, base, label)
         _check_parts(rows, base, label, shared=False)
+        _check_untied(adapter, base, label)
         _check_unfolded(rows, base, label)
         parts = {n: _scaled(lambda r=r: r, None, change.scale) for n, r in rows.items()}  # type: ignore[misc]
-        return Opened(label, parts, False, {"kind": "adapter", "alpha": change.alpha, **facts})
+        return Opened(
+            label,
+            parts,
+            False,
+            {"kind": "adapter", "alpha": None if change.alpha is None else float(change.alpha), **facts},
+        )
     if change.alpha is not None:
         raise ValueError(f"alpha must be left out but for an adapter, got {change.alpha} for {label}")
     if change.minus is None and not isinstance(change.add, Mapping):
@@ -153,6 +168,16 @@ def opened(change: Change, base: Weights, stack: ExitStack, number: int) -> Open
     return Opened(label, {name: part(name) for name in names}, True, {"kind": "difference", **facts})
 
 
+def _kinds(facts: Any) -> set[str]:
+    """How a model, or one that it was made of, was quantized elsewhere."""
+    if not isinstance(facts, Mapping):
+        return set()
+    parents = [facts.get("parent"), *(m if isinstance(m := facts.get("models"), list) else [])]
+    origin = facts.get("origin")
+    own = {str(origin.get("kind"))} if isinstance(origin, Mapping) else set()
+    return own.union(*map(_kinds, parents))
+
+
 def _scaled(add: Callable[[], Rows], minus: Callable[[], Rows] | None, scale: float) -> Callable[[], Rows]:
     return lambda: Difference(add(), None if minus is None else minus(), scale)
 
@@ -162,7 +187,7 @@ def _adapter(path: Path) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]
     if not path.exists():
         raise FileNotFoundError(f"add must be a file or a folder that exists, got {path}")
     files = adapter_files(path)
-    if files is None or _is_quantized(files[0]):
+    if files is None or _is_quantized(path):
         return None, None, {}
     tensors = read_state(files[0])
     if path.is_file() and not is_adapter(tensors):
@@ -180,13 +205,18 @@ def _weights(place: Place, stack: ExitStack, label: str) -> tuple[Named, Any]:
         return Tensors.of(place), state_hash(place)
     path = Path(place)
     if _is_quantized(path):
-        return Weights(stack.enter_context(Reader(path))), [file_hash(path)]
+        source = open_source(path, stack)
+        return Weights(source), hash_of(source)
     state = read_state(path)  # safetensors are mapped: a tensor is read when its values are
     return Tensors.of(state), [file_hash(file) for file in _state_files(path)]
 
 
 def _is_quantized(path: Path) -> bool:
-    """Whether a file is one that :func:`hdrq.save` wrote."""
+    """Whether a path is a file that :func:`hdrq.save` wrote, or a folder with quantized weights."""
+    if path.is_dir():
+        config = read_json(path / "config.json") if is_folder(path) else {}
+        sections = ("quantization_config", "compression_config")
+        return any(config.get(key) for key in sections) or (path / "quantize_config.json").is_file()
     if not path.is_file() or path.suffix in (".json", ".bin", ".pt", ".pth"):
         return False
     try:
@@ -219,6 +249,18 @@ def _check_alike(a: Named, b: Named, label: str, other: str) -> None:
                 differences.append(f"{name} has other integers, which have no difference to add")
     if differences:
         raise ValueError(f"{label} and {other} must be alike, got {checks.listed(sorted(differences))}")
+
+
+def _check_untied(adapter: Mapping[str, torch.Tensor], base: Weights, label: str) -> None:
+    """A folder whose embedding is its head too, as its configuration alone says, has no place for a change of one."""
+    config = base.source.config if isinstance(base.source, Folder) else {}
+    tied = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings"))
+    found = [name for name in adapter if ".lora_embedding_A" in name]
+    if tied and found:
+        raise ValueError(
+            f"{label} must be for weights of one layer each, got {checks.listed(found)}, an embedding that is the "
+            "head too (tie_word_embeddings); a change of one of them alone has no place"
+        )
 
 
 def _check_folds(models: Sequence[Named], base: Weights, label: str) -> None:

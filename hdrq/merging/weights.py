@@ -14,7 +14,8 @@ from hdrq import checks, ops
 from hdrq.backends.eager import per_element
 from hdrq.backends.reference.systematic import GROUP
 from hdrq.checkpoint.format import Reader, Spec
-from hdrq.merging.sources import Source
+from hdrq.export.folders.reading import UNLOADABLE
+from hdrq.merging.sources import Source, State
 from hdrq.quantizers.layers import output_axis
 
 AT_ONCE = 2**18  # elements of a slab: its float64 values stay in the cache
@@ -67,12 +68,16 @@ class Plain:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized weight: ``(code − z)·Δ``."""
+    """A quantized weight: ``(code − z)·Δ``.
+
+    ``order`` are the columns that its codes have, where those of a group are no neighbours (act-order of GPTQ).
+    """
 
     codes: torch.Tensor  # not packed
     scale: torch.Tensor
     zero_point: torch.Tensor | None
     facts: Mapping[str, Any]  # of a manifest
+    order: torch.Tensor | None = None
 
     def rows(self, some: slice) -> torch.Tensor:
         return (self.integers(some) - self.zero(some)) * self.step(some)
@@ -100,6 +105,17 @@ class Quantized:
         if len(spread) > 1:
             return spread.flatten(1)[some]
         return spread.expand(1, *self.codes.shape[1:]).reshape(1, -1)
+
+
+@dataclass(frozen=True)
+class Reordered:
+    """A matrix with its columns in another order."""
+
+    matrix: Rows
+    order: torch.Tensor
+
+    def rows(self, some: slice) -> torch.Tensor:
+        return self.matrix.rows(some)[:, self.order]
 
 
 @dataclass(frozen=True)
@@ -184,6 +200,7 @@ class Weights:
         self.layers = {weight_name(layer): layer for layer in manifest["weights"]}
         self.owners = {weight_name(tied): weight_name(owner) for tied, owner in manifest["tied"].items()}
         parts = {f"{layer}.weight.{part}" for layer in manifest["weights"] for part in ("codes", "scale", "zero_point")}
+        parts |= {f"{layer}{UNLOADABLE}" for layer in manifest["weights"]}
         parts |= {f"{name}.input.scale" for name in manifest["inputs"]}
         self.plain = {name: spec for name, spec in source.specs.items() if name not in parts}
         quantized = {n: (torch.float32, tuple(manifest["weights"][layer]["shape"])) for n, layer in self.layers.items()}
@@ -203,10 +220,15 @@ class Weights:
         checks.code_values(f"codes of {layer}", codes, low, high)
         checks.scale_values(f"{layer}.weight.scale", scale)
         zero = tensor(f"{layer}.weight.zero_point").cpu() if facts.get("affine") else None
-        return Quantized(codes, scale, zero, facts)
+        groups = f"{layer}{UNLOADABLE}"
+        order = tensor(groups).long().argsort(stable=True) if groups in self.source.specs else None
+        return Quantized(codes, scale, zero, facts, order)
 
     def read(self, name: str) -> Rows:
-        return self.quantized(name) if name not in self.plain else Plain(self.source.tensor(name).cpu())
+        if name in self.plain:
+            return Plain(self.source.tensor(name).cpu())
+        weight = self.quantized(name)
+        return weight if weight.order is None else Reordered(weight, weight.order.argsort())
 
     def output_axis(self, name: str) -> int | None:
         """The axis of a weight along which its layer's outputs lie; None where a file alone does not say."""
@@ -219,21 +241,23 @@ class Weights:
     def same(self, name: str) -> list[str]:
         """The names of a weight: its own, and those of layers that share it.
 
-        A file says so of quantized weights. Of matrices in float it is taken from equal numbers, in memory from equal
-        places.
+        A file says so of quantized weights. Of matrices in float equal numbers say it, in memory one place.
         """
         owner = self.owners.get(name, name)
         if owner in self.layers:
             return [owner, *(tied for tied, other in self.owners.items() if other == owner)]
         if len(self.plain[name][1]) < 2:
             return [name]
-        return [name, *(other for other in self.plain if other != name and self._mark(other) == self._mark(name))]
+        return [name, *(other for other in self.plain if other != name and self._equal(name, other))]
 
-    def _mark(self, name: str) -> Any:
+    def _equal(self, name: str, other: str) -> bool:
+        if self.plain[name] != self.plain[other]:
+            return False
         if isinstance(self.source, Reader):
-            return self.source.manifest["sha256"][name]
-        value = self.source.tensor(name)
-        return value.data_ptr(), value.shape
+            hashes = self.source.manifest["sha256"]
+            return hashes[name] == hashes[other]
+        a, b = self.source.tensor(name), self.source.tensor(other)
+        return a.data_ptr() == b.data_ptr() if isinstance(self.source, State) else torch.equal(a, b)
 
 
 def weight_name(layer: str) -> str:
