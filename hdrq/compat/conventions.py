@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hdrq import checks, ops
 from hdrq.compat import functional
 from hdrq.ops.fakequant import GRADIENTS, ROUNDINGS
 from hdrq.rng import rng_state
@@ -57,6 +58,44 @@ class Convention:
             rounding=self.rounding,
             gradient=self.gradient,
             zero_point_rounding=self.zero_point_rounding,
+        )
+
+    def direct(self, x, scale, quant_min, quant_max, zero_point=None, ch_axis=None, grad_factor=1.0) -> Convention:
+        """:class:`Direct` where our op takes such arguments nearly as they are, else the convention itself."""
+        own = [scale] if zero_point is None or not self.uses_zero_point else [scale, zero_point]
+        if not all(isinstance(t, torch.Tensor) and (t.device, t.shape) == (x.device, scale.shape) for t in own):
+            return self
+        if scale.dtype != torch.float32 or x.dtype not in checks.FLOATS or own[-1].is_complex():
+            return self
+        if scale.numel() == 1 and ch_axis not in (None, -1):  # of an axis that is as long in this call
+            return self
+        view, axis = functional._view(x, scale, ch_axis)
+        return Direct(**vars(self), axis=axis) if view is x else self
+
+
+@dataclass(frozen=True)
+class Direct(Convention):
+    """A convention for calls alike in devices, dtypes, dimensions of x, and shapes of scale and zero point.
+
+    What :func:`functional.fake_quantize` finds out at each call, which takes longer than a small tensor, is known.
+    """
+
+    axis: int | None = None
+
+    def __call__(self, x, scale, quant_min, quant_max, zero_point=None, ch_axis=None, grad_factor=1.0) -> torch.Tensor:
+        if not x.is_contiguous():
+            return super().__call__(x, scale, quant_min, quant_max, zero_point, ch_axis, grad_factor)
+        zero_point = zero_point if self.uses_zero_point else None
+        return ops.fake_quantize(
+            x,
+            scale if scale.requires_grad else scale.clone(),
+            quant_min,
+            quant_max,
+            zero_point=functional._own(zero_point, quant_min, quant_max, self.zero_point_rounding),
+            axis=self.axis,
+            grad_scale=float(grad_factor),
+            rounding=self.rounding,
+            gradient=self.gradient,
         )
 
 

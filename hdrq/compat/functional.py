@@ -95,24 +95,28 @@ def fake_quantize(
     order = _dense_order(x) if rng is None and x_in is x and not x.is_contiguous() else None
     if order is not None:
         x_in, axis = x.permute(order), None if axis is None else order.index(axis)
-    options: dict[str, Any] = {
-        "zero_point": z,
-        "axis": axis,
-        "grad_scale": grad_factor,
-        "keep": keep,
-        "rng": rng,
-        "rounding": rounding,
-        "gradient": gradient,
-    }
-    if not signed_scale:
-        y = ops.fake_quantize(x_in, s, quant_min, quant_max, **options)
-    else:
+    if signed_scale:
         sign = torch.where(s.detach() < 0, -1.0, 1.0)
         signs = per_element(sign, x_in.ndim, axis).to(x.dtype)
-        y = ops.fake_quantize(x_in * signs, s * sign, quant_min, quant_max, **options) * signs
+        x_in, s = x_in * signs, s * sign
+    y = ops.fake_quantize(
+        x_in,
+        s,
+        quant_min,
+        quant_max,
+        zero_point=z,
+        axis=axis,
+        grad_scale=grad_factor,
+        keep=keep,
+        rng=rng,
+        rounding=rounding,
+        gradient=gradient,
+    )
+    if signed_scale:
+        y = y * signs
     if order is not None:
         return y.permute([order.index(i) for i in range(x.ndim)])
-    return as_shape(y, x.shape)
+    return y if x_in is x else y.reshape(x.shape)
 
 
 @_in_own_names
@@ -178,31 +182,28 @@ def adaround(
 
 def _own(zero_point: Any, low: int = 0, high: int = 0, how: str | None = None) -> Any:
     """A zero point rounded as ``how`` says, which nobody else writes to; None for a zero."""
-    if zero_point is None or _is_zero(zero_point):
-        return None
-    if not isinstance(zero_point, torch.Tensor) or not zero_point.is_floating_point():
-        return zero_point
-    if zero_point.requires_grad:
-        return zero_point if how is None else _Integer.apply(zero_point, low, high, how)
-    return zero_point.clone() if how is None else _integer(zero_point, low, high, how)
-
-
-def _is_zero(zero_point: torch.Tensor | float) -> bool:
-    """Whether it is a single zero that does not learn, as symmetric quantizers pass, and a look at it costs nothing."""
     if not isinstance(zero_point, torch.Tensor):
-        return isinstance(zero_point, (int, float)) and zero_point == 0
-    if (
-        zero_point.numel() != 1
-        or zero_point.requires_grad
-        or zero_point.is_complex()
-        or zero_point.device.type != "cpu"
-    ):
+        return None if isinstance(zero_point, (int, float)) and zero_point == 0 else zero_point
+    learns = zero_point.requires_grad
+    if not learns and zero_point.numel() == 1 and _is_zero(zero_point):
+        return None
+    if not zero_point.is_floating_point():
+        return zero_point if zero_point.is_complex() else zero_point.float()
+    if how is None:
+        return zero_point if learns else zero_point.clone()
+    return _Integer.apply(zero_point, low, high, how) if learns else _integer(zero_point, low, high, how)
+
+
+def _is_zero(zero_point: torch.Tensor) -> bool:
+    """Whether it is the zero that symmetric quantizers pass, where a look at it costs nothing."""
+    if not zero_point.is_cpu or zero_point.is_complex() or torch.compiler.is_compiling():
         return False
-    return not torch.compiler.is_compiling() and zero_point.item() == 0
+    return zero_point.item() == 0
 
 
 def _integer(z: torch.Tensor, low: int, high: int, how: str) -> torch.Tensor:
-    return torch.round(z).clamp(low, high) if how == "clamped" else torch.round(z)
+    z = torch.round(z)
+    return z.clamp(low, high) if how == "clamped" else z
 
 
 class _Integer(torch.autograd.Function):
@@ -222,20 +223,27 @@ def _grid(x, scale, zero_point, ch_axis) -> tuple[torch.Tensor, torch.Tensor, to
             raise TypeError("x must be float32, bfloat16 or float16, got float64: x.float() gives up its precision")
         checks.tensor("x", x, checks.FLOATS)
     x_in, axis = _view(x, scale, ch_axis)
-    s = _values("scale", scale, x, x_in, axis)
+    s = _values("scale", scale, x)
     if s is scale and not s.requires_grad:
         s = s.clone()
     if zero_point is None:
         return x_in, s, None, axis
-    z = _values("zero_point", zero_point, x, x_in, axis)
-    if z.numel() > 1 and zero_point.shape != scale.shape:
+    z = _values("zero_point", zero_point, x)
+    if z.numel() == 1:
+        return x_in, s, z if axis is None else z.reshape(1).expand(s.numel()), axis
+    if zero_point.shape != s.shape:
+        if z.numel() != s.numel():
+            raise ValueError(
+                f"zero_point must have {' or '.join(map(str, sorted({1, s.numel()})))} elements, given this scale, "
+                f"got the shape {tuple(zero_point.shape)}"
+            )
         own, own_axis = _view(x, zero_point, ch_axis, "zero_point")
         if own_axis != axis or own.shape != x_in.shape:
             raise ValueError(
                 f"zero_point must vary along the axis of the scale, {axis}, got the shape {tuple(zero_point.shape)} "
-                f"beside {tuple(scale.shape)}"
+                f"beside {tuple(s.shape)}"
             )
-    return x_in, s, z if z.numel() == s.numel() else z.reshape(1).expand(s.numel()), axis
+    return x_in, s, z, axis
 
 
 def _dense_order(x: torch.Tensor) -> list[int] | None:
@@ -255,33 +263,29 @@ def _view(
         if own_axis is not None and x.shape[own_axis] != 1:
             raise ValueError(f"{name} must have {x.shape[own_axis]} elements, the length of ch_axis {ch_axis}, got one")
         return x, None
-    shape = tuple(scale.shape)
+    shape = scale.shape
     if len(shape) == 1 and ch_axis is not None:
         return x, checks.axis_of(x, ch_axis)
-    padded = (1,) * (x.ndim - len(shape)) + shape
+    padded = (1,) * (x.ndim - len(shape)) + tuple(shape)
     varies = [i for i, n in enumerate(padded) if n != 1]
     if len(padded) == x.ndim and len(varies) == 1 and padded[varies[0]] == x.shape[varies[0]]:
         if ch_axis is not None and checks.axis_of(x, ch_axis) != varies[0]:
-            raise ValueError(f"{name} must vary along ch_axis, {ch_axis}, got the shape {shape}")
+            raise ValueError(f"{name} must vary along ch_axis, {ch_axis}, got the shape {tuple(shape)}")
         return x, varies[0]
     if len(shape) == x.ndim and shape[:-1] == x.shape[:-1] and shape[-1] and x.shape[-1] % shape[-1] == 0:
         return x.reshape(-1, x.shape[-1] // shape[-1]), 0
     raise ValueError(
         f"{name} must have one element, or broadcast to x along one axis, or have one for each group of its last axis: "
-        f"got {shape} for x of {tuple(x.shape)}; ch_axis names the axis of a scale of one dimension"
+        f"got {tuple(shape)} for x of {tuple(x.shape)}; ch_axis names the axis of a scale of one dimension"
     )
 
 
-def _values(name: str, values: Any, x: torch.Tensor, x_in: torch.Tensor, axis: int | None) -> torch.Tensor:
+def _values(name: str, values: Any, x: torch.Tensor) -> torch.Tensor:
     """Float32 values on the device of x."""
     if not isinstance(values, torch.Tensor):
         return torch.full((1,), checks.real(name, values), dtype=torch.float32, device=x.device)
+    if values.dtype == torch.float32 and values.device == x.device:
+        return values
     if values.is_complex():
         raise TypeError(f"{name} must be real, got {checks.short(values.dtype)}")
-    wanted = {1} if axis is None else {1, x_in.shape[axis]}
-    if values.numel() not in wanted:
-        counts = " or ".join(map(str, sorted(wanted)))
-        raise ValueError(f"{name} must have {counts} elements, given this scale, got the shape {tuple(values.shape)}")
-    if values.dtype != torch.float32 or values.device != x.device:
-        return values.to(x.device, torch.float32)
-    return values
+    return values.to(x.device, torch.float32)

@@ -9,10 +9,11 @@ import sys
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from operator import attrgetter, itemgetter
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,11 @@ from hdrq.compat.trial import Refused, agrees, check_noise, noise_probe, recogni
 from hdrq.ops._library import watched
 
 _trying: ContextVar[bool] = ContextVar("hdrq_compat_trying", default=False)  # an original runs to be compared
+FORM = ("x", "scale", "quant_min", "quant_max", "zero_point", "ch_axis", "grad_factor")  # as forms take them
+DEFAULTS = {"zero_point": None, "ch_axis": None, "grad_factor": 1.0}
+UNSEEN = "a tensor has no values, or a class of its own"  # the original is called, and nothing counted
+FACTS_OF_X, FACTS = (attrgetter("dtype", "requires_grad", "device", last) for last in ("ndim", "shape"))
+PLAIN = {torch.Tensor, nn.Parameter}
 VERDICTS = 64  # of one class, beyond which calls under new conditions are left: something counts in its objects
 
 
@@ -242,7 +248,7 @@ def _forward(record: ReplacedClass) -> Callable:
     def forward(self, *args, **kwargs):
         given = args if not kwargs else tuple(kwargs.values()) if not args and argument in kwargs else ()
         x = given[0] if len(given) == 1 else None
-        if not _ordinary(x) or not classes.is_quantizer(self, x):
+        if type(x) not in PLAIN or x.is_meta or not _unobserved() or not classes.is_quantizer(self, x):
             return original(self, *args, **kwargs)
         around = values_of(places)
         verdict = next((v for v in verdicts if v.holds(self, x, around)), None)
@@ -265,11 +271,9 @@ def _forward(record: ReplacedClass) -> Callable:
     return forward
 
 
-def _ordinary(*tensors: Any) -> bool:
-    """Whether a call is one of plain tensors that nothing records or transforms, and may be compared and computed."""
-    if _trying.get() or watched() or torch.is_inference_mode_enabled() or forward_ad._current_level >= 0:
-        return False
-    return all(type(t) in (torch.Tensor, nn.Parameter) and t.device.type != "meta" for t in tensors)
+def _unobserved() -> bool:
+    """Whether nothing records or transforms a call, so that it may be compared and computed."""
+    return not (_trying.get() or watched() or torch.is_inference_mode_enabled() or forward_ad._current_level >= 0)
 
 
 def _without_values(error: Exception) -> str:
@@ -318,7 +322,7 @@ def _replaced(name: str, original: Any, noise: Noise, package: str) -> Replaced:
     else:
         record = Replaced(name, recognised(by_role, roles.values()), original)
     places = surroundings(original.forward if is_class else original, package)
-    call = _Call(record, function, by_role, signature, roles, places)
+    call = _call(record, function, by_role, signature, roles, places)
     if is_class:
 
         def apply(cls, *args):
@@ -327,7 +331,7 @@ def _replaced(name: str, original: Any, noise: Noise, package: str) -> Replaced:
 
         record.now = type(original.__name__, (original,), {"apply": classmethod(apply), "_hdrq_patched": True})
     else:
-        record.now = functools.wraps(original)(lambda *args, **kwargs: call(*args, **kwargs))
+        record.now = functools.wraps(original)(call)
         record.now._hdrq_patched = True
     return record
 
@@ -349,68 +353,72 @@ def _by_role(function: Callable, signature: inspect.Signature, roles: dict[str, 
     return call
 
 
-class _Call:
+def _call(
+    record: Replaced, function: Callable, by_role: Callable, signature: inspect.Signature, roles: dict, places: list
+) -> Callable:
     """What is called in a function's place."""
+    order = tuple(roles.values())
+    positional = all(p.kind is not p.KEYWORD_ONLY for p in signature.parameters.values())
+    as_form = itemgetter(*((*order, *DEFAULTS).index(role) for role in FORM))
+    level = 3 if isinstance(record.original, type) else 2  # of the line that called, for warnings
+    verdicts: dict[tuple, Convention | Noise | str] = {}  # by the kind of call: ours, or why it is the original
 
-    def __init__(
-        self,
-        record: Replaced,
-        function: Callable,
-        by_role: Callable,
-        signature: inspect.Signature,
-        roles: dict,
-        places: list,
-    ) -> None:
-        self.record, self.function, self.by_role, self.places = record, function, by_role, places
-        self.signature, self.roles = signature, tuple(roles.values())
-        self.positional = all(p.kind is not p.KEYWORD_ONLY for p in signature.parameters.values())
-        self.verdicts: dict[tuple, str | None] = {}  # by the kind of call: None where ours computes the same
-
-    def __call__(self, *args, **kwargs) -> torch.Tensor:
-        record = self.record
-        if record.undone or not _ordinary(*(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))):
-            return self.function(*args, **kwargs)
-        if isinstance(record.form, Noise):
-            refuse_to_draw_again()
-        record.calls += 1
-        values = args if self.positional and len(args) == len(self.roles) and not kwargs else self._bound(args, kwargs)
-        given = dict(zip(self.roles, values, strict=True))
-        kind = (_kind(given), values_of(self.places)) if self.places else _kind(given)
+    def call(*args, **kwargs) -> torch.Tensor:
+        if record.undone or not _unobserved():
+            return function(*args, **kwargs)
+        values: Sequence = args
+        if kwargs or len(args) != len(order) or not positional:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            values = [bound.arguments[name] for name in signature.parameters]
+        kind = _kind(order, values)
+        if places:
+            kind += values_of(places)
         try:
-            if kind not in self.verdicts:
-                self.verdicts[kind] = self._compared(given)
-            why = self.verdicts[kind]
-            if why is None:
-                return record.form(**given)
+            if kind not in verdicts:
+                verdicts[kind] = _compared(record.form, by_role, dict(zip(order, values, strict=True)))
+            verdict = verdicts[kind]
+            if not isinstance(verdict, str):
+                y = verdict(*as_form((*values, *DEFAULTS.values())))
+                record.calls += 1
+                return y
         except Refused as refused:  # a kind that our op never takes, else values that it does not take
-            why = _without_values(refused)
+            verdict = _without_values(refused)
             if isinstance(refused.__cause__, TypeError):
-                self.verdicts[kind] = why
+                verdicts[kind] = verdict
         except (TypeError, ValueError) as refused:
-            why = _without_values(refused)
-        if why not in record.passed_on:
-            warnings.warn(f"{record.name}, patched by hdrq.compat, is computed by the original: {why}", stacklevel=3)
-        record.passed_on[why] += 1
-        return self.function(*args, **kwargs)
+            verdict = _without_values(refused)
+        if verdict is UNSEEN:
+            return function(*args, **kwargs)
+        if verdict not in record.passed_on:
+            text = f"{record.name}, patched by hdrq.compat, is computed by the original: {verdict}"
+            warnings.warn(text, stacklevel=level)
+        record.calls += 1
+        record.passed_on[verdict] += 1
+        return function(*args, **kwargs)
 
-    def _compared(self, given: dict[str, Any]) -> str | None:
-        """How the original differs from ours. Functions that it calls are originals too."""
-        with _originals():
-            return agrees(self.record.form, self.by_role, given)
-
-    def _bound(self, args: tuple, kwargs: dict) -> list:
-        bound = self.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return [bound.arguments[name] for name in self.signature.parameters]
+    return call
 
 
-def _kind(given: dict[str, Any]) -> tuple:
+def _compared(form: Convention | Noise, by_role: Callable, given: dict[str, Any]) -> Convention | Noise | str:
+    """What computes such calls, or why the original does. Functions that it calls are originals too."""
+    if any(isinstance(v, torch.Tensor) and (type(v) not in PLAIN or v.is_meta) for v in given.values()):
+        return UNSEEN
+    if isinstance(form, Noise):
+        refuse_to_draw_again()
+    else:
+        form = form.direct(**given)
+    with _originals():
+        return agrees(form, by_role, given) or form
+
+
+def _kind(order: Sequence[str], values: Sequence) -> tuple:
     """What calls share that are compared with the original once: all but numbers and the lengths of x."""
     parts: list = [torch.is_grad_enabled()]
-    for role, value in given.items():
-        if isinstance(value, torch.Tensor):
-            shape = value.ndim if role == "x" else value.shape
-            parts += (value.dtype, value.requires_grad, value.device, shape)
+    for role, value in zip(order, values, strict=True):
+        kind = type(value)
+        if kind in PLAIN:
+            parts.append(FACTS_OF_X(value) if role == "x" else FACTS(value))
         else:
-            parts.append(value if isinstance(value, int) else type(value))
+            parts.append(value if isinstance(value, int) else kind)
     return tuple(parts)

@@ -81,6 +81,44 @@ def test_results_stay(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_what_does_not_learn_may_be_written_to_before_the_gradients(axis, dtype):
+    x = sample((6, 6), special=False)
+    scale, zero = torch.rand(6) + 0.1, torch.arange(6, dtype=dtype) - 2
+    if axis is None:
+        name, grid = "fake_quantize_per_tensor_affine", (scale[:1], zero[:1], -8, 7)
+    else:
+        name, grid = "fake_quantize_per_channel_affine", (scale, zero, axis, -8, 7)
+    (want,) = torch.autograd.grad(getattr(quantizers, name)(leaf := x.clone().requires_grad_(), *grid).sum(), leaf)
+    with patch("standin") as patched:
+        for _ in range(2):
+            kept = scale.clone(), zero.clone()
+            y = getattr(quantizers, name)(leaf, *grid)
+            scale.mul_(9)
+            zero.add_(50)
+            (got,) = torch.autograd.grad(y.sum(), leaf)
+            torch.testing.assert_close(got, want)
+            scale.copy_(kept[0]), zero.copy_(kept[1])
+        assert sum(r.calls for r in patched.replaced) == 2 and not any(r.passed_on for r in patched.replaced)
+
+
+def test_a_kind_of_call_is_compared_once_and_serves_other_lengths_and_layouts():
+    function = "fake_quantize_per_channel_affine"
+    scale, zero = torch.rand(6) + 0.1, torch.arange(6.0)
+    inputs = [sample((2, 6, 3, 3), special=False), sample((3, 6, 5, 2), special=False)]
+    inputs += [x.contiguous(memory_format=torch.channels_last) for x in inputs] + [inputs[0].transpose(0, 3)]
+    want = [getattr(quantizers, function)(x, scale, zero, 1, -8, 7) for x in inputs]
+    with patch("standin") as patched:
+        for x, y in zip(inputs, want, strict=True):
+            got = getattr(quantizers, function)(x, scale, zero, 1, -8, 7)
+            assert_same_bits(got + 0.0, y + 0.0)
+            assert got.stride() == y.stride()
+        assert not any(r.passed_on for r in patched.replaced)
+        with pytest.warns(UserWarning, match="scale must have 5 elements"), pytest.raises(RuntimeError, match="shape"):
+            getattr(quantizers, function)(inputs[0][:, :5], scale, zero, 1, -8, 7)  # it is the original's error
+
+
 def test_an_autograd_function_is_replaced():
     alpha = torch.tensor([0.3])
     leaves = X.clone().requires_grad_(), alpha.clone().requires_grad_()
