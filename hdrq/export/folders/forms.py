@@ -70,28 +70,54 @@ class Form:
             zero_point = (self.zero_point(read).to(torch.int32) + self.low).reshape(self.grid).contiguous()
             checks.code_values(f"zero points of {self.name}", zero_point, self.low, -self.low - 1)
             return zero_point
-        codes = self.counted(read)
-        codes = codes if self.order is None else codes[:, self.order]
-        codes = codes.to(torch.int8) if self.bits < 8 else (codes ^ 0x80).view(torch.int8)
-        codes = codes + self.low if self.bits < 8 else codes
+        if self._nibbles:
+            return (self.words(read).contiguous().view(torch.uint8) ^ 0x88).flatten()
+        counted = self.counted(read)
+        counted = counted if self.order is None else counted[:, self.order]
+        codes = counted.to(torch.int8) + self.low if self.bits < 8 else (counted ^ 0x80).view(torch.int8)
         return ops.pack(codes) if packs(self.low, -self.low - 1) else codes.contiguous()
 
     def written(self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, like: Mapping) -> dict:
         """A weight's tensors by name, from what a file of hdrq holds; ``like``: the dtype of each in the folder."""
-        if codes.dtype == torch.uint8:
-            codes = ops.unpack(codes, self.shape, signed=True)
-        counted = (codes.to(torch.int16) - self.low).to(torch.uint8)
-        if self.order is not None:
-            counted = torch.empty_like(counted).index_copy_(1, self.order, counted)
         zeros = None if zero_point is None else zero_point.reshape(self.grid) - self.low
-        tensors = self.laid_out(counted, scale.reshape(self.grid), zeros)
+        tensors = self.of_grid(scale.reshape(self.grid), zeros)
+        if self._nibbles:
+            tensors |= self.of_words((codes ^ 0x88).view(torch.int32).view(self.shape[0], -1))
+        else:
+            codes = ops.unpack(codes, self.shape, signed=True) if codes.dtype == torch.uint8 else codes
+            counted = (codes.to(torch.int16) - self.low).to(torch.uint8)
+            if self.order is not None:
+                counted = torch.empty_like(counted).index_copy_(1, self.order, counted)
+            tensors |= self.of_codes(counted)
         name = self.tensors["scale"]
         tensors[name] = rounded(name, tensors[name], like[name])
         return tensors
 
-    def counted(self, read: Read) -> torch.Tensor:
-        """The codes from 0 on, uint8 (N, K), columns in the order of the weight's."""
+    @property
+    def _nibbles(self) -> bool:
+        """Whether the words of a row are bytes of :func:`hdrq.ops.pack`, but for the sign of each nibble."""
+        return self.in_words and self.bits == 4 and self.shape[1] % 8 == 0 and self.order is None
+
+    @property
+    def in_words(self) -> bool:
+        """Whether codes lie in words along the inputs."""
+        return True
+
+    def words(self, read: Read) -> torch.Tensor:
+        """The words of the codes, int32 ``(N, W)``."""
         raise NotImplementedError
+
+    def of_words(self, words: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The inverse."""
+        raise NotImplementedError
+
+    def counted(self, read: Read) -> torch.Tensor:
+        """The codes from 0 on, uint8 ``(N, K)``, columns in the order of the weight's."""
+        return unpack_words(self.words(read), self.bits, self.shape[1])
+
+    def of_codes(self, counted: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The inverse."""
+        return self.of_words(pack_words(counted, self.bits))
 
     def scale(self, read: Read) -> torch.Tensor:
         """The scales in any dtype, in the order of :attr:`grid`."""
@@ -101,8 +127,8 @@ class Form:
         """The zero points counted from 0 on, in the order of :attr:`grid`."""
         raise NotImplementedError
 
-    def laid_out(self, counted: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor | None) -> dict:
-        """The inverse: tensors by name."""
+    def of_grid(self, scale: torch.Tensor, zeros: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The inverse of both; ``zeros`` are None for a symmetric weight."""
         raise NotImplementedError
 
 
@@ -132,30 +158,41 @@ class Compressed(Form):
 
     padded: bool = False
 
+    @property
+    def in_words(self) -> bool:
+        return "packed" in self.tensors
+
+    def words(self, read: Read) -> torch.Tensor:
+        return read(self.tensors["packed"])
+
+    def of_words(self, words: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {self.tensors["packed"]: words}
+
     def counted(self, read: Read) -> torch.Tensor:
-        if "packed" in self.tensors:
-            return unpack_words(read(self.tensors["packed"]), self.bits, self.shape[1], padded=self.padded)
+        if self.in_words:
+            return unpack_words(self.words(read), self.bits, self.shape[1], padded=self.padded)
         codes = read(self.tensors["weight"])
         checks.code_values(self.tensors["weight"], codes, self.low, -self.low - 1)
         return (codes.to(torch.int16) - self.low).to(torch.uint8)
 
+    def of_codes(self, counted: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.in_words:
+            return self.of_words(pack_words(counted, self.bits, padded=self.padded))
+        return {self.tensors["weight"]: (counted.to(torch.int16) + self.low).to(torch.int8)}
+
     def zero_point(self, read: Read) -> torch.Tensor:
         value = read(self.tensors["zero_point"])
-        if "packed" not in self.tensors:
+        if not self.in_words:
             return value.to(torch.int32) - self.low
         return unpack_words(value.t(), self.bits, self.shape[0], padded=self.padded).t()
 
-    def laid_out(self, counted: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor | None) -> dict:
+    def of_grid(self, scale: torch.Tensor, zeros: torch.Tensor | None) -> dict[str, torch.Tensor]:
         columns = (-1, 1) if self.axis == 0 else self.grid
         tensors = {self.tensors["scale"]: scale.view(columns)}
-        if "packed" in self.tensors:
-            tensors[self.tensors["packed"]] = pack_words(counted, self.bits, padded=self.padded)
-            if zeros is not None:
-                words = pack_words(zeros.view(columns).t().contiguous(), self.bits, padded=self.padded)
-                tensors[self.tensors["zero_point"]] = words.t().contiguous()
-            return tensors
-        tensors[self.tensors["weight"]] = (counted.to(torch.int16) + self.low).to(torch.int8)
-        if zeros is not None:
+        if zeros is not None and self.in_words:
+            words = pack_words(zeros.view(columns).t().contiguous(), self.bits, padded=self.padded)
+            tensors[self.tensors["zero_point"]] = words.t().contiguous()
+        elif zeros is not None:
             tensors[self.tensors["zero_point"]] = (zeros + self.low).to(torch.int8).view(columns)
         return tensors
 
@@ -171,7 +208,7 @@ class Gptq(Form):
 
     less: int = 0
 
-    def counted(self, read: Read) -> torch.Tensor:
+    def words(self, read: Read) -> torch.Tensor:
         if not self.affine:
             zeros = self.stored_zeros(read)
             wrong = zeros != -self.low - self.less
@@ -180,7 +217,10 @@ class Gptq(Form):
                     f"{self.tensors['zeros']} must be {-self.low - self.less} everywhere for a symmetric weight, got "
                     f"{int(zeros[wrong][0])}; the folder's sym must be false"
                 )
-        return unpack_words(read(self.tensors["words"]).t(), self.bits, self.shape[1])
+        return read(self.tensors["words"]).t()
+
+    def of_words(self, words: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {self.tensors["words"]: words.t().contiguous()}
 
     def stored_zeros(self, read: Read) -> torch.Tensor:
         return unpack_words(read(self.tensors["zeros"]), self.bits, self.shape[0]).t()
@@ -197,10 +237,9 @@ class Gptq(Form):
     def scale(self, read: Read) -> torch.Tensor:
         return read(self.tensors["scale"]).t()
 
-    def laid_out(self, counted: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor | None) -> dict:
+    def of_grid(self, scale: torch.Tensor, zeros: torch.Tensor | None) -> dict[str, torch.Tensor]:
         rows = (self.shape[0], -1)
         tensors = {self.tensors["scale"]: scale.view(rows).t().contiguous()}
-        tensors[self.tensors["words"]] = pack_words(counted, self.bits).t().contiguous()
         if zeros is not None:
             stored = zeros.view(rows) - self.less
             if int(stored.min()) < 0:
@@ -213,20 +252,24 @@ class Gptq(Form):
 class Awq(Form):
     """AWQ's (gemm) ``qweight`` (K, N/8), ``qzeros`` (K/g, N/8) with shuffled nibbles, ``scales`` (K/g, N)."""
 
+    @property
+    def in_words(self) -> bool:
+        return False  # they lie along the outputs
+
     def counted(self, read: Read) -> torch.Tensor:
         return from_awq(unpack_words(read(self.tensors["words"]), self.bits, self.shape[0])).t()
 
-    def zero_point(self, read: Read) -> torch.Tensor:
-        return from_awq(unpack_words(read(self.tensors["zeros"]), self.bits, self.shape[0])).t()
+    def of_codes(self, counted: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {self.tensors["words"]: pack_words(to_awq(counted.t()), self.bits)}
 
     def scale(self, read: Read) -> torch.Tensor:
         return read(self.tensors["scale"]).t()
 
-    def laid_out(self, counted: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor | None) -> dict:
-        rows = (self.shape[0], -1)
+    def zero_point(self, read: Read) -> torch.Tensor:
+        return from_awq(unpack_words(read(self.tensors["zeros"]), self.bits, self.shape[0])).t()
+
+    def of_grid(self, scale: torch.Tensor, zeros: torch.Tensor | None) -> dict[str, torch.Tensor]:
         assert zeros is not None
-        return {
-            self.tensors["scale"]: scale.view(rows).t().contiguous(),
-            self.tensors["words"]: pack_words(to_awq(counted.t()), self.bits),
-            self.tensors["zeros"]: pack_words(to_awq(zeros.view(rows).t()), self.bits),
-        }
+        rows = (self.shape[0], -1)
+        words = pack_words(to_awq(zeros.view(rows).t()), self.bits)
+        return {self.tensors["scale"]: scale.view(rows).t().contiguous(), self.tensors["zeros"]: words}
