@@ -59,15 +59,16 @@ def lower(model: ir.Model, profile: Profile) -> None:
 
 
 def weight_form(profile: Profile, codes: np.ndarray, scale: np.ndarray, zero_point, qmin: int, qmax: int, axis):
-    """The type that holds a weight's codes; without a zero point, where a type of 8 bits holds the difference."""
+    """The type that holds a weight's codes; without a zero point, where a signed type of it holds the difference."""
     codes = codes.astype(np.int32)
     if zero_point is not None:
         shape = [-1 if i == axis else 1 for i in range(codes.ndim)]
         shifted = codes - zero_point.astype(np.int32).reshape(shape)
-        if np.abs(shifted).max(initial=0) <= 127 or qmax - qmin > 255:
+        if np.abs(shifted).max(initial=0) <= (127 if qmax - qmin <= 255 else TYPES["INT16"].high):
             codes, zero_point = shifted, None
-    if zero_point is not None:  # 8 bits: uint8, wherever the range lies
-        return WeightForm("UINT8", (codes - qmin).astype(np.uint8), scale, (zero_point - qmin).astype(np.uint8), axis)
+    if zero_point is not None:  # unsigned, wherever the range lies
+        kind, dtype = ("UINT8", np.uint8) if qmax - qmin <= 255 else ("UINT16", np.uint16)
+        return WeightForm(kind, (codes - qmin).astype(dtype), scale, (zero_point - qmin).astype(dtype), axis)
     largest = int(np.abs(codes).max(initial=0))
     if largest > 128 or codes.max(initial=0) > 127:
         return WeightForm("INT16", codes.astype(np.int16), scale, None, axis)

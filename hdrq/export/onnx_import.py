@@ -184,9 +184,9 @@ def codes_of(graph: Graph, weight: Weight) -> tuple[torch.Tensor, torch.Tensor, 
         where: Any = {"axis": weight_facts(graph, weight)["axis"], "group_size": weight.block}
         codes = ops.quantize(_owned(values), _owned(scale), low, high, zero_point=shifts, **where)
     else:
-        values = values if weight.own is not None else values.astype(np.int32) - middle(weight)
-        codes = _owned(values).to(torch.int8 if packs(low, high) else codes_spec(low, high, ())[0])
-    checks.code_values(f"codes {weight.codes}", codes, low, high)
+        codes = _owned(values if weight.own is not None else values.astype(np.int32) - middle(weight))
+        checks.code_values(f"codes {weight.codes}", codes, low, high)
+    codes = codes.to(torch.int8 if packs(low, high) else codes_spec(low, high, ())[0])
     return codes, _owned(scale), _owned(zero) if is_affine(graph, weight) else None
 
 

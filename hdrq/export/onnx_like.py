@@ -152,11 +152,15 @@ class _Filled:
         """Put the numbers into the graph; ``location`` is the name of the file beside it."""
         for name in sorted(self._external - self._places.keys()):
             self._put(name, Raw.of(self.graph.array(name), self.graph.kind(name)))
+        graph = self.graph.proto.graph
+        declared = {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.input)}
         for name, raw in self._data.items():
             tensor = self.graph.constants[name]
             for part in DATA:
                 tensor.ClearField(part)
             tensor.data_type, tensor.dims[:] = TensorProto.DataType.Value(raw.kind), raw.dims
+            if name in declared:
+                declared[name].elem_type = tensor.data_type
             if name not in self._places:
                 tensor.raw_data = raw.data
                 continue

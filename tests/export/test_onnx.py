@@ -99,6 +99,15 @@ def test_the_batch_is_free_where_inputs_are_named(name, tmp_path):
         assert check(tmp_path / "model.onnx", model, [dict(call.kwargs)], runtime="onnxruntime").unfused <= 1e-6
 
 
+@pytest.mark.parametrize("bits", ["W4A8", "W8A8", "W16A8"])
+def test_weights_with_zero_points(bits, tmp_path):
+    """Codes of 16 bits less their zero points need not fit int16."""
+    model = quantized(bits, affine_weights=True, per_channel=True)
+    to_onnx(model, X, tmp_path / "model.onnx", allow_float=True)
+    with torch.no_grad():
+        np.testing.assert_allclose(answers(tmp_path / "model.onnx", X), model(X).numpy(), atol=2e-6)
+
+
 def test_weights_are_the_codes_to_the_bit(tmp_path):
     model = quantized("W3A8", per_channel=True)
     to_onnx(model, X, tmp_path / "model.onnx")
