@@ -84,9 +84,9 @@ def keep_threshold(name: str, probability: Any) -> int:
 
 
 def quant_range(qmin: Any, qmax: Any) -> None:
-    """``qmin < qmax``, both in the range of 16-bit integers, signed or unsigned, and at most 2¹⁶ levels apart."""
-    integer("qmin", qmin, -(2**15), 2**16 - 1)
-    integer("qmax", qmax, -(2**15), 2**16 - 1)
+    """``qmin < qmax``, a range of at most 2¹⁶ integers that a zero point of 16 bits, signed or unsigned, can give."""
+    integer("qmin", qmin, -(2**16 - 1), 2**16 - 1)
+    integer("qmax", qmax, -(2**16 - 1), 2**16 - 1)
     if qmin >= qmax:
         raise ValueError(f"qmin must be less than qmax, got qmin={qmin}, qmax={qmax}")
     if qmax - qmin > 2**16 - 1:

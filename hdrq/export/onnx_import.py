@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from hdrq.export.onnx_graph import Bias, Graph, Grid, Weight
 
 STRUCTURE = "onnx."  # before the names of hashes of the graph
-LIMIT = -(2**15)  # where ranges of hdrq begin
 
 
 def read_onnx(path: str | os.PathLike, out: str | os.PathLike) -> dict[str, Any]:
@@ -79,7 +78,7 @@ class Stored:
             specs.append((f"{name}.weight.scale", (torch.float32, scales)))
             if facts.get("affine"):
                 specs.append((f"{name}.weight.zero_point", (torch.int32, scales)))
-        inputs = {name: list(grid_range(graph, name, grid)) for name, grid in graph.grids.items()}
+        inputs = {name: list(grid_range(graph, grid)) for name, grid in graph.grids.items()}
         specs += [(f"{name}.input.scale", (torch.float32, (1,))) for name in inputs]
         specs += [(name, (torch.float64, graph.dims(bias.codes))) for name, bias in graph.biases.items()]
         specs += [(name, (KINDS[graph.kind(name)], graph.dims(name))) for name in graph.stored]
@@ -221,14 +220,9 @@ def same(these: Sequence, those: Sequence) -> bool:
     return all((a is None and b is None) or torch.equal(a, b) for a, b in zip(these, those, strict=True))
 
 
-def grid_range(graph: Graph, name: str, grid: Grid) -> tuple[int, int]:
+def grid_range(graph: Graph, grid: Grid) -> tuple[int, int]:
     """The range of a quantizer of activations."""
     zero = int(graph.array(grid.zero_point).reshape(())) if grid.zero_point else 0
-    if grid.low - zero < LIMIT:
-        raise ValueError(
-            f"zero point of {name} must be at most {grid.low - LIMIT} in {grid.type.name}, got {zero}: ranges of hdrq "
-            f"begin at {LIMIT}"
-        )
     checks.quant_range(grid.low - zero, grid.high - zero)
     return grid.low - zero, grid.high - zero
 

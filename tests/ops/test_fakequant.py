@@ -221,6 +221,17 @@ def test_bad_input(backend, op, error, message, change):
         getattr(hdrq.ops, op)(**arguments)
 
 
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("quant_range", [(-40000, 25535), (-65535, 0), (0, 65535)])
+def test_ranges_of_uint16_with_any_zero_point(backend, quant_range):
+    x = torch.cat([sample((257,)) * 3e4, torch.tensor(quant_range) + 0.5])
+    s, z = torch.tensor([0.37]), torch.zeros(1)
+    y, _, _ = run(backend, x * s, s, *quant_range, torch.ones_like(x))
+    elements = zip((x * s).numpy(), per_element(x, s, None), per_element(x, z, None), strict=True)
+    with np.errstate(all="ignore"):
+        assert_same_bits(y, torch.tensor(np.array([contract.fake_quantize(*e, *quant_range) for e in elements])))
+
+
 def test_a_range_beyond_int16_has_no_codes():
     with pytest.raises(ValueError, match="must fit int16"):
         hdrq.ops.quantize(torch.zeros(4), torch.ones(1), 0, 65535)
