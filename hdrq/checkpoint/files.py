@@ -55,6 +55,32 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.unlink(temporary)
 
 
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder to write files into, which is at ``path`` at the end of the block, and is gone after an error in it.
+
+    Raises:
+        ValueError: there is a file, or a folder that is not empty.
+        OSError: it cannot be written.
+    """
+    target = output_folder(path)
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"out must be a new or an empty folder, got {os.fspath(path)!r}, which holds files")
+    parent = target.absolute().parent
+    temporary = parent / f".{target.name[:200]}.{secrets.token_hex(4)}"
+    with disk_with_room(path):
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    try:
+        yield temporary
+        with disk_with_room(path):
+            if target.is_dir():
+                target.rmdir()  # it is empty
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def output_path(path: str | os.PathLike, name: str = "out") -> Path:
     """The file that writing to ``path`` would make or replace: the target, where ``path`` is a symbolic link.
 

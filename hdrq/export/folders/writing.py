@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 from hdrq import checks
-from hdrq.checkpoint.files import disk_with_room, output_folder
+from hdrq.checkpoint.files import disk_with_room, new_folder
 from hdrq.checkpoint.format import TABLES, Reader
 from hdrq.checkpoint.tensors import as_bytes, header, places_of
 from hdrq.export.folders.reading import UNLOADABLE, Folder
@@ -40,57 +39,49 @@ class FolderWriter:
     """
 
     def __init__(self, path: str | os.PathLike, template: Folder, manifest: dict[str, Any]) -> None:
-        self.path, self.template = output_folder(path), template
-        if self.path.is_dir() and any(self.path.iterdir()):
-            raise ValueError(f"out must be a new or an empty folder, got {os.fspath(path)!r}, which holds files")
         check_weights(manifest, template)
-        self.manifest = manifest
+        self.path, self.template, self.manifest = path, template, manifest
         self._waiting: dict[str, dict[str, torch.Tensor]] = {name: {} for name in template.forms}
         self._missing, self._written = set(template.specs), set[str]()
+        self._shards: dict[str, BinaryIO] = {}
+        self._places: dict[str, int] = {}  # of tensors in their shards
 
     def __enter__(self) -> FolderWriter:
-        parent = self.path.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        self._folder = parent / f".{self.path.name[:200]}.{secrets.token_hex(4)}"
-        with ExitStack() as stack, disk_with_room(self.path):
-            self._folder.mkdir()
-            stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
-            for entry in Path(self.template.path).iterdir():
-                if entry.is_file() and not entry.name.endswith(WEIGHTS):
-                    shutil.copyfile(entry, self._folder / entry.name)
-            facts = json.dumps({k: v for k, v in self.manifest.items() if k not in TABLES}, sort_keys=True)
-            self._places: dict[str, int] = {}
-            self._shards: dict[str, BinaryIO] = {}
-            for shard, source in self.template.files.items():
-                specs = dict(sorted(source.specs.items(), key=lambda item: source.places[item[0]]))
-                places = places_of(specs)
-                start = header(specs, places, {**source.metadata, "hdrq": facts})
-                file = stack.enter_context(open(self._folder / shard, "wb"))
-                file.write(start)
-                file.truncate(len(start) + max((end for _, end in places.values()), default=0))
-                self._shards[shard] = file
-                self._places |= {name: len(start) + first for name, (first, _) in places.items()}
+        facts = json.dumps({k: v for k, v in self.manifest.items() if k not in TABLES}, sort_keys=True)
+        with ExitStack() as stack:
+            folder = stack.enter_context(new_folder(self.path))
+            with disk_with_room(self.path):
+                for entry in Path(self.template.path).iterdir():
+                    if entry.is_file() and not entry.name.endswith(WEIGHTS):
+                        shutil.copyfile(entry, folder / entry.name)
+                for shard, source in self.template.files.items():
+                    specs = dict(sorted(source.specs.items(), key=lambda item: source.places[item[0]]))
+                    places = places_of(specs)
+                    start = header(specs, places, {**source.metadata, "hdrq": facts})
+                    file = self._shards[shard] = stack.enter_context(open(folder / shard, "wb"))
+                    file.write(start)
+                    file.truncate(len(start) + max((end for _, end in places.values()), default=0))
+                    self._places |= {name: len(start) + first for name, (first, _) in places.items()}
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error) -> None:
-        try:
-            if error[0] is None:
+    def __exit__(self, *error) -> bool | None:
+        if error[0] is None:
+            try:
                 if self._missing:
-                    raise ValueError(
-                        f"every tensor must be written, got none for {checks.listed(sorted(self._missing))}"
-                    )
-                self._copy_rest()
+                    missing = checks.listed(sorted(self._missing))
+                    raise ValueError(f"every tensor must be written, got none for {missing}")
+                # What no tensor of hdrq's stands for, such as shapes, the order of groups, and symmetric zero points.
+                for name in self.template.raw.keys() - self._written:
+                    self._put(name, self.template.read(name))
                 with disk_with_room(self.path):
                     for file in self._shards.values():
                         file.flush()
                         os.fsync(file.fileno())
-                        file.close()
-                    if self.path.is_dir():
-                        self.path.rmdir()  # it is empty
-                    self._folder.rename(self.path)
-        finally:
-            self._stack.close()
+            except BaseException as problem:
+                self._stack.__exit__(type(problem), problem, problem.__traceback__)
+                raise
+        return self._stack.__exit__(*error)
 
     def write(self, name: str, value: torch.Tensor) -> None:
         """Write one tensor."""
@@ -136,11 +127,6 @@ class FolderWriter:
             file.seek(self._places[name])
             file.write(as_bytes(value))
         self._written.add(name)
-
-    def _copy_rest(self) -> None:
-        """What no tensor of hdrq's stands for, such as shapes, the order of groups, and symmetric zero points."""
-        for name in self.template.raw.keys() - self._written:
-            self._put(name, self.template.read(name))
 
 
 def check_weights(manifest: Mapping[str, Any], template: Folder) -> None:
