@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 
 from hdrq.checks import listed
 from hdrq.merging.sources import Source, label_of
+
+NOTABLE = 0.01  # of a channel's size: more is said
 
 
 def check_alike(sources: Sequence[Source], bits: str | None = None) -> None:
@@ -39,6 +42,31 @@ def check_alike(sources: Sequence[Source], bits: str | None = None) -> None:
             in_bits = bits is None and any(": weight range" in d or ": input levels" in d for d in differences)
             way_out = "; bits says what the result has where models differ in theirs" if in_bits else ""
             raise ValueError(f"models must be alike to be merged, got {listed(differences)}{way_out}")
+
+
+def warn_of_moved_scales(sources: Sequence[Source]) -> None:
+    """Warn where AWQ moved other scales from norms into weights for one model than for another: they have no mean.
+
+    A channel that was divided by s_k in the norm of model k, and multiplied by s_k in the weights behind it, comes out
+    of the mean of two models ``(r + 1/r + 2)/4`` times as large as it should, with ``r = s_1/s_2``; r is seen in the
+    norms, which differ little otherwise.
+    """
+    if not any((source.manifest.get("origin") or {}).get("kind") == "awq" for source in sources):
+        return
+    errors = {}
+    for name, (dtype, shape) in sources[0].specs.items():
+        if "norm" in name and len(shape) == 1 and shape[0] and dtype.is_floating_point:
+            values = torch.stack([source.tensor(name).double().abs() for source in sources])
+            ratio = values.amax(0) / values.amin(0)
+            ratio = ratio[ratio.isfinite()]
+            errors[name] = float(((ratio + 1 / ratio - 2) / 4).mean()) if len(ratio) else 0.0
+    worst = max(errors, key=errors.__getitem__, default=None)
+    if worst is not None and errors[worst] > NOTABLE:
+        warnings.warn(
+            f"AWQ scaled channels of these models otherwise: {worst} differs so much between them that channels behind "
+            f"it change by {errors[worst]:.0%} on average when merged; quantize them with the scales of one of them",
+            stacklevel=4,
+        )
 
 
 def must_agree(source: Source, name: str, dtype: torch.dtype) -> bool:

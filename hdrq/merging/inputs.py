@@ -10,7 +10,7 @@ import torch
 from hdrq import checks
 from hdrq.checkpoint.format import codes_spec
 from hdrq.evaluate.averaging import weighted_mean
-from hdrq.merging.alike import check_alike
+from hdrq.merging.alike import check_alike, warn_of_moved_scales
 from hdrq.merging.layers import LayerInputs
 from hdrq.merging.settings import MergeSettings
 from hdrq.merging.sources import Source, label_of
@@ -36,6 +36,7 @@ class Inputs:
         self.sources, self.device = sources, device
         self.weights = settings.weights_of(len(sources))
         check_alike(sources, settings.bits)
+        warn_of_moved_scales(sources)
         self.labels = [label_of(source, k) for k, source in enumerate(sources)]
         self.ranges = merged_weight_ranges(sources, settings.bits)
         self.levels = merged_input_levels(sources, settings.bits)

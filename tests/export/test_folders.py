@@ -1,6 +1,7 @@
 """Folders of GPTQ, AWQ and compressed-tensors, made here from their published layouts, bit by bit."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -348,6 +349,23 @@ def test_values_that_are_not_what_the_configuration_says(tmp_path):
     path = folder(tmp_path / "wrapped", changed(gptq(0), qzeros=torch.full((4, 2), -1, dtype=torch.int32)))
     with pytest.raises(ValueError, match="must hold zero points of 1 to 15, got one that is 0 or 16"):
         read_folder(path, tmp_path / "a.safetensors")
+
+
+def test_awq_that_scaled_channels_otherwise(tmp_path):
+    """Models whose norms differ by r = 2 in half of the channels: these grow by (2 + ½ − 2)/4, an eighth."""
+    paths = [folder(tmp_path / str(k), awq(k)) for k in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        readiness(paths)
+    factor = torch.ones(K)
+    factor[::2] = 2
+    made = awq(1)
+    norm = torch.linspace(0.5, 1.5, K) * factor
+    other = folder(tmp_path / "2", ({**made[0], "model.first_norm.weight": norm}, *made[1:]))
+    first = awq(0)
+    one = folder(tmp_path / "3", ({**first[0], "model.first_norm.weight": norm / factor}, *first[1:]))
+    with pytest.warns(UserWarning, match=r"model\.first_norm\.weight differs so much .* change by 6% on average"):
+        readiness([one, other])
 
 
 def test_scales_that_float16_does_not_hold(tmp_path):
