@@ -124,11 +124,12 @@ def test_a_change_of_nothing_leaves_every_code():
 
 
 def test_the_size_of_slabs_decides_nothing(monkeypatch):
-    want = [changed(quantized(axis=0), STEPS, rule) for rule in RULES[:3]]
+    old, steps = quantized((24, 384), axis=0), data(24, 384, seed=1) * 0.7
+    want = [changed(old, steps, rule) for rule in RULES[:3]]
     monkeypatch.setattr(weights, "AT_ONCE", 1)
-    assert len(list(slabs((4000, 110)))) == 8  # 512 rows begin a group
+    assert [s.start for s in slabs((24, 384))] == [0, 8, 16]  # 8 rows are three groups
     for rule, (codes, found) in zip(RULES, want, strict=False):
-        again, report = changed(quantized(axis=0), STEPS, rule)
+        again, report = changed(old, steps, rule)
         assert torch.equal(codes, again) and report.kept == pytest.approx(found.kept)
 
 
@@ -149,6 +150,8 @@ def test_clipped_codes_are_counted():
     outside = (quantized().codes + 6) > 7
     assert found.clipped == pytest.approx(float(outside.float().mean())) and 0.3 < found.clipped < 0.9
     assert (quantized().codes + moved).max() == 7
+    moments = Moments(torch.eye(110, dtype=torch.float64)[None])
+    assert changed(quantized(), torch.full(SHAPE, 6.0), "calibrated", moments=moments)[1].clipped == found.clipped
 
 
 def calibration(columns=110, seed=7):
