@@ -11,6 +11,7 @@ import torch
 
 from hdrq import checks
 from hdrq.checkpoint.format import Reader, packs
+from hdrq.checkpoint.history import Step, history
 from hdrq.ops.packing import unpack
 from hdrq.prepare.coverage import Coverage
 
@@ -36,6 +37,7 @@ class Contents:
     size: int  # bytes of the file
     other: int  # bytes of what is not quantized: biases, norms, buffers
     facts: dict[str, Any]  # how it was made
+    history: Step
     problems: tuple[str, ...]  # what loading or merging it would refuse: broken scales, codes out of range, NaN
 
     @property
@@ -73,7 +75,7 @@ def contents(path: str | os.PathLike) -> Contents:
                     4 * prod(facts["shape"]),
                 )
             )
-        found = Contents(tuple(layers), file.size, sum(sizes.values()), _facts(manifest), problems)
+        found = Contents(tuple(layers), file.size, sum(sizes.values()), _facts(manifest), history(manifest), problems)
         found.facts["size"] = f"{found.size:,} bytes, {found.size / max(found.full, 1):.1%} of float32"
         return found
 
@@ -115,8 +117,4 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
         facts["tied"] = ", ".join(f"{name} to {owner}" for name, owner in manifest["tied"].items())
     if share := Coverage.of_dict(manifest.get("coverage")):
         facts["quantized"] = str(share)
-    if isinstance(manifest.get("models"), list):
-        facts |= {"merge of": f"{len(manifest['models'])} models", "merged by": manifest.get("merge")}
-    if isinstance(manifest.get("added"), dict) and isinstance(manifest.get("parent"), dict):
-        facts |= {"added": manifest["added"], "to (SHA-256)": manifest["parent"].get("sha256")}
     return facts
