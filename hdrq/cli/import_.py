@@ -11,7 +11,7 @@ from hdrq.cli.terminal import console
 
 
 def import_(
-    path: Annotated[Path, typer.Argument(help="A quantized model that others made: an ONNX file.")],
+    path: Annotated[Path, typer.Argument(help="A quantized model that others made: an ONNX file, or a folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file of hdrq to write.")],
 ) -> None:
     """Read a quantized model of another tool, so that it can be merged; hdrq export --like writes it back."""

@@ -7,9 +7,11 @@ import pytest
 import torch
 from helpers import assert_same_bits
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import hdrq
 from hdrq.checkpoint.format import Reader
+from hdrq.cli import app
 from hdrq.export.folders import Folder, read_folder, write_folder
 from hdrq.merging.files import merge_files, readiness
 
@@ -383,3 +385,20 @@ def test_what_is_there_is_kept(tmp_path):
     with pytest.raises(ValueError, match="out must be a new or an empty folder"):
         merge_files(paths, paths[0])
     assert {path: path.read_bytes() for path in paths[0].iterdir()} == before
+
+
+def test_from_the_command_line(tmp_path):
+    paths = [folder(tmp_path / str(k), awq(k)) for k in range(2)]
+    run = CliRunner().invoke
+    for k, path in enumerate(paths):
+        result = run(app, ["import", str(path), "-o", str(tmp_path / f"{k}.safetensors")])
+        assert result.exit_code == 0 and "2 quantized weights" in result.output.replace("\n", " ")
+    files = [str(tmp_path / f"{k}.safetensors") for k in range(2)]
+    assert run(app, ["merge", *files, "-o", str(tmp_path / "m.safetensors")]).exit_code == 0
+    like = ["export", str(tmp_path / "m.safetensors"), "--like", str(paths[0]), "-o", str(tmp_path / "like")]
+    assert run(app, like).exit_code == 0
+    assert run(app, ["merge", *map(str, paths), "-o", str(tmp_path / "direct")]).exit_code == 0
+    for name, value in tensors_of(tmp_path / "direct").items():
+        assert_same_bits(tensors_of(tmp_path / "like")[name], value)
+    told = run(app, ["inspect", str(tmp_path / "direct"), "--history"]).output
+    assert told.startswith("merged: rule systematic") and told.count("read: kind awq") == 2
