@@ -55,7 +55,7 @@ def test_options_are_those_of_python(here):
     assert table.exit_code == 0 and "head.weight" in table.stdout and "systematic" in table.stdout
     assert "kept" in table.stdout and not (here / "out2").exists()
     inspected = CliRunner().invoke(app, ["inspect", "out"])
-    assert "'rule': 'noise', 'seed': 3" in inspected.stdout and "to (SHA-256)" in inspected.stdout
+    assert "2 changes added: rule noise, seed 3" in inspected.stdout
 
 
 def test_data_and_architecture_serve_calibrated_rounding(here):

@@ -329,7 +329,7 @@ def test_a_file_says_what_was_added_to_what(model, file, tmp_path):
     assert manifest["parent"]["sha256"] == digest(file)
     assert manifest["parent"]["recipe"] == state_of(model)[0]["recipe"] and "recipe" not in manifest
     assert manifest["coverage"] == state_of(model)[0]["coverage"]
-    assert contents(first).facts["to (SHA-256)"] == digest(file) and contents(first).problems == ()
+    assert contents(first).history.parents[0].sha256 == digest(file) and contents(first).problems == ()
     add_file(first, Change(path, scale=0.5), second, seed=3)
     with format.Reader(second) as opened:
         assert opened.manifest["parent"]["parent"]["sha256"] == digest(file)
