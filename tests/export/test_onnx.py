@@ -16,7 +16,8 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 from hdrq.calibrate.data import calibration_calls  # noqa: E402
 from hdrq.export import check, to_onnx  # noqa: E402
-from hdrq.export.profiles import PROFILES, activation_form  # noqa: E402
+from hdrq.export.lowering import weight_form  # noqa: E402
+from hdrq.export.profiles import PROFILES, TYPES, activation_form  # noqa: E402
 from hdrq.quantizers.layers import quantized_layers  # noqa: E402
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -99,13 +100,58 @@ def test_the_batch_is_free_where_inputs_are_named(name, tmp_path):
         assert check(tmp_path / "model.onnx", model, [dict(call.kwargs)], runtime="onnxruntime").unfused <= 1e-6
 
 
-@pytest.mark.parametrize("bits", ["W4A8", "W8A8", "W16A8"])
+@pytest.mark.parametrize("bits", ["W4A8", "W8A8"])
 def test_weights_with_zero_points(bits, tmp_path):
-    """Codes of 16 bits less their zero points need not fit int16."""
     model = quantized(bits, affine_weights=True, per_channel=True)
     to_onnx(model, X, tmp_path / "model.onnx", allow_float=True)
     with torch.no_grad():
         np.testing.assert_allclose(answers(tmp_path / "model.onnx", X), model(X).numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("bits", "affine"), [("W4A8", False), ("W4A8", True), ("W8A8", True)])
+def test_weights_in_groups_are_in_blocks(bits, affine, turned, tmp_path):
+    """A linear layer on images reads its weight turned by a Transpose, which is folded, and one on rows as it lies."""
+
+    class Linears(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.b(self.a(x if turned else x[:, 0, 0]).relu())
+
+    model = hdrq.quantize(
+        Linears().eval(), X, "rtn", bits={"*": bits}, group_size=4, affine_weights=affine, progress=False
+    )
+    with pytest.raises(ValueError, match="its weight has a scale for each group"):
+        to_onnx(model, X, tmp_path / "refused.onnx")
+    exported = to_onnx(model, X, tmp_path / "model.onnx", runtime="standard", allow_float=True)
+    assert [layer.why for layer in exported.layers] == ["its weight has a scale for each group"] * 2
+    with torch.no_grad():
+        np.testing.assert_allclose(answers(tmp_path / "model.onnx", X), model(X).numpy(), atol=2e-6)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    blocks = [node for node in graph.node if any(a.name == "block_size" and a.i == 4 for a in node.attribute)]
+    assert len(blocks) == 2
+
+
+@pytest.mark.parametrize("runtime", PROFILES)
+def test_every_type_holds_the_difference_of_codes_and_zero_points(bits, wide, runtime):
+    """Of 8 bits or 16, from one end of the range to a zero point at the other, it needs one bit more."""
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    low = qmin if wide else qmin + 2
+    codes = np.array([[low, -1, qmax], [low, 0, qmax]], np.int16)
+    zero = np.array([qmax, qmin] if wide else [0, 1], np.int32)
+    form = weight_form(PROFILES[runtime], codes, np.ones(2, np.float32), zero, qmin, qmax, 0)
+    kind = TYPES[form.type]
+    shift = 0 if form.zero_point is None else form.zero_point.astype(np.int64)[:, None]
+    values = (form.codes.astype(np.int64) - shift) * form.scale[:, None].astype(np.float64)
+    assert np.array_equal(values, codes.astype(int) - zero[:, None])
+    assert kind.low <= form.codes.min() and form.codes.max() <= kind.high
+    assert (form.zero_point is not None) == (wide and bits >= 8)
 
 
 def test_weights_are_the_codes_to_the_bit(tmp_path):

@@ -1,0 +1,603 @@
+"""Quantized ONNX models in and out: the round trip changes nothing, and a merge is the mean of what was read."""
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hdrq
+from hdrq.checkpoint.format import Reader, packs
+from hdrq.merging.files import merge_files
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnxruntime import quantization as ort  # noqa: E402
+
+from hdrq.export import read_onnx, to_onnx, write_like  # noqa: E402
+
+X = np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog):
+    caplog.set_level("ERROR")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning, UserWarning))
+        yield
+
+
+def answers(path, fused=False, x=X):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not fused:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+def arrays(path):
+    return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+
+
+def tensors(path):
+    with Reader(path) as file:
+        return file.manifest, {name: file.tensor(name) for name in file.specs}
+
+
+# A residual network of others, in float, and what onnxruntime.quantization makes of it.
+
+
+def float_model(path, seed):
+    base, own = np.random.default_rng(0), np.random.default_rng(seed)
+
+    def parameter(name, *shape):
+        values = base.normal(size=shape) / np.sqrt(np.prod(shape[1:])) * (1 + 0.2 * own.normal(size=shape))
+        return numpy_helper.from_array(values.astype(np.float32), name)
+
+    parameters = [parameter("stem.weight", 8, 3, 3, 3), parameter("stem.bias", 8), parameter("a.weight", 8, 8, 3, 3)]
+    parameters += [parameter("a.bias", 8), parameter("head.weight", 5, 8), parameter("head.bias", 5)]
+    parameters += [parameter("shift", 1, 8, 1, 1), numpy_helper.from_array(np.array([0, -1], np.int64), "shape")]
+    nodes = [
+        helper.make_node("Conv", ["x", "stem.weight", "stem.bias"], ["s"], "stem", kernel_shape=[3, 3]),
+        helper.make_node("Relu", ["s"], ["r"], "relu"),
+        helper.make_node("Conv", ["r", "a.weight", "a.bias"], ["c"], "a", kernel_shape=[3, 3], pads=[1] * 4),
+        helper.make_node("Add", ["r", "c"], ["sum"], "sum"),
+        helper.make_node("Sub", ["sum", "shift"], ["shifted"], "shift"),
+        helper.make_node("GlobalAveragePool", ["shifted"], ["pooled"], "pool"),
+        helper.make_node("Reshape", ["pooled", "shape"], ["flat"], "flat"),
+        helper.make_node("Gemm", ["flat", "head.weight", "head.bias"], ["y"], "head", transB=1),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in ENDS.items()]
+    graph = helper.make_graph(nodes, "net", ends[:1], ends[1:], parameters)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, path)
+
+
+ENDS = {"x": ["n", 3, 8, 8], "y": ["n", 5]}
+
+
+class Calibration(ort.CalibrationDataReader):
+    def __init__(self):
+        self.batches = iter([{"x": X}])
+
+    def get_next(self):
+        return next(self.batches, None)
+
+
+FORMS = {
+    "per tensor": {},
+    "per channel, uint8": {"per_channel": True, "weight_type": ort.QuantType.QUInt8},
+    "int4": {"weight_type": ort.QuantType.QInt4},
+    "uint4": {"per_channel": True, "weight_type": ort.QuantType.QUInt4},
+    "int16 weights": {"weight_type": ort.QuantType.QInt16, "activation_type": ort.QuantType.QUInt16},
+    "symmetric": {"activation_type": ort.QuantType.QInt8, "extra_options": {"ActivationSymmetric": True}},
+    "asymmetric int8": {"per_channel": True, "extra_options": {"WeightSymmetric": False}},
+    "weights in float": {"per_channel": True, "extra_options": {"AddQDQPairToWeight": True}},
+    "biases in float": {"extra_options": {"QuantizeBias": False}},
+    "quantizers of their own": {"extra_options": {"DedicatedQDQPair": True}},
+    "contributed operators": {"activation_type": ort.QuantType.QUInt16, "extra_options": {"UseQDQContribOps": True}},
+}
+
+
+def quantize_static(path, seed, **options):
+    types = {"weight_type": ort.QuantType.QInt8, "activation_type": ort.QuantType.QUInt8}
+    options = {"quant_format": ort.QuantFormat.QDQ, **types, **options}
+    float_model(path.with_suffix(".float"), seed)
+    ort.quantize_static(path.with_suffix(".float"), path, Calibration(), **options)
+    path.with_suffix(".float").unlink()
+    return path
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def pair(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    return [quantize_static(folder / f"{seed}.onnx", seed, **FORMS[request.param]) for seed in (1, 2)]
+
+
+def merged(paths, folder, **options):
+    """Two models, read, merged, and written like the first."""
+    files = [folder / f"{k}.safetensors" for k in range(len(paths))]
+    for path, file in zip(paths, files, strict=True):
+        read_onnx(path, file)
+    merge_files(files, folder / "m.safetensors", **options)
+    write_like(folder / "m.safetensors", paths[0], folder / "merged.onnx")
+    return folder / "merged.onnx"
+
+
+def test_the_round_trip_is_the_identity(pair, tmp_path):
+    read_onnx(pair[0], tmp_path / "a.safetensors")
+    write_like(tmp_path / "a.safetensors", pair[0], tmp_path / "again.onnx")
+    assert onnx.load(tmp_path / "again.onnx").graph == onnx.load(pair[0]).graph
+    assert np.array_equal(answers(tmp_path / "again.onnx"), answers(pair[0]))
+
+
+def test_a_merge_of_equal_models_is_the_model(pair, tmp_path):
+    assert onnx.load(merged([pair[0], pair[0]], tmp_path)).graph == onnx.load(pair[0]).graph
+
+
+def test_weights_are_those_of_the_merge_op_and_the_mean_within_a_step(pair, tmp_path):
+    """Step by step from the graphs, without the reader: codes, scales and zero points of the merged initializers."""
+    merged(pair, tmp_path)
+    graphs = [_dequantized_weights(path) for path in (*pair, tmp_path / "merged.onnx")]
+    assert set(graphs[0]) == set(graphs[2]) and len(graphs[0]) >= 3
+    for layer, (got, step, codes) in graphs[2].items():
+        mean = (graphs[0][layer][0] + graphs[1][layer][0]) / 2
+        assert np.allclose(step, (graphs[0][layer][1] + graphs[1][layer][1]) / 2, rtol=1e-6, atol=0)
+        assert np.abs((got - mean) / step).max() <= (0.6 if codes is None else 1.11)  # zero points round too
+        assert np.abs(got - graphs[0][layer][0]).max() > 0
+    assert np.isfinite(answers(tmp_path / "merged.onnx", fused=True)).all()
+
+
+def _dequantized_weights(path):
+    """By hand: ``(codes − zero_point)·scale`` of every DequantizeLinear of an initializer, or of a rounded one."""
+    model = onnx.load(path)
+    constants = {t.name: t for t in model.graph.initializer}
+    rounded = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    found = {}
+    for node in model.graph.node:
+        name = rounded.get(node.input[0], node.input[0])
+        if (
+            node.op_type != "DequantizeLinear"
+            or name not in constants
+            or constants[name].data_type == TensorProto.INT32
+        ):
+            continue
+        codes, scale, zero = (numpy_helper.to_array(constants[n]).astype(np.float64) for n in (name, *node.input[1:3]))
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        shape = [-1 if i == axis and scale.size > 1 else 1 for i in range(codes.ndim)]
+        scale, zero = scale.reshape(shape), zero.reshape(shape)
+        if constants[name].data_type == TensorProto.FLOAT:
+            codes = np.clip(np.rint(codes / scale), -128, 127) + zero
+        found[name] = ((codes - zero) * scale, scale, None if not zero.any() else codes)
+    return found
+
+
+def test_zero_points_of_any_type_are_affine(tmp_path):
+    """Unsigned codes lie 2^(b−1) lower in a file; signed ones have zero points if any layer of the model has one."""
+    for form, low, affine in (("per channel, uint8", -128, True), ("uint4", -8, True), ("asymmetric int8", -128, True)):
+        path = quantize_static(tmp_path / "a.onnx", 1, **FORMS[form])
+        manifest = read_onnx(path, tmp_path / "a.safetensors")
+        constants, (_, stored) = arrays(path), tensors(tmp_path / "a.safetensors")
+        for name, facts in manifest["weights"].items():
+            codes, zero = (constants[f"{name}.weight_{part}"].astype(int) for part in ("quantized", "zero_point"))
+            lower = 0 if form == "asymmetric int8" else -low
+            assert facts["range"] == [low, -low - 1] and facts.get("affine", False) == affine
+            assert np.array_equal(stored[f"{name}.weight.zero_point"].numpy(), zero - lower) and zero.any()
+            held = stored[f"{name}.weight.codes"]
+            held = hdrq.ops.unpack(held, facts["shape"]) if packs(*facts["range"]) else held
+            assert np.array_equal(held.numpy(), codes - lower)
+    assert "affine" not in str(read_onnx(quantize_static(tmp_path / "b.onnx", 1), tmp_path / "b.safetensors"))
+
+
+def test_activations_merge_their_ranges_and_steps(tmp_path):
+    paths = [quantize_static(tmp_path / f"{seed}.onnx", seed) for seed in (1, 2)]
+    result = arrays(merged(paths, tmp_path, weights=[0.25, 0.75]))
+    first, second = map(arrays, paths)
+    names = [
+        name.removesuffix("_zero_point") for name, value in first.items() if value.dtype == np.uint8 and not value.ndim
+    ]
+    assert len(names) == 6 and any(first[f"{name}_zero_point"] for name in names)
+    for name in names:
+        steps = [0.25 * np.float64(first[f"{name}_scale"]), 0.75 * np.float64(second[f"{name}_scale"])]
+        assert np.isclose(result[f"{name}_scale"], sum(steps), rtol=1e-6)
+        zeros = [float(file[f"{name}_zero_point"]) for file in (first, second)]
+        assert result[f"{name}_zero_point"] == round(np.dot(steps, zeros) / sum(steps))
+
+
+def test_biases_are_the_mean_in_steps_of_the_new_scales(tmp_path):
+    paths = [quantize_static(tmp_path / f"{seed}.onnx", seed, per_channel=True) for seed in (1, 2)]
+    first, second, result = map(arrays, (*paths, merged(paths, tmp_path)))
+    for layer, before in (("stem", "x"), ("a", "r"), ("head", "flat")):
+        real = [
+            f[f"{layer}.bias_quantized"] * f[f"{layer}.bias_quantized_scale"].astype(float) for f in (first, second)
+        ]
+        step = result[f"{layer}.bias_quantized_scale"]
+        assert np.array_equal(step, result[f"{before}_scale"] * result[f"{layer}.weight_scale"])
+        assert not np.array_equal(step, first[f"{layer}.bias_quantized_scale"])
+        got = result[f"{layer}.bias_quantized"] * step.astype(float)
+        assert np.abs((got - (real[0] + real[1]) / 2) / step).max() <= 0.5001
+
+
+def test_a_bias_that_int32_cannot_hold_is_named(tmp_path):
+    path = quantize_static(tmp_path / "a.onnx", 1)
+    read_onnx(path, tmp_path / "a.safetensors")
+    _rewrite(tmp_path / "a.safetensors", lambda values: values["a.bias"].mul_(1e9))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"bias a.bias must fit int32 in steps of .*e-0\d, got"):
+        write_like(tmp_path / "a.safetensors", path, path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+def _rewrite(path, change):
+    """A file with other tensors."""
+    from hdrq.checkpoint.format import Writer
+
+    manifest, values = tensors(path)
+    change(values)
+    manifest.pop("sha256")
+    with Writer(path, {n: (v.dtype, tuple(v.shape)) for n, v in values.items()}, manifest) as file:
+        for name, value in values.items():
+            file.write(name, value)
+
+
+def test_floats_are_averaged_and_integers_stay(tmp_path):
+    form = FORMS["biases in float"]
+    paths = [quantize_static(tmp_path / f"{seed}.onnx", seed, **form) for seed in (1, 2)]
+    first, second, result = map(arrays, (*paths, merged(paths, tmp_path)))
+    assert np.allclose(result["a.bias"], (first["a.bias"] + second["a.bias"]) / 2, atol=1e-7)
+    assert np.array_equal(result["shape"], [0, -1])
+
+
+def test_a_merged_graph_runs_on_integer_kernels(tmp_path):
+    from hdrq.export.checking import _onnxruntime
+
+    paths = [quantize_static(tmp_path / f"{seed}.onnx", seed) for seed in (1, 2)]
+    _, integers, floats = _onnxruntime(merged(paths, tmp_path))
+    assert (integers, floats) == (3, [])
+
+
+# Our own files.
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = (x + self.b(self.a(x).relu())).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def adapted(seed, bits, **options):
+    model, x = Net().eval(), torch.from_numpy(X)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * parameter.std() * torch.randn_like(parameter))
+    return hdrq.quantize(model, x, "rtn", bits=bits, progress=False, **options)
+
+
+OURS = [
+    ("W4A4", "openvino", {}),
+    ("W3A3", "onnxruntime", {"per_channel": True}),
+    ("W4A8", "standard", {"affine_weights": True, "per_channel": True}),
+]
+
+
+@pytest.mark.parametrize(("bits", "runtime", "options"), OURS)
+def test_files_of_ours_have_the_codes_that_hdrq_had(bits, runtime, options, tmp_path):
+    """Shifts, zero points and transposition are undone, so a merge of them is that of hdrq's own files, to the bit."""
+    models = [adapted(seed, bits, **options) for seed in (1, 2)]
+    for k, model in enumerate(models):
+        hdrq.save(model, tmp_path / f"{k}.safetensors")
+        data = torch.from_numpy(X) if runtime == "onnxruntime" else None
+        to_onnx(model, torch.from_numpy(X), tmp_path / f"{k}.onnx", runtime=runtime, data=data, allow_float=True)
+        read_onnx(tmp_path / f"{k}.onnx", tmp_path / f"{k}.read")
+        assert _agree(tmp_path / f"{k}.safetensors", tmp_path / f"{k}.read") == 4
+        write_like(tmp_path / f"{k}.read", tmp_path / f"{k}.onnx", tmp_path / "again.onnx")
+        assert onnx.load(tmp_path / "again.onnx").graph == onnx.load(tmp_path / f"{k}.onnx").graph
+    merge_files([tmp_path / "0.safetensors", tmp_path / "1.safetensors"], tmp_path / "m.safetensors")
+    merge_files([tmp_path / "0.read", tmp_path / "1.read"], tmp_path / "m.read")
+    assert _agree(tmp_path / "m.safetensors", tmp_path / "m.read") == 4
+    model = hdrq.load(tmp_path / "m.safetensors", Net().eval())
+    for k in range(2):  # codes may need another type than the graph's own had
+        write_like(tmp_path / "m.read", tmp_path / f"{k}.onnx", tmp_path / "m.onnx")
+        onnx.checker.check_model(onnx.load(tmp_path / "m.onnx"), full_check=True)
+        if runtime != "onnxruntime":  # whose outputs have quantizers that the model has not
+            with torch.no_grad():
+                np.testing.assert_allclose(answers(tmp_path / "m.onnx"), model(torch.from_numpy(X)).numpy(), atol=2e-6)
+        read_onnx(tmp_path / "m.onnx", tmp_path / "again.read")
+        assert _agree(tmp_path / "m.read", tmp_path / "again.read") == 4
+
+
+def _agree(these, those):
+    """How many weights two files have, which are equal in all that quantizers have."""
+    (one, left), (two, right) = tensors(these), tensors(those)
+    assert one["weights"] == two["weights"] and one["inputs"].items() <= two["inputs"].items()
+    names = [f"{n}.weight.{part}" for n in one["weights"] for part in ("codes", "scale", "zero_point")]
+    names += [f"{n}.input.scale" for n in one["inputs"]]
+    assert all(torch.equal(left[name], right[name]) for name in names if name in left)
+    return len(one["weights"])
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = tmp_path_factory.mktemp("ours") / "a.onnx"
+        to_onnx(adapted(1, "W4A4", per_channel=True), torch.from_numpy(X), path)
+    return path
+
+
+def test_files_of_ours_without_their_metadata_have_the_same_values(ours, tmp_path):
+    shutil.copy(ours, tmp_path / "a.onnx")
+    plain = onnx.load(ours)
+    del plain.metadata_props[:]
+    onnx.save(plain, tmp_path / "plain.onnx")
+    for name in ("a", "plain"):
+        read_onnx(tmp_path / f"{name}.onnx", tmp_path / f"{name}.safetensors")
+    (own, left), (foreign, right) = (tensors(tmp_path / f"{name}.safetensors") for name in ("a", "plain"))
+    assert own["weights"]["a"]["range"] == [-8, 7] and foreign["weights"]["a"]["range"] == [-128, 127]
+    codes = hdrq.ops.unpack(left["a.weight.codes"], (8, 8, 3, 3))
+    values = [
+        hdrq.ops.dequantize(c, t["a.weight.scale"], axis=0)
+        for c, t in ((codes, left), (right["a.weight.codes"], right))
+    ]
+    assert torch.equal(*values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shift": 9}, r"shift of a.weight.codes must be in \[0, 7\], got 9"),
+        ({"range": [-2, 1]}, r"codes a.weight.codes must be in \[-2, 1\], got"),
+        ({"shift": 5}, "codes of a must be as metadata hdrq.weights says, got others in a.weight.codes"),
+        (
+            {"layer": 3},
+            "metadata hdrq.weights must have layer, range, shift, turned, zero_point of a.weight.codes, got",
+        ),
+        ({"turned": True}, r"a.weight.codes must be a matrix to be turned, got the shape \(8, 8, 3, 3\)"),
+        ({"zero_point": [1, 2]}, "codes of a must be as metadata"),
+        ({"layer": "b"}, "codes of b must be the same in"),
+    ],
+)
+def test_metadata_that_lies_is_refused(change, message, ours, tmp_path):
+    model = onnx.load(ours)
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    table = json.loads(facts["hdrq.weights"])
+    table["a.weight.codes"].update(change)
+    helper.set_model_props(model, {**facts, "hdrq.weights": json.dumps(table)})
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match=rf"a\.onnx: {message}"):
+        read_onnx(tmp_path / "a.onnx", tmp_path / "a.safetensors")
+
+
+# Graphs made by hand.
+
+
+def graph_of(path, nodes, constants, ends=None, opset=21, **facts):
+    ends = {"x": ["n", 4], "y": ["n", "m"]} if ends is None else ends
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in ends.items()]
+    held = [
+        t if isinstance(t, TensorProto) else numpy_helper.from_array(np.asarray(t), n) for n, t in constants.items()
+    ]
+    graph = helper.make_graph(nodes, "net", values[:1], values[1:], held)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10, **facts)
+    onnx.save(model, path)
+    return path
+
+
+def node(op, inputs, outputs, **attributes):
+    return helper.make_node(op, inputs.split(), outputs.split(), outputs, **attributes)
+
+
+def linear(path, seed=0, *, nodes=(), constants=(), drop=(), opset=21, **attributes):
+    """A product of a per-channel int8 weight, between quantizers; some of it replaced or left out."""
+    random = np.random.default_rng(seed)
+    held = {
+        "w": random.integers(-127, 128, (4, 6)).astype(np.int8),
+        "w_scale": (random.random(6) * 0.01 + 0.01).astype(np.float32),
+        "x_scale": np.float32(random.random() * 0.01 + 0.02),
+        "x_zero": np.uint8(random.integers(100, 150)),
+        **dict(constants),
+    }
+    graph = [
+        node("QuantizeLinear", "x x_scale x_zero", "xq"),
+        node("DequantizeLinear", "xq x_scale x_zero", "xd"),
+        node("DequantizeLinear", "w w_scale", "wd", axis=1, **attributes),
+        node("MatMul", "xd wd", "y"),
+    ]
+    replaced = {n.output[0] for n in nodes} | set(drop)
+    graph = [*[n for n in graph if n.output[0] not in replaced], *nodes]
+    order = {name: i for i, name in enumerate(["xq", "xc", "xd", "wq", "wt", "wd"])}
+    return graph_of(path, sorted(graph, key=lambda n: order.get(n.output[0], 9)), held, opset=opset)
+
+
+X4 = np.random.default_rng(3).normal(size=(16, 4)).astype(np.float32)
+
+
+def round_trip(paths, tmp_path):
+    """Both ways, and the merge's answers beside those of a graph whose weight is the mean of the two."""
+    read_onnx(paths[0], tmp_path / "a.safetensors")
+    write_like(tmp_path / "a.safetensors", paths[0], tmp_path / "again.onnx")
+    assert onnx.load(tmp_path / "again.onnx").graph == onnx.load(paths[0]).graph
+    result = merged(paths, tmp_path)
+    onnx.checker.check_model(onnx.load(result), full_check=True)
+    read_onnx(result, tmp_path / "again.safetensors")
+    (want, left), (got, right) = tensors(tmp_path / "m.safetensors"), tensors(tmp_path / "again.safetensors")
+    assert got["weights"] == want["weights"] and got["inputs"] == want["inputs"]
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return result, want, left
+
+
+def test_weights_alone(tmp_path):
+    paths = [linear(tmp_path / f"{k}.onnx", k, nodes=[node("MatMul", "x wd", "y")], drop=["xq", "xd"]) for k in (1, 2)]
+    _, manifest, _ = round_trip(paths, tmp_path)
+    assert manifest["inputs"] == {} and manifest["weights"]["w"] == {"range": [-128, 127], "axis": 1, "shape": [4, 6]}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_blocks_are_groups_along_the_last_axis(axis, tmp_path):
+    paths = []
+    for k in (1, 2):
+        random = np.random.default_rng(k)
+        shape = (2, 6) if axis == 0 else (4, 3)
+        held = {
+            "w": helper.make_tensor("w", TensorProto.UINT4, (4, 6), random.integers(0, 16, 24)),
+            "w_scale": (random.random(shape) * 0.1 + 0.1).astype(np.float32),
+            "w_zero": helper.make_tensor("w_zero", TensorProto.UINT4, shape, random.integers(4, 12, 4 * 6 // 2)),
+        }
+        weight = node("DequantizeLinear", "w w_scale w_zero", "wd", axis=axis, block_size=2)
+        nodes = [weight, node("MatMul", "x wd", "y")]
+        paths.append(linear(tmp_path / f"{k}.onnx", k, nodes=nodes, constants=held, drop=["xq", "xd"]))
+    result, manifest, left = round_trip(paths, tmp_path)
+    shape = [6, 4] if axis == 0 else [4, 6]
+    facts = {"range": [-8, 7], "axis": None, "shape": shape, "affine": True, "group_size": 2}
+    assert manifest["weights"]["w"] == facts
+    codes = hdrq.ops.unpack(left["w.weight.codes"], shape)
+    values = hdrq.ops.dequantize(
+        codes, left["w.weight.scale"], zero_point=left["w.weight.zero_point"].float(), group_size=2
+    ).numpy()
+    want = X4 @ (values.T if axis == 0 else values)
+    np.testing.assert_allclose(answers(result, x=X4), want, atol=1e-5)
+
+
+def test_constants_of_nodes_and_aliases(tmp_path):
+    paths = []
+    for k in (1, 2):
+        held = np.random.default_rng(k)
+        step = numpy_helper.from_array(np.float32(held.random() * 0.01 + 0.02), "s")
+        nodes = [
+            helper.make_node("Constant", [], ["x_scale"], value=step),
+            helper.make_node("Identity", ["w_scale"], ["alias"]),
+            node("DequantizeLinear", "w alias", "wd", axis=1),
+        ]
+        path = linear(tmp_path / f"{k}.onnx", k, nodes=nodes)
+        model = onnx.load(path)
+        kept = [t for t in model.graph.initializer if t.name != "x_scale"]
+        ordered = sorted(model.graph.node, key=lambda n: n.op_type not in ("Constant", "Identity"))
+        del model.graph.initializer[:], model.graph.node[:]
+        model.graph.initializer.extend(kept)
+        model.graph.node.extend(ordered)
+        onnx.save(model, path)
+        paths.append(path)
+    _, manifest, left = round_trip(paths, tmp_path)
+    assert list(manifest["inputs"]) == ["x"] and "x_scale" not in left and "w_scale" not in left
+
+
+def test_one_constant_of_two_quantizers_becomes_two_where_they_differ(tmp_path):
+    """Exporters merge equal constants: zero points of 0, say; a merge moves one of them."""
+    paths = []
+    for k, (first, second) in enumerate([(0.02, 0.03), (0.04, 0.01)]):
+        held = {"x_scale": np.float32(first), "z_scale": np.float32(second), "x_zero": np.uint8(100 + 40 * k)}
+        nodes = [
+            node("MatMul", "xd wd", "z"),
+            node("QuantizeLinear", "z z_scale x_zero", "zq"),
+            node("DequantizeLinear", "zq z_scale x_zero", "y"),
+        ]
+        paths.append(linear(tmp_path / f"{k}.onnx", k, nodes=nodes, constants=held))
+    result, manifest, _ = round_trip(paths, tmp_path)
+    assert manifest["inputs"] == {"x": [-127, 128], "z": [-110, 145]}
+    constants = arrays(result)
+    assert (constants["x_zero"], constants["x_zero.1"]) == (127, 110)
+
+
+def test_ranges_that_a_clip_narrows(tmp_path):
+    paths = []
+    for k, (zero, low) in enumerate([(3, 0), (0, 0)]):
+        held = {"x_scale": np.float32(0.1 + 0.2 * k), "x_zero": np.uint8(zero)}
+        held |= {"low": np.uint8(low), "high": np.uint8(low + 7)}
+        nodes = [node("Clip", "xq low high", "xc"), node("DequantizeLinear", "xc x_scale x_zero", "xd")]
+        paths.append(linear(tmp_path / f"{k}.onnx", k, nodes=nodes, constants=held))
+    _, manifest, _ = round_trip(paths, tmp_path)
+    assert manifest["inputs"] == {"x": [-1, 6]}
+
+
+def test_a_weight_that_is_read_twice_is_stored_once(tmp_path):
+    nodes = [
+        node("DequantizeLinear", "w w_scale", "wd2", axis=1),
+        node("MatMul", "xd wd", "y1"),
+        node("MatMul", "xd wd2", "y2"),
+        node("Add", "y1 y2", "y"),
+    ]
+    paths = [linear(tmp_path / f"{k}.onnx", k, nodes=nodes) for k in (1, 2)]
+    _, manifest, _ = round_trip(paths, tmp_path)
+    assert list(manifest["weights"]) == ["w"]
+
+
+def test_what_is_not_finite_is_structure_and_a_mask_is_not(tmp_path):
+    held = {"mask": np.array([0, -np.inf], np.float32), "top": np.float32(np.inf), "word": np.array(["a"], object)}
+    nodes = [
+        node("MatMul", "xd wd", "y1"),
+        helper.make_node("Clip", ["y1", "", "top"], ["y"]),
+    ]
+    paths = [linear(tmp_path / f"{k}.onnx", k, nodes=nodes, constants=held) for k in (1, 2)]
+    _, _, left = round_trip(paths, tmp_path)
+    assert "mask" in left and "top" not in left
+    other = linear(tmp_path / "3.onnx", 3, nodes=nodes, constants={**held, "word": np.array(["b"], object)})
+    with pytest.raises(ValueError, match=r"models must be alike to be merged, got onnx\.constants \(other integers"):
+        merged([paths[0], other], tmp_path)
+
+
+def test_scales_of_float16_stay_so(tmp_path):
+    held = {"w_scale": np.linspace(0.01, 0.02, 6).astype(np.float16)}
+    nodes = [node("Cast", "wd", "wf", to=TensorProto.FLOAT), node("MatMul", "xd wf", "y")]
+    paths = [linear(tmp_path / f"{k}.onnx", k, nodes=nodes, constants=held) for k in (1, 2)]
+    result, _, _ = round_trip(paths, tmp_path)
+    assert arrays(result)["w_scale"].dtype == np.float16
+
+
+def external(path):
+    model = onnx.load(path)
+    target = path.with_name(f"external_{path.name}")
+    onnx.save(model, target, save_as_external_data=True, location=f"{target.name}.bin", size_threshold=0)
+    return target
+
+
+def test_external_data(pair, tmp_path):
+    paths = [shutil.copy(path, tmp_path / path.name) for path in pair]
+    apart = [external(path) for path in paths]
+    manifest = read_onnx(apart[0], tmp_path / "a.safetensors")
+    assert list(manifest["origin"]["data"]) == [f"{apart[0].name}.bin"]
+    write_like(tmp_path / "a.safetensors", apart[0], tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx.data").exists()
+    assert onnx.load(tmp_path / "again.onnx").graph == onnx.load(paths[0]).graph
+    (tmp_path / "apart").mkdir()
+    both = [merged(paths, tmp_path), merged(apart, tmp_path / "apart")]
+    for name, value in arrays(both[0]).items():
+        assert np.array_equal(value, arrays(both[1])[name]), name
+
+
+def _outside(tensor):
+    tensor.external_data[0].value = "../secret.bin"
+
+
+def _beyond(tensor):
+    tensor.external_data.add(key="length", value=str(10**9))
+
+
+def _larger(tensor):
+    tensor.dims[0] = 2**40
+
+
+@pytest.mark.parametrize("spoil", [_outside, _beyond, _larger])
+def test_external_data_must_be_there_and_beside_the_model(spoil, tmp_path):
+    (tmp_path / "folder").mkdir()
+    path = external(linear(tmp_path / "folder" / "a.onnx"))
+    (tmp_path / "secret.bin").write_bytes(bytes(1000))
+    model = onnx.load(path, load_external_data=False)
+    spoil(next(t for t in model.graph.initializer if t.name == "w"))
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=r"external_a\.onnx: "):
+        read_onnx(path, tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
