@@ -309,24 +309,23 @@ class Graph(Model):
         return (grid, weight) if near else None
 
     def _plain(self) -> list[str]:
-        """The constants that something reads which is no quantizer, or that nothing reads."""
+        """The constants that something reads which is no quantizer."""
         places: set[tuple[int, int]] = set()  # the inputs of nodes that are a quantizer's
         roles: list[Any] = [*self.each_weight(), *self.biases.values()]
         for role in (*roles, *self.grids.values()):
             first = 1 if isinstance(role, Grid) else 0
             places |= {(id(node), k) for node in role.nodes for k in range(first, 3)}
             places |= {(id(clip), k) for clip in getattr(role, "clips", ()) for k in (1, 2)}
-        read: dict[bool, set[str]] = {True: set(), False: set()}  # by quantizers, by others
+        read: set[str] = set()
         for node in self.nodes:
             if node.op_type != "Identity" or not self.resolve(node.output[0]):
-                for index, name in enumerate(node.input):
-                    read[(id(node), index) in places].add(self.resolve(name))
-        read[False] |= {self.resolve(output.name) for output in self.proto.graph.output}
-        read[False] |= {self.resolve(name) for node in all_nodes(self.proto.graph, inner=True) for name in node.input}
+                read |= {self.resolve(name) for k, name in enumerate(node.input) if (id(node), k) not in places}
+        read |= {self.resolve(output.name) for output in self.proto.graph.output}
+        read |= {self.resolve(name) for node in all_nodes(self.proto.graph, inner=True) for name in node.input}
         for role in roles:
-            if role.codes in read[False]:
+            if role.codes in read:
                 raise ValueError(f"{role.codes} must be read by its quantizer alone, got others that read it as it is")
-        return [name for name in self.constants if name in read[False] or name not in read[True]]
+        return [name for name in self.constants if name in read]
 
     def _is_stored(self, name: str) -> bool:
         """Whether a constant is a tensor of a file: integers, or floats that are finite but for a mask's −∞."""

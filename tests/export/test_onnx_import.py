@@ -19,7 +19,7 @@ pytest.importorskip("onnxscript")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnxruntime import quantization as ort  # noqa: E402
 
-from hdrq.export import read_onnx, to_onnx, write_like  # noqa: E402
+from hdrq.export import read, read_onnx, to_onnx, write_like  # noqa: E402
 
 X = np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)
 
@@ -97,7 +97,7 @@ FORMS = {
     "uint4": {"per_channel": True, "weight_type": ort.QuantType.QUInt4},
     "int16 weights": {"weight_type": ort.QuantType.QInt16, "activation_type": ort.QuantType.QUInt16},
     "symmetric": {"activation_type": ort.QuantType.QInt8, "extra_options": {"ActivationSymmetric": True}},
-    "asymmetric int8": {"per_channel": True, "extra_options": {"WeightSymmetric": False}},
+    "asymmetric int8": {"extra_options": {"WeightSymmetric": False}},
     "weights in float": {"per_channel": True, "extra_options": {"AddQDQPairToWeight": True}},
     "biases in float": {"extra_options": {"QuantizeBias": False}},
     "quantizers of their own": {"extra_options": {"DedicatedQDQPair": True}},
@@ -178,21 +178,26 @@ def _dequantized_weights(path):
     return found
 
 
-def test_zero_points_of_any_type_are_affine(tmp_path):
+@pytest.mark.parametrize(
+    ("form", "low", "lower"), [("per channel, uint8", -128, 128), ("uint4", -8, 8), ("asymmetric int8", -128, 0)]
+)
+def test_zero_points_of_any_type(form, low, lower, tmp_path):
     """Unsigned codes lie 2^(b−1) lower in a file; signed ones have zero points if any layer of the model has one."""
-    for form, low, affine in (("per channel, uint8", -128, True), ("uint4", -8, True), ("asymmetric int8", -128, True)):
-        path = quantize_static(tmp_path / "a.onnx", 1, **FORMS[form])
-        manifest = read_onnx(path, tmp_path / "a.safetensors")
-        constants, (_, stored) = arrays(path), tensors(tmp_path / "a.safetensors")
-        for name, facts in manifest["weights"].items():
-            codes, zero = (constants[f"{name}.weight_{part}"].astype(int) for part in ("quantized", "zero_point"))
-            lower = 0 if form == "asymmetric int8" else -low
-            assert facts["range"] == [low, -low - 1] and facts.get("affine", False) == affine
-            assert np.array_equal(stored[f"{name}.weight.zero_point"].numpy(), zero - lower) and zero.any()
-            held = stored[f"{name}.weight.codes"]
-            held = hdrq.ops.unpack(held, facts["shape"]) if packs(*facts["range"]) else held
-            assert np.array_equal(held.numpy(), codes - lower)
-    assert "affine" not in str(read_onnx(quantize_static(tmp_path / "b.onnx", 1), tmp_path / "b.safetensors"))
+    path = quantize_static(tmp_path / "a.onnx", 1, **FORMS[form])
+    manifest = read_onnx(path, tmp_path / "a.safetensors")
+    constants, (_, stored) = arrays(path), tensors(tmp_path / "a.safetensors")
+    for name, facts in manifest["weights"].items():
+        codes, zero = (constants[f"{name}.weight_{part}"].astype(int) for part in ("quantized", "zero_point"))
+        assert facts["range"] == [low, -low - 1] and facts["affine"]
+        assert np.array_equal(stored[f"{name}.weight.zero_point"].numpy(), zero.reshape(-1) - lower) and zero.any()
+        held = stored[f"{name}.weight.codes"]
+        held = hdrq.ops.unpack(held, facts["shape"]) if packs(*facts["range"]) else held
+        assert np.array_equal(held.numpy(), codes - lower)
+
+
+def test_symmetric_weights_have_no_zero_points(tmp_path):
+    manifest = read_onnx(quantize_static(tmp_path / "a.onnx", 1), tmp_path / "a.safetensors")
+    assert manifest["weights"]["a"] == {"range": [-128, 127], "axis": None, "shape": [8, 8, 3, 3]}
 
 
 def test_activations_merge_their_ranges_and_steps(tmp_path):
@@ -202,7 +207,7 @@ def test_activations_merge_their_ranges_and_steps(tmp_path):
     names = [
         name.removesuffix("_zero_point") for name, value in first.items() if value.dtype == np.uint8 and not value.ndim
     ]
-    assert len(names) == 6 and any(first[f"{name}_zero_point"] for name in names)
+    assert len(names) == 7 and any(first[f"{name}_zero_point"] for name in names)
     for name in names:
         steps = [0.25 * np.float64(first[f"{name}_scale"]), 0.75 * np.float64(second[f"{name}_scale"])]
         assert np.isclose(result[f"{name}_scale"], sum(steps), rtol=1e-6)
@@ -213,7 +218,7 @@ def test_activations_merge_their_ranges_and_steps(tmp_path):
 def test_biases_are_the_mean_in_steps_of_the_new_scales(tmp_path):
     paths = [quantize_static(tmp_path / f"{seed}.onnx", seed, per_channel=True) for seed in (1, 2)]
     first, second, result = map(arrays, (*paths, merged(paths, tmp_path)))
-    for layer, before in (("stem", "x"), ("a", "r"), ("head", "flat")):
+    for layer, before in (("stem", "x"), ("a", "r"), ("head", "pooled")):
         real = [
             f[f"{layer}.bias_quantized"] * f[f"{layer}.bias_quantized_scale"].astype(float) for f in (first, second)
         ]
@@ -255,11 +260,14 @@ def test_floats_are_averaged_and_integers_stay(tmp_path):
 
 
 def test_a_merged_graph_runs_on_integer_kernels(tmp_path):
-    from hdrq.export.checking import _onnxruntime
-
     paths = [quantize_static(tmp_path / f"{seed}.onnx", seed) for seed in (1, 2)]
-    _, integers, floats = _onnxruntime(merged(paths, tmp_path))
-    assert (integers, floats) == (3, [])
+    kinds = []
+    for path in (paths[0], merged(paths, tmp_path)):
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        kinds.append(sorted(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node))
+    assert kinds[0] == kinds[1] and kinds[0].count("QLinearConv") == 2 and "Conv" not in kinds[0]
 
 
 # Our own files.
@@ -536,14 +544,17 @@ def test_a_weight_that_is_read_twice_is_stored_once(tmp_path):
 
 
 def test_what_is_not_finite_is_structure_and_a_mask_is_not(tmp_path):
-    held = {"mask": np.array([0, -np.inf], np.float32), "top": np.float32(np.inf), "word": np.array(["a"], object)}
+    held = {"mask": np.array([0, 0, 0, 0, 0, -np.inf], np.float32), "top": np.float32(np.inf)}
+    held |= {"word": np.array(["a"], object), "unread": np.random.default_rng().random(3)}
     nodes = [
         node("MatMul", "xd wd", "y1"),
-        helper.make_node("Clip", ["y1", "", "top"], ["y"]),
+        helper.make_node("Clip", ["y1", "", "top"], ["y2"]),
+        node("Add", "y2 mask", "y"),
+        node("Size", "word", "count"),
     ]
     paths = [linear(tmp_path / f"{k}.onnx", k, nodes=nodes, constants=held) for k in (1, 2)]
     _, _, left = round_trip(paths, tmp_path)
-    assert "mask" in left and "top" not in left
+    assert "mask" in left and not {"top", "word", "unread"} & left.keys()
     other = linear(tmp_path / "3.onnx", 3, nodes=nodes, constants={**held, "word": np.array(["b"], object)})
     with pytest.raises(ValueError, match=r"models must be alike to be merged, got onnx\.constants \(other integers"):
         merged([paths[0], other], tmp_path)
@@ -571,11 +582,10 @@ def test_external_data(pair, tmp_path):
     assert list(manifest["origin"]["data"]) == [f"{apart[0].name}.bin"]
     write_like(tmp_path / "a.safetensors", apart[0], tmp_path / "again.onnx")
     assert (tmp_path / "again.onnx.data").exists()
-    assert onnx.load(tmp_path / "again.onnx").graph == onnx.load(paths[0]).graph
     (tmp_path / "apart").mkdir()
-    both = [merged(paths, tmp_path), merged(apart, tmp_path / "apart")]
-    for name, value in arrays(both[0]).items():
-        assert np.array_equal(value, arrays(both[1])[name]), name
+    for one, two in ((paths[0], tmp_path / "again.onnx"), (merged(paths, tmp_path), merged(apart, tmp_path / "apart"))):
+        one, two = arrays(one), arrays(two)
+        assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
 
 
 def _outside(tensor):
@@ -601,3 +611,217 @@ def test_external_data_must_be_there_and_beside_the_model(spoil, tmp_path):
     with pytest.raises(ValueError, match=r"external_a\.onnx: "):
         read_onnx(path, tmp_path / "a.safetensors")
     assert not (tmp_path / "a.safetensors").exists()
+
+
+# What is refused.
+
+
+def test_files_that_are_cut_or_altered_are_named(tmp_path):
+    """Every cut, and bytes changed anywhere: the file is read or refused by name, and nothing else happens."""
+    data = quantize_static(tmp_path / "whole.onnx", 1).read_bytes()
+    random, path, refused = np.random.default_rng(0), tmp_path / "a.onnx", 0
+    spoiled = [data[:size] for size in range(0, len(data), len(data) // 60)]
+    for _ in range(150):
+        changed = bytearray(data)
+        for place in random.integers(0, len(data), random.integers(1, 8)):
+            changed[place] = random.integers(256)
+        spoiled.append(bytes(changed))
+    for each in spoiled:
+        path.write_bytes(each)
+        try:
+            read_onnx(path, tmp_path / "a.safetensors")
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ") and not (tmp_path / "a.safetensors").exists()
+            refused += 1
+        else:
+            (tmp_path / "a.safetensors").unlink()
+    assert refused > 60
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "whole.onnx"]
+
+
+def tensor(name, kind, shape):
+    return helper.make_tensor(name, kind, shape, np.zeros(int(np.prod(shape))))
+
+
+FLOAT8 = TensorProto.FLOAT8E4M3FN
+W4 = (4, 6)
+REFUSED = {
+    "QOperator": (
+        {"nodes": [node("QLinearMatMul", "xq x_scale x_zero w w_scale w x_scale x_zero", "y")]},
+        r"products must lie between DequantizeLinear and QuantizeLinear, got QLinearMatMul y: quantize_",
+    ),
+    "dynamic": (
+        {"nodes": [node("DynamicQuantizeLinear", "x", "xq s z"), node("DequantizeLinear", "xq s z", "xd")]},
+        "quantization must be static, got DynamicQuantizeLinear xq s z: its scales come with each input",
+    ),
+    "computed scale": (
+        {"nodes": [node("ReduceMax", "x", "s"), node("QuantizeLinear", "x s x_zero", "xq")]},
+        "scale and zero point must be constants, got others for QuantizeLinear xq: dynamic quantization has none",
+    ),
+    "blocks of their own": (
+        {"nodes": [node("MatMulNBits", "x w w_scale", "y", domain="com.microsoft")]},
+        "weights must be read by DequantizeLinear, got MatMulNBits y: .* quant_format=QuantFormat.QDQ",
+    ),
+    "fp8 weights": (
+        {"constants": {"w": tensor("w", FLOAT8, W4)}},
+        "quantizers must be of UINT4, INT4, UINT8, INT8, UINT16, INT16, got FLOAT8E4M3FN for DequantizeLinear wd",
+    ),
+    "fp8 activations": (
+        {"constants": {"x_zero": tensor("x_zero", FLOAT8, ())}},
+        "quantizers must be of .*, got FLOAT8E4M3FN for QuantizeLinear xq",
+    ),
+    "int2": (
+        {"constants": {"w": tensor("w", TensorProto.INT2, W4)}},
+        "quantizers must be of .*, got INT2 for DequantizeLinear wd",
+    ),
+    "nothing quantized": (
+        {"nodes": [node("MatMul", "x x", "y")], "drop": ["xq", "xd", "wd"]},
+        "weights must be integers that DequantizeLinear reads, got none; onnxruntime.quantization.quantize_static",
+    ),
+    "activations per channel": (
+        {"constants": {"x_scale": np.full(4, 0.1, np.float32), "x_zero": np.zeros(4, np.uint8)}},
+        r"activations must have one scale, got \(4,\) for QuantizeLinear xq",
+    ),
+    "a weight that nodes compute": (
+        {"nodes": [node("Transpose", "w", "wt"), node("DequantizeLinear", "wt w_scale", "wd", axis=0)]},
+        "weights must be initializers that DequantizeLinear reads, got one that nodes compute for DequantizeLinear wd",
+    ),
+    "scales of another shape": (
+        {"constants": {"w_scale": np.full(5, 0.1, np.float32)}},
+        r"scale and zero point of w must have the shape \(6,\), got \(5,\)",
+    ),
+    "a scale of 0": (
+        {"constants": {"w_scale": np.zeros(6, np.float32)}},
+        "scale w_scale must be positive and finite, got",
+    ),
+    "blocks that do not divide": (
+        {"nodes": [node("DequantizeLinear", "w w_scale", "wd", axis=0, block_size=3)]},
+        r"block_size must divide axis 0 of w, got 3 for the shape \(4, 6\)",
+    ),
+    "codes that something else reads": (
+        {"nodes": [node("Cast", "w", "wf", to=1)]},
+        "w must be read by its quantizer alone, got others that read it as it is",
+    ),
+    "a tensor's name": (
+        {
+            "nodes": [node("MatMul", "xd wd", "y1"), node("Add", "y1 x.input.scale", "y")],
+            "constants": {"x.input.scale": np.float32(1)},
+        },
+        "constants must not have the names of quantizers' tensors, got x.input.scale",
+    ),
+    "an axis that there is not": (
+        {"nodes": [node("DequantizeLinear", "w w_scale", "wd", axis=2)]},
+        r"axis of DequantizeLinear wd must be in \[-2, 1\], got 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input(case, tmp_path):
+    change, message = REFUSED[case]
+    path = linear(tmp_path / "a.onnx", **change)
+    with pytest.raises(ValueError, match=rf"a\.onnx: {message}"):
+        read_onnx(path, tmp_path / "a.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
+
+
+def test_what_is_no_file_and_what_is_no_model(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "none.onnx", tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"path must be .*an ONNX model \(\.onnx\).*, got"):
+        read(tmp_path / "a.bin", tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"path must be an ONNX file, got .*, a folder"):
+        read_onnx(tmp_path, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"nodes": [node("MatMul", "xd wd", "y1"), node("Relu", "y1", "y")]},
+            r"onnx.nodes.Relu \(missing in the first",
+        ),
+        ({"opset": 23}, r"onnx.opset \(other integers"),
+        ({"nodes": [node("MatMul", "wd xd", "y")]}, r"onnx.nodes.MatMul \(other integers"),
+        ({"constants": {"w_scale": np.float32(0.1)}}, r"w.weight.scale \(\(6,\) torch.float32 in the first, \(1,\)"),
+    ],
+)
+def test_models_of_other_graphs_are_refused(change, message, tmp_path):
+    paths = [linear(tmp_path / "a.onnx"), linear(tmp_path / "b.onnx", **change)]
+    with pytest.raises(ValueError, match=f"models must be alike to be merged, got .*{message}"):
+        merged(paths, tmp_path)
+    read_onnx(paths[0], tmp_path / "a.safetensors")
+    with pytest.raises(
+        ValueError, match=r"file must be what was imported from .*b\.onnx, or a merge of such files, got"
+    ):
+        write_like(tmp_path / "a.safetensors", paths[1], tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_integers_must_agree(tmp_path):
+    nodes = [node("MatMul", "xd wd", "y1"), node("Gather", "y1 places", "y", axis=1)]
+    paths = [
+        linear(tmp_path / f"{k}.onnx", k, nodes=nodes, constants={"places": np.array([0, k], np.int64)}) for k in (1, 2)
+    ]
+    with pytest.raises(ValueError, match=r"models must be alike to be merged, got places \(other integers in"):
+        merged(paths, tmp_path)
+    with pytest.raises(ValueError, match=r"with another places \(other integers\)"):
+        write_like(tmp_path / "0.safetensors", paths[1], tmp_path / "out.onnx")
+
+
+def test_graphs_inside_nodes_must_agree_and_are_kept(tmp_path):
+    """Constants that only they read are merged with the rest; constants inside them are structure."""
+
+    def branch(value):
+        held = [numpy_helper.from_array(np.float32(value), "inner")]
+        nodes = [helper.make_node("Mul", ["y1", "outer"], ["z1"]), helper.make_node("Add", ["z1", "inner"], ["z"])]
+        out = helper.make_tensor_value_info("z", TensorProto.FLOAT, ["n", 6])
+        return helper.make_graph(nodes, "branch", [], [out], held)
+
+    def model(k, inner):
+        held = {"flag": np.array(True), "outer": np.float32(k)}
+        nodes = [
+            node("MatMul", "xd wd", "y1"),
+            helper.make_node("If", ["flag"], ["y"], then_branch=branch(inner), else_branch=branch(0)),
+        ]
+        return linear(tmp_path / f"{k}{inner}.onnx", k, nodes=nodes, constants=held)
+
+    result, _, left = round_trip([model(1, 5), model(2, 5)], tmp_path)
+    assert left["outer"] == 1.5 and arrays(result)["outer"] == 1.5
+    with pytest.raises(ValueError, match=r"onnx\.nodes\.If \(other integers"):
+        merged([model(1, 5), model(2, 6)], tmp_path)
+
+
+def test_integers_of_more_bits_than_the_graph_has_are_refused(tmp_path):
+    def of(kind, k, largest):
+        held = {"w": helper.make_tensor("w", kind, W4, np.random.default_rng(k).integers(-largest, largest, 24))}
+        return linear(tmp_path / f"{k}.onnx", k, constants=held)
+
+    paths = [of(TensorProto.INT4, 1, 8), of(TensorProto.INT8, 2, 128)]
+    with pytest.raises(ValueError, match="bits says what the result has where models differ"):
+        merged(paths, tmp_path)
+    for path in paths:
+        merge_files([tmp_path / "0.safetensors", tmp_path / "1.safetensors"], tmp_path / "m.safetensors", bits="W8A8")
+        if path == paths[0]:
+            with pytest.raises(ValueError, match=r"codes of w must fit INT4, got \[.*\]; take a model of more bits"):
+                write_like(tmp_path / "m.safetensors", path, tmp_path / "out.onnx")
+        else:
+            write_like(tmp_path / "m.safetensors", path, tmp_path / "out.onnx")
+    assert arrays(tmp_path / "out.onnx")["w"].dtype == np.int8
+
+
+def test_the_file_says_where_it_comes_from(tmp_path):
+    import hashlib
+
+    paths = [quantize_static(tmp_path / f"{seed}.onnx", seed) for seed in (1, 2)]
+    result = merged(paths, tmp_path, weights=[0.75, 0.25])
+    facts = {entry.key: entry.value for entry in onnx.load(result).metadata_props}
+    history = json.loads(facts["hdrq.origin"])
+    assert facts["hdrq"] == hdrq.__version__ and history["merge"]["weights"] == [0.75, 0.25]
+    assert [m["origin"]["sha256"] for m in history["models"]] == [
+        hashlib.sha256(p.read_bytes()).hexdigest() for p in paths
+    ]
+    origin = read_onnx(result, tmp_path / "again.safetensors")["origin"]
+    assert (origin["kind"], origin["producer"], origin["opset"]) == ("onnx", "onnx.quantize 0.1.0", {"ai.onnx": 21})
+    assert origin["hdrq"] == history
