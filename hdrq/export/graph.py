@@ -50,9 +50,9 @@ class Grid(nn.Module):
 
 
 def facts(layer: str, quantizer: Quantizer) -> dict[str, Any]:
-    """A quantizer's attributes in the graph; axis −1 for one scale."""
-    axis = -1 if quantizer.axis is None else quantizer.axis
-    return {"layer": layer, "qmin": quantizer.qmin, "qmax": quantizer.qmax, "axis": axis}
+    """A quantizer's attributes in the graph; axis −1 for one scale, block 0 for no groups."""
+    axis, block = -1 if quantizer.axis is None else quantizer.axis, quantizer.group_size or 0
+    return {"layer": layer, "qmin": quantizer.qmin, "qmax": quantizer.qmax, "axis": axis, "block": block}
 
 
 def _symbolic(name: str, inputs: tuple, attributes: dict[str, Any], like: torch.Tensor) -> torch.Tensor:

@@ -77,6 +77,8 @@ def _operand_why(value: ir.Value | None, what: str) -> str | None:
         node = None if value is None else value.producer()
     if node is None or node.op_type != "DequantizeLinear":
         return f"{what} is not quantized"
+    if "block_size" in node.attributes:
+        return f"{what} has a scale for each group"
     kind = node.inputs[0].dtype
     return None if kind in EIGHT_BITS else f"{what} has {kind.name.lower()}"
 

@@ -26,6 +26,7 @@ class WeightForm:
     zero_point: np.ndarray | None
     axis: int | None
     shift: int = 0
+    block: int = 0  # neighbours along the axis that share a scale; scales then have as many axes as codes
 
 
 def lower(model: ir.Model, profile: Profile) -> None:
@@ -58,42 +59,51 @@ def lower(model: ir.Model, profile: Profile) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def weight_form(profile: Profile, codes: np.ndarray, scale: np.ndarray, zero_point, qmin: int, qmax: int, axis):
+def weight_form(
+    profile: Profile, codes: np.ndarray, scale: np.ndarray, zero_point, qmin: int, qmax: int, axis, block=0
+):
     """The type that holds a weight's codes; without a zero point, where a signed type of it holds the difference."""
     codes = codes.astype(np.int32)
     if zero_point is not None:
         shape = [-1 if i == axis else 1 for i in range(codes.ndim)]
-        shifted = codes - zero_point.astype(np.int32).reshape(shape)
+        zeros = zero_point.astype(np.int32)
+        shifted = codes - (zeros.repeat(block, axis) if block else zeros.reshape(shape))
         if np.abs(shifted).max(initial=0) <= (127 if qmax - qmin <= 255 else TYPES["INT16"].high):
             codes, zero_point = shifted, None
     if zero_point is not None:  # unsigned, wherever the range lies
         kind, dtype = ("UINT8", np.uint8) if qmax - qmin <= 255 else ("UINT16", np.uint16)
-        return WeightForm(kind, (codes - qmin).astype(dtype), scale, (zero_point - qmin).astype(dtype), axis)
+        return WeightForm(kind, (codes - qmin).astype(dtype), scale, (zero_point - qmin).astype(dtype), axis, 0, block)
     largest = int(np.abs(codes).max(initial=0))
     if largest > 128 or codes.max(initial=0) > 127:
-        return WeightForm("INT16", codes.astype(np.int16), scale, None, axis)
+        return WeightForm("INT16", codes.astype(np.int16), scale, None, axis, 0, block)
     if profile.smallest_types and codes.min(initial=0) >= -8 and codes.max(initial=0) <= 7:
-        return WeightForm("INT4", codes.astype(np.int8), scale, None, axis)
+        return WeightForm("INT4", codes.astype(np.int8), scale, None, axis, 0, block)
     shift = 0
     if profile.weights_widened and largest:
         while largest << (shift + 1) <= WIDENED:
             shift += 1
-    return WeightForm("INT8", (codes << shift).astype(np.int8), scale * np.float32(2.0**-shift), None, axis, shift)
+    return WeightForm(
+        "INT8", (codes << shift).astype(np.int8), scale * np.float32(2.0**-shift), None, axis, shift, block
+    )
 
 
 def _lower_weight(graph: ir.Graph, node: ir.Node, profile: Profile, noted: dict[str, dict[str, Any]]) -> None:
     facts = _facts(node)
     codes, scale, *rest = (_constant(value) for value in node.inputs)
-    axis = None if facts["axis"] == -1 or scale.size == 1 else facts["axis"]
+    axis, block = None if facts["axis"] == -1 or scale.size == 1 else facts["axis"], facts["block"]
     zero_point = rest[0] if rest else None
-    form = weight_form(profile, codes, scale.astype(np.float32), zero_point, facts["qmin"], facts["qmax"], axis)
+    if block:
+        axis, grid = codes.ndim - 1, (*codes.shape[:-1], codes.shape[-1] // block)
+        scale, zero_point = scale.reshape(grid), None if zero_point is None else zero_point.reshape(grid)
+    bounds = (facts["qmin"], facts["qmax"])
+    form = weight_form(profile, codes, scale.astype(np.float32), zero_point, *bounds, axis, block)
     original = {"layer": facts["layer"], "range": [facts["qmin"], facts["qmax"]], "shift": form.shift}
     if zero_point is not None:
         original["zero_point"] = [int(z) for z in zero_point.reshape(-1)]
     (out,) = node.outputs
     for consumer in {use.node for use in out.uses()}:
         if consumer.op_type == "Transpose" and list(consumer.attributes["perm"].as_ints()) == [1, 0]:
-            turned = replace(form, codes=form.codes.T, axis=None if axis is None else 1 - axis)
+            turned = _turned(form)
             value = _dequantized(graph, consumer, f"{facts['layer']}.weight_t", turned)
             noted[value.producer().inputs[0].name] = {**original, "turned": True}
             ir.convenience.replace_all_uses_with(consumer.outputs[0], value)
@@ -105,13 +115,23 @@ def _lower_weight(graph: ir.Graph, node: ir.Node, profile: Profile, noted: dict[
     graph.remove(node, safe=True)
 
 
+def _turned(form: WeightForm) -> WeightForm:
+    """A matrix with its axes exchanged."""
+    scale, zero_point = form.scale, form.zero_point
+    if form.block:
+        scale, zero_point = scale.T, None if zero_point is None else zero_point.T
+    axis = None if form.axis is None else 1 - form.axis
+    return replace(form, codes=form.codes.T, scale=scale, zero_point=zero_point, axis=axis)
+
+
 def _dequantized(graph: ir.Graph, before: ir.Node, name: str, form: WeightForm) -> ir.Value:
     codes = _initializer(graph, f"{name}.codes", form.codes, form.type)
-    scale = _initializer(graph, f"{name}.scale", _rank(form.scale, form.axis), "FLOAT")
+    scale = _initializer(graph, f"{name}.scale", _rank(form.scale, form), "FLOAT")
     inputs = [codes, scale]
     if form.zero_point is not None:
-        inputs.append(_initializer(graph, f"{name}.zero_point", _rank(form.zero_point, form.axis), form.type))
+        inputs.append(_initializer(graph, f"{name}.zero_point", _rank(form.zero_point, form), form.type))
     attributes = {} if form.axis is None else {"axis": form.axis}
+    attributes |= {"block_size": form.block} if form.block else {}
     value = ir.Value(name=_free(graph, f"{name}.values"), type=ir.TensorType(ir.DataType.FLOAT))
     value.shape = ir.Shape(form.codes.shape)
     graph.insert_before(before, ir.node("DequantizeLinear", inputs, attributes, outputs=[value], name=_name(value)))
@@ -256,9 +276,11 @@ def _constant(value: ir.Value | None) -> np.ndarray:
     return value.const_value.numpy()
 
 
-def _rank(values: np.ndarray, axis: int | None) -> np.ndarray:
-    """One value as a scalar, which per-tensor kernels ask for; else a vector."""
-    return values.reshape(()) if axis is None else values.reshape(-1)
+def _rank(values: np.ndarray, form: WeightForm) -> np.ndarray:
+    """One value as a scalar, which per-tensor kernels ask for; else a vector, or for blocks what it is."""
+    if form.block:
+        return values
+    return values.reshape(()) if form.axis is None else values.reshape(-1)
 
 
 def _initializer(graph: ir.Graph, name: str, values: np.ndarray, kind: str) -> ir.Value:
