@@ -233,7 +233,9 @@ class Graph(Model):
             raise ValueError(f"scale and zero point of {codes} must have the shape {wanted}, got {step.shape}")
         if zero_point and self.kind(zero_point) != kind.name:
             raise ValueError(f"zero point of {codes} must be {kind.name}, got {self.kind(zero_point)}")
-        return Weight(codes, scale, zero_point, kind, axis, block, rounded, None if block else own)
+        if own and block and axis != (0 if own["turned"] else len(shape) - 1):
+            raise ValueError(f"metadata hdrq.weights must have blocks of {codes} along the last axis, got axis {axis}")
+        return Weight(codes, scale, zero_point, kind, axis, block, rounded, own)
 
     def _bias(self, node: Any, codes: str, scale: str, zero_point: str) -> Bias:
         shape, step = self.dims(codes), self.scale(scale)

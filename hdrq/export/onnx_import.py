@@ -157,10 +157,10 @@ def is_affine(graph: Graph, weight: Weight) -> bool:
 def axes_of(graph: Graph, weight: Weight) -> list[int]:
     """The axes of the graph's codes in the order that a file of hdrq has them in: blocks lie along the last."""
     axes = list(range(len(graph.dims(weight.codes))))
+    if weight.own is not None:
+        return axes[::-1] if weight.own["turned"] else axes
     if weight.block and weight.axis is not None:
         axes.append(axes.pop(weight.axis))
-    elif weight.own is not None and weight.own["turned"]:
-        axes.reverse()
     return axes
 
 
@@ -198,12 +198,17 @@ def _restored(weight: Weight, codes: np.ndarray, scale: np.ndarray, zero: np.nda
     """Codes, scales and zero points of a file of ours, as they were before codes were widened and shifted."""
     own: dict[str, Any] = weight.own or {}
     shape = [-1 if weight.axis is not None and axis == weight.axis else 1 for axis in order]
-    wide = codes - zero.reshape(shape)
+
+    def spread(values: np.ndarray) -> np.ndarray:
+        return values.repeat(weight.block, -1) if weight.block else values.reshape(shape)
+
+    wide = codes - spread(zero)
     values = wide >> own["shift"]
     original = np.asarray(own.get("zero_point", [0] * scale.size), np.int32)
-    if original.shape != scale.shape or not np.array_equal(values << own["shift"], wide):
+    if original.size != scale.size or not np.array_equal(values << own["shift"], wide):
         raise ValueError(f"codes of {own['layer']} must be as metadata hdrq.weights says, got others in {weight.codes}")
-    return values + original.reshape(shape), scale * np.float32(2.0 ** own["shift"]), original
+    original = original.reshape(scale.shape)
+    return values + spread(original), scale * np.float32(2.0 ** own["shift"]), original
 
 
 def same_codes(graph: Graph, name: str, forms: list[Weight]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -197,9 +197,10 @@ class _Filled:
         axis = None if weight.axis is None else order.index(weight.axis)
         target = profile(self.graph.metadata.get("hdrq.runtime", ""))
         zeros = None if zero_point is None else zero_point.numpy()
-        form = weight_form(target, codes.numpy(), scale.numpy(), zeros, bounds[0], bounds[1], axis)
+        grid = (codes.numpy(), scale.numpy(), zeros, bounds[0], bounds[1], axis, weight.block or 0)
+        form = weight_form(target, *grid)
         noted = {**self._notes[weight.codes], "range": list(bounds), "shift": form.shift}
-        self._notes[weight.codes] = noted if zeros is None else {**noted, "zero_point": zeros.tolist()}
+        self._notes[weight.codes] = noted if zeros is None else {**noted, "zero_point": zeros.reshape(-1).tolist()}
         return form
 
     def _fill_grid(self, name: str, grid: Grid, bounds: Sequence[int], scale: np.ndarray) -> None:

@@ -296,9 +296,9 @@ def adapted(seed, bits, **options):
 
 
 OURS = [
-    ("W4A4", "openvino", {}),
     ("W3A3", "onnxruntime", {"per_channel": True}),
     ("W4A8", "standard", {"affine_weights": True, "per_channel": True}),
+    ({"stem": "W8A8", "*": "W4A8"}, "openvino", {"affine_weights": True, "group_size": 4}),
 ]
 
 
@@ -825,3 +825,34 @@ def test_the_file_says_where_it_comes_from(tmp_path):
     origin = read_onnx(result, tmp_path / "again.safetensors")["origin"]
     assert (origin["kind"], origin["producer"], origin["opset"]) == ("onnx", "onnx.quantize 0.1.0", {"ai.onnx": 21})
     assert origin["hdrq"] == history
+
+
+def test_the_commands(tmp_path, monkeypatch):
+    app, testing = pytest.importorskip("hdrq.cli").app, pytest.importorskip("typer.testing")
+    monkeypatch.chdir(tmp_path)
+    for seed, name in ((1, "a"), (2, "b")):
+        quantize_static(tmp_path / f"{name}.onnx", seed)
+
+    def call(line):
+        return testing.CliRunner().invoke(app, line.split())
+
+    for line in (
+        "import a.onnx -o a.safetensors",
+        "import b.onnx -o b.safetensors",
+        "merge a.safetensors b.safetensors -o m.safetensors",
+        "export m.safetensors --like a.onnx -o merged.onnx",
+    ):
+        result = call(line)
+        assert result.exit_code == 0, result.output
+    assert "merged.onnx: m.safetensors in the form of a.onnx" in result.stdout
+    assert np.isfinite(answers(tmp_path / "merged.onnx", fused=True)).all()
+    assert (
+        "a.safetensors: 3 quantized weights, 7 quantizers of activations, from a.onnx"
+        in call("import a.onnx -o a.safetensors").stdout
+    )
+    assert call("inspect m.safetensors").exit_code == 0
+    result = call("export m.safetensors -o other.onnx")
+    assert result.exit_code == 2
+    assert "model and data must be given, or --like with what the file was imported from" in result.output
+    result = call("export a.safetensors --like m.safetensors -o other.onnx")
+    assert result.exit_code == 2 and "template must be an ONNX model (.onnx)" in result.output
