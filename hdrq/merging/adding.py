@@ -220,9 +220,11 @@ class _Plan:
         old, layer = self.base.quantized(name), self.base.layers[name]
         rng = rng_state(self.settings.seed, stream=64 * number, step=AFTER_DRAWS + additions(self.source.manifest))
         moments = self.moments.of(layer) if self.moments is not None and layer in self.moments.names else None
-        rule, damping = self.settings.rule, self.settings.damping
-        change = self._change(name)
-        change = change if old.order is None else Reordered(change, old.order)
+        if moments is not None:
+            moments.hessian = moments.hessian.cpu()
+        rule, damping, change = self.settings.rule, self.settings.damping, self._change(name)
+        if old.order is not None:
+            change = Reordered(change, old.order)
         codes, found = changed_weight(name, old, change, rule, rng, moments, damping)
         report.extend([] if found is None else [found])
         return pack(codes) if packs(*old.facts["range"]) else codes

@@ -187,7 +187,7 @@ def _adapter(path: Path) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]
     if not path.exists():
         raise FileNotFoundError(f"add must be a file or a folder that exists, got {path}")
     files = adapter_files(path)
-    if files is None or _is_quantized(path):
+    if files is None or (path.is_file() and _is_quantized(path)):
         return None, None, {}
     tensors = read_state(files[0])
     if path.is_file() and not is_adapter(tensors):

@@ -150,6 +150,7 @@ def test_forms_of_one_adapter_give_the_same_codes(model, tmp_path):
     halves = {name: value.bfloat16() for name, value in tensors.items()}
     old = tmp_path / "old"
     old.mkdir()
+    (old / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}))
     (old / "adapter_config.json").write_text((tmp_path / "lora" / "adapter_config.json").read_text())
     torch.save(tensors, old / "adapter_model.bin")
     for form in (
