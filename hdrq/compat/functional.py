@@ -1,13 +1,16 @@
 """Quantizer functions with the arguments that other codes pass: ``x, scale, zero_point, quant_min, quant_max, …``.
 
 A scale, or a zero point, may be a Python number or a tensor of any real dtype, and may have any shape that broadcasts
-to x along one axis. It reaches our op without a copy where it is float32 and learns; what does not learn is copied, so
-that an observer may write to it before the gradients are taken. Gradients come back in the shape and dtype given.
+to x, or one value for each group or block of x, where those that share one are a row of some view of x. It reaches our
+op without a copy where it is float32 and learns; what does not learn is copied, so that an observer may write to it
+before the gradients are taken. Gradients come back in the shape and dtype given.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -69,8 +72,9 @@ def fake_quantize(
 
     Args:
         x: float32, bfloat16 or float16. Half types are computed in float32 and rounded once.
-        scale: positive; one for each of ``x.shape[ch_axis]``, or of a shape that broadcasts along one axis; of the
-            shape ``(*x.shape[:-1], groups)`` it is one for each group of the last axis.
+        scale: positive; one for each of ``x.shape[ch_axis]``, or of a shape that broadcasts to x; or as many along each
+            axis of x as there are groups or blocks: ``(*x.shape[:-1], groups)``. All that share one must lie in a row
+            of some view of x, as groups of the last axis and blocks of whole rows do.
         zero_point: like ``scale``; None for 0.
         quant_min, quant_max: the integer range.
         ch_axis: the axis of ``scale``; None (or −1 with one scale, as in torch.ao) for what its shape says. A number
@@ -84,11 +88,12 @@ def fake_quantize(
         rounding, gradient, keep, rng: as :func:`hdrq.ops.fake_quantize`.
 
     Returns:
-        A tensor like x, in its memory format; contiguous where elements are dropped, or scales are by groups.
+        A tensor like x, in its memory format; contiguous where elements are dropped, or scales vary in blocks or along
+        several axes.
 
     Raises:
         TypeError: x is float64, which is not computed in float32 behind your back; and as the op.
-        ValueError: a shape that does not broadcast along one axis; and as the op.
+        ValueError: a shape that is none of these; and as the op.
     """
     how = checks.choice("zero_point_rounding", zero_point_rounding, ZERO_POINTS)
     x_in, s, z, axis = _grid(x, scale, _own(zero_point, quant_min, quant_max, how), ch_axis)
@@ -272,12 +277,32 @@ def _view(
         if ch_axis is not None and checks.axis_of(x, ch_axis) != varies[0]:
             raise ValueError(f"{name} must vary along ch_axis, {ch_axis}, got the shape {tuple(shape)}")
         return x, varies[0]
-    if len(shape) == x.ndim and shape[:-1] == x.shape[:-1] and shape[-1] and x.shape[-1] % shape[-1] == 0:
-        return x.reshape(-1, x.shape[-1] // shape[-1]), 0
-    raise ValueError(
-        f"{name} must have one element, or broadcast to x along one axis, or have one for each group of its last axis: "
-        f"got {tuple(shape)} for x of {tuple(x.shape)}; ch_axis names the axis of a scale of one dimension"
-    )
+    own = len(shape) == x.ndim  # other shapes broadcast, and have no blocks
+    if len(padded) != x.ndim or any(
+        n != 1 and n != m and not (own and n and m % n == 0) for n, m in zip(padded, x.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name} must have one element, or broadcast to x, or have one for each group or block of x, got "
+            f"{tuple(shape)} for x of {tuple(x.shape)}; ch_axis names the axis of a scale of one dimension"
+        )
+    rows = _rows(x.shape, padded)
+    if rows is None:
+        blocks = " × ".join(str(m // n) for n, m in zip(padded, x.shape, strict=True))
+        raise ValueError(
+            f"{name} must vary along one axis of some view of x, got {tuple(shape)} for x of {tuple(x.shape)}, whose "
+            f"blocks of {blocks} elements lie apart: bring the axes along which it varies side by side first, as "
+            "x.unflatten and x.movedim do"
+        )
+    return x.reshape(rows), 1
+
+
+def _rows(shape: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """The shape of a view of x whose second axis is that of the scales, given so many along each axis of x."""
+    parts = [part for m, n in zip(shape, counts, strict=True) for part in ((n, True), (m // n, False)) if part[0] != 1]
+    runs = [(varies, math.prod(n for n, _ in run)) for varies, run in itertools.groupby(parts, lambda part: part[1])]
+    at = [varies for varies, _ in runs].index(True)
+    before, after = (math.prod(n for _, n in part) for part in (runs[:at], runs[at + 1 :]))
+    return None if any(varies for varies, _ in runs[at + 1 :]) else (before, runs[at][1], after)
 
 
 def _values(name: str, values: Any, x: torch.Tensor) -> torch.Tensor:

@@ -55,13 +55,14 @@ class Learnable:
     ch_axis: int
     use_grad_scaling: bool
 
-    def quantized(self, X: torch.Tensor) -> torch.Tensor:
+    def quantized(self, X: torch.Tensor, *, signed_scale: bool = False) -> torch.Tensor:
         if self.qscheme in SYMMETRIC:
             self.zero_point.data.zero_()
         factor = (max(X.numel(), 1) * self.quant_max) ** -0.5 if self.use_grad_scaling else 1.0
         axis = self.ch_axis if self.qscheme in PER_CHANNEL else None
         grid = self.scale, self.zero_point, self.quant_min, self.quant_max, axis, factor
-        return functional.fake_quantize(X, *grid, rounding="reciprocal", zero_point_rounding="clamped")
+        forms: dict[str, Any] = {"rounding": "reciprocal", "zero_point_rounding": "clamped"}
+        return functional.fake_quantize(X, *grid, **forms, signed_scale=signed_scale)
 
 
 class FakeQuantize(Observed, _FakeQuantize):

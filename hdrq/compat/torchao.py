@@ -23,7 +23,8 @@ class LearnableFakeQuantize(Learnable, _LearnableFakeQuantize):
     """A ``LearnableFakeQuantize`` of torchao, on our op. Scale and zero point are parameters from the first call on,
     which an observer estimates, and a loss learns after ``enable_range_learning``.
 
-    float64 is for torch's own op. A scale that is not positive is refused.
+    float64 is for torch's own op. A scale that is learned to be negative is computed as torch's op does, by two more
+    passes; on a GPU, where no value is read, it gives NaN.
     """
 
     observer_enabled: torch.Tensor
@@ -37,4 +38,6 @@ class LearnableFakeQuantize(Learnable, _LearnableFakeQuantize):
         if self.observer_enabled[0] == 1 or not self._initialized:
             self.activation_post_process(X.detach())
             self._initialize_or_update_qparams(*self.activation_post_process.calculate_qparams())
-        return self.quantized(X) if self.fake_quant_enabled[0] == 1 else X
+        if self.fake_quant_enabled[0] == 0:
+            return X
+        return self.quantized(X, signed_scale=X.is_cpu and bool((self.scale.detach() < 0).any()))

@@ -198,20 +198,43 @@ def test_gradients_return_in_the_dtype_of_the_scale():
     assert scale.grad.dtype == torch.float64 and scale.grad.shape == (1, 1) and scale.grad.item() != 0
 
 
-@pytest.mark.parametrize("shape", [(5,), (6, 5), (6, 8, 1)])
-def test_groups_of_the_last_axis_are_rows(shape):
-    x = sample((6, 8, 15), special=False) if len(shape) == 3 else sample((6, 15), special=False)
-    if shape == (5,):  # a scale for each of five columns is no group
-        with pytest.raises(ValueError, match=r"scale must have one element, or broadcast .* got \(5,\)"):
-            F.fake_quantize(x, torch.ones(5), None, LOW, HIGH)
-        return
-    scale = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.1
-    size = x.shape[-1] // shape[-1]
+VIEWS = {
+    "groups of the last axis": (6, 8, 5),
+    "blocks of whole rows": (3, 1, 1),
+    "blocks of whole rows of each matrix": (6, 2, 1),
+    "columns in groups": (1, 1, 3),
+    "one axis in groups": (1, 4, 1),
+    "two axes": (6, 8, 1),
+    "the last two axes, by broadcasting": (8, 15),
+    "all elements": (6, 8, 15),
+}
+
+
+@pytest.mark.parametrize("shape", VIEWS.values(), ids=VIEWS)
+def test_scales_in_groups_and_blocks_are_rows_of_a_view(shape):
+    x, generator = sample((6, 8, 15), special=False), torch.Generator().manual_seed(1)
+    scale, zero = torch.rand(shape, generator=generator) + 0.1, torch.randint(-2, 3, shape, generator=generator)
+
+    def spread(values):
+        for axis, (n, m) in enumerate(zip((1,) * (3 - len(shape)) + shape, x.shape, strict=True)):
+            values = values.reshape((1,) * (3 - values.ndim) + values.shape).repeat_interleave(m // n, axis)
+        return values
+
     compare(
-        lambda x, s: F.fake_quantize(x, s, None, LOW, HIGH),
-        lambda x, s: qdrop(x, s.repeat_interleave(size, -1), 0, LOW, HIGH),
+        lambda x, s: F.fake_quantize(x, s, zero, LOW, HIGH),
+        lambda x, s: qdrop(x, spread(s), spread(zero), LOW, HIGH),
         (x, scale),
     )
+
+
+def test_blocks_that_lie_apart_are_refused_and_taken_side_by_side():
+    x, scale = sample((4, 30), special=False), torch.rand(2, 3) + 0.1
+    with pytest.raises(ValueError, match=r"scale must vary along one axis of some view .* blocks of 2 × 10 elements"):
+        F.fake_quantize(x, scale, None, LOW, HIGH)
+    blocks = x.unflatten(1, (3, 10)).unflatten(0, (2, 2)).movedim(2, 1)
+    y = F.fake_quantize(blocks, scale[:, :, None, None], None, LOW, HIGH).movedim(1, 2).reshape(x.shape)
+    want = qdrop(x, scale.repeat_interleave(2, 0).repeat_interleave(10, 1), 0, LOW, HIGH)
+    assert_same_bits(y + 0.0, want + 0.0)
 
 
 def test_what_does_not_learn_may_be_written_to_before_the_gradients():
@@ -242,6 +265,13 @@ BAD = [
     (TypeError, "x must be float32, bfloat16 or float16, got float64", {"x": X.double()}),
     (TypeError, "x must be a tensor", {"x": [1.0]}),
     (ValueError, r"scale must have one element, or broadcast .* got \(6, 7\)", {"scale": torch.ones(6, 7)}),
+    (ValueError, r"scale must have one element, or broadcast .* got \(5,\)", {"scale": torch.ones(5)}),
+    (ValueError, r"scale must have one element, or broadcast .* got \(0, 1\)", {"scale": torch.ones(0, 1)}),
+    (
+        ValueError,
+        r"blocks of 1 × 2 × 1 elements lie apart: bring the axes",
+        {"x": X.reshape(6, 2, 20), "scale": torch.ones(6, 1, 20)},
+    ),
     (ValueError, "scale must be positive", {"scale": torch.tensor(-1.0)}),
     (TypeError, "scale must be a number, got str", {"scale": "1"}),
     (TypeError, "zero_point must be real", {"zero_point": torch.ones(1, dtype=torch.complex64)}),

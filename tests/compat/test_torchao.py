@@ -50,13 +50,15 @@ def test_values_gradients_and_state_are_torchaos(options):
     assert all(torch.equal(state[name], theirs[name]) for name in state)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("options", [AFFINE | {"dtype": torch.uint8}, CHANNELS | {"use_grad_scaling": True}])
-def test_learned_grids_are_torchaos(options):
+def test_learned_grids_are_torchaos(options, sign):
     results = []
     for kind in (LearnableFakeQuantize, TheirLearnableFakeQuantize):
         module = kind(**options)
         module(X)
         module.enable_range_learning()
+        module.scale.data[-1] *= sign
         x = X.clone().requires_grad_()
         y = module(x)
         y.backward(sample(X.shape, seed=1, special=False))
