@@ -3,8 +3,8 @@
     pip install "hdrq[cli]"
     python examples/add_an_adapter.py quantized.safetensors adapter/ adapted.safetensors
 
-The adapter is a folder of peft, or its safetensors file. A change smaller than half a step is lost where it is rounded to
-nearest; systematic rounding keeps it in the mean, and adds noise elsewhere. This prints what each of the two keeps.
+The adapter is a folder of peft. A change smaller than half a step is lost where it is rounded to nearest; systematic
+rounding keeps it in the mean, and adds noise elsewhere. This prints what each of the two keeps.
 """
 
 import sys
@@ -17,6 +17,4 @@ model, adapter, out = sys.argv[1:]
 nearest = add_file(model, adapter, None, rule="nearest")
 kept = add_file(model, adapter, out, rule="systematic", seed=0)
 for name, report in (("to nearest", nearest), ("systematic", kept)):
-    print(
-        f"{name}: keeps {report.kept:.0%} of the change, off by {report.error:.2f} of its size; {report.clipped:.1%} clipped"
-    )
+    print(f"{name}: keeps {report.kept:.0%} of the change, off by {report.error:.2f} of its size")

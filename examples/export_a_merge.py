@@ -34,7 +34,7 @@ quantized = [
 # 2. The merge reads integers and scales only: no data, no training.
 merged = hdrq.merge(quantized)
 
-# 3. ONNX with integer weights; ONNX Runtime wants the ranges of the outputs of convolutions too, and finds them on data.
+# 3. ONNX with integer weights. ONNX Runtime wants ranges of the outputs of convolutions too, which data tells.
 calibration = torch.cat(list(images.values()))[:: len(domains)]
 print(hdrq.export.to_onnx(merged, calibration, options.out, runtime="onnxruntime", data=calibration, allow_float=True))
 

@@ -3,8 +3,8 @@
     pip install "hdrq[cli]"
     python examples/merge_gptq_folders.py first/ second/ merged/
 
-The folders are transformers': config.json with its quantization section, safetensors in one file or in shards. GPTQ, AWQ
-and compressed-tensors are read alike; the merged folder has the form of the first, and loads where that loads.
+The folders are transformers': config.json with its quantization section, safetensors in one file or in shards. GPTQ,
+AWQ and compressed-tensors are read alike; the merged folder has the form of the first, and loads where that loads.
 """
 
 import sys
@@ -18,8 +18,8 @@ first, second, out = sys.argv[1:]
 # 1. Will it work? Layers are measured on their integers; models that must not be merged are refused, with what differs.
 print(readiness([first, second]).verdict)
 
-# 2. One tensor after another, from the shards of both into the shards of the result. Where the mean of two integers lies
-#    half-way, systematic rounding takes up and down alike.
+# 2. One tensor after another, from the shards of both into the shards of the result. Where the mean of two integers
+#    lies half-way, systematic rounding takes up and down alike.
 report = merge_files([first, second], out, seed=0, report=True)
 print(f"mean rounding error {report.total.rounding_error:.3f} of the weights' norm")
 

@@ -55,7 +55,7 @@ def test_merge_gptq_folders(tmp_path):
 
 
 def test_add_an_adapter(tmp_path):
-    """A change of a twentieth of a step: nothing of it is kept by rounding to nearest, all of it on average by sampling."""
+    """A change of a twentieth of a step: rounding to nearest keeps nothing of it, sampling all of it on average."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128)).eval()
     quantized = hdrq.quantize(model, torch.randn(16, 64), "rtn", bits={"*": "W4A8"}, progress=False)
