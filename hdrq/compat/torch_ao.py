@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.ao.quantization import FakeQuantize as _FakeQuantize
@@ -15,20 +16,31 @@ PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
 SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 
 
+def scripted(forward: Callable) -> Callable:
+    """The pass that TorchScript compiles, which cannot call our op: the class's own, under a name of its own."""
+    return FunctionType(forward.__code__, forward.__globals__, "scripted")
+
+
 class Observed:
     """The forward pass of a ``FakeQuantize``, of torch.ao or of torchao."""
 
-    scale: torch.Tensor
-    zero_point: torch.Tensor
-    observer_enabled: torch.Tensor
-    fake_quant_enabled: torch.Tensor
-    activation_post_process: Any
-    qscheme: torch.qscheme
-    ch_axis: int
-    calculate_qparams: Callable
+    if TYPE_CHECKING:  # TorchScript reads the annotations of a class, and no strings
+        scale: torch.Tensor
+        zero_point: torch.Tensor
+        observer_enabled: torch.Tensor
+        fake_quant_enabled: torch.Tensor
+        activation_post_process: Any
+        qscheme: torch.qscheme
+        ch_axis: int
+        calculate_qparams: Callable
+        scripted: Callable
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
         """Observe and quantize X, as far as either is switched on. Its memory format stays."""
+        return self.scripted(X) if torch.jit.is_scripting() else self.observed(X)
+
+    def observed(self, X: torch.Tensor) -> torch.Tensor:
+        """The pass outside of a script."""
         if X.dtype == torch.float64 or self.qscheme == torch.per_channel_affine_float_qparams:
             return super().forward(X)  # type: ignore[misc]
         if self.observer_enabled[0] == 1:
@@ -80,6 +92,8 @@ class FakeQuantize(Observed, _FakeQuantize):
         >>> own = FakeQuantize.with_args(observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=255)
         >>> qconfig = QConfig(activation=own, weight=own.with_args(dtype=torch.qint8, quant_min=-128, quant_max=127))
     """
+
+    scripted = scripted(_FakeQuantize.forward)
 
 
 class LearnableFakeQuantize(Learnable, _LearnableFakeQuantize):

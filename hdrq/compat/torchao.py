@@ -12,11 +12,13 @@ import torch
 from torchao.quantization.pt2e.fake_quantize import FakeQuantize as _FakeQuantize
 from torchao.quantization.pt2e.learnable_fake_quantize import LearnableFakeQuantize as _LearnableFakeQuantize
 
-from hdrq.compat.torch_ao import Learnable, Observed
+from hdrq.compat.torch_ao import Learnable, Observed, scripted
 
 
 class FakeQuantize(Observed, _FakeQuantize):
     """A ``torchao.quantization.pt2e.FakeQuantize``, with its observer, switches, state and arguments, on our op."""
+
+    scripted = scripted(_FakeQuantize.forward)
 
 
 class LearnableFakeQuantize(Learnable, _LearnableFakeQuantize):

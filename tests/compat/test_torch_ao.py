@@ -105,6 +105,20 @@ def test_switches():
     assert module.scale > scale
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("options", [ACTIVATION, WEIGHT])
+def test_a_script_runs_torchs_own_pass(options):
+    module, eager = FakeQuantize(**options), FakeQuantize(**options)
+    script = torch.jit.script(module)
+    assert "aten::fake_quantize_per" in str(script.inlined_graph)
+    for _ in range(2):
+        assert_same_bits(script(X), eager(X))
+        script.disable_observer()
+        eager.disable_observer()
+    assert all(torch.equal(script.state_dict()[name], value) for name, value in eager.state_dict().items())
+    assert_same_bits(module(X), eager(X))  # which shares the script's state, and stays as it was
+
+
 @pytest.mark.parametrize("x", [X, X.unsqueeze(2).expand(6, 3, 2, 8, 8).contiguous()])
 def test_half_types_and_memory_formats_stay(x):
     module = FakeQuantize(**ACTIVATION)

@@ -50,6 +50,11 @@ def test_values_gradients_and_state_are_torchaos(options):
     assert all(torch.equal(state[name], theirs[name]) for name in state)
 
 
+def test_a_script_runs_torchaos_own_pass():
+    module = FakeQuantize(**AFFINE | {"dtype": torch.uint8})
+    assert_same_bits(torch.jit.script(module)(X), module(X))
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("options", [AFFINE | {"dtype": torch.uint8}, CHANNELS | {"use_grad_scaling": True}])
 def test_learned_grids_are_torchaos(options, sign):
