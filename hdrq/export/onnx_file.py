@@ -97,13 +97,14 @@ class Model:
             raise ValueError(f"{name} must have the shape {tuple(tensor.dims)}, got {value.shape}")
         return value.astype(np.int8) if self.kind(name) in ("INT4", "UINT4") else value
 
-    def scale(self, name: str) -> np.ndarray:
-        """A scale as float32: positive and finite."""
+    def scale(self, name: str, *, signed: bool = False) -> np.ndarray:
+        """A scale as float32: finite, and positive, or where ``signed`` not 0."""
         if self.kind(name) not in SCALES:
             raise ValueError(f"scale {name} must be of {', '.join(SCALES)}, got {self.kind(name)}")
         value = self.array(name).astype(np.float32)
-        if not (np.isfinite(value) & (value > 0)).all():
-            raise ValueError(f"scale {name} must be positive and finite, got {value[~(value > 0)].ravel()[:1]}")
+        wrong = value[~np.isfinite(value) | (value == 0 if signed else value <= 0)]
+        if wrong.size:
+            raise ValueError(f"scale {name} must be finite and {'not 0' if signed else 'positive'}, got {wrong[0]}")
         return value
 
     def digest(self, name: str) -> str:

@@ -89,7 +89,7 @@ class Graph(Model):
         weights: by the layer's name in a file of hdrq; a layer that is called twice may have its codes twice.
         grids, biases: by their name in a file of hdrq.
         plain: constants that anything else reads; ``stored`` are those of them that a file of hdrq has as tensors.
-        affine: whether a signed type has a zero point anywhere.
+        affine: whether a weight of a signed type has a zero point anywhere, or a negative scale.
         structure: by kind of node, a hash of all that decides the answers beside constants.
 
     Raises:
@@ -113,8 +113,7 @@ class Graph(Model):
             self._find_quantizers()
             for bias in self.biases.values():
                 bias.steps = self._steps(bias)
-            signed = (w.zero_point for w in self.each_weight() if w.zero_point and w.type.low < 0)
-            self.affine = any(bool(self.array(name).any()) for name in signed)
+            self.affine = any(self._is_shifted(weight) for weight in self.each_weight())
             self.plain = self._plain()
             self.stored = [name for name in self.plain if self._is_stored(name)]
             self.structure = self._structure()
@@ -123,6 +122,10 @@ class Graph(Model):
         """Every form of every layer's codes."""
         for forms in self.weights.values():
             yield from forms
+
+    def _is_shifted(self, weight: Weight) -> bool:
+        shifted = weight.type.low < 0 and weight.zero_point and self.array(weight.zero_point).any()
+        return bool(shifted or (self.scale(weight.scale, signed=True) < 0).any())
 
     def _find_quantizers(self) -> None:
         own = self._own_facts()
@@ -216,7 +219,11 @@ class Graph(Model):
     def _weight(
         self, node: Any, codes: str, scale: str, zero_point: str, *, rounded: bool = False, own: dict | None = None
     ) -> Weight:
-        kind, shape, step = self._type(node, zero_point if rounded else codes), self.dims(codes), self.scale(scale)
+        kind, shape, step = (
+            self._type(node, zero_point if rounded else codes),
+            self.dims(codes),
+            self.scale(scale, signed=True),
+        )
         if rounded and self.kind(codes) != "FLOAT":
             raise ValueError(f"{codes} must be FLOAT to be quantized, got {self.kind(codes)}")
         block = checks.integer(f"block_size of {shown(node)}", attribute(node, "block_size", 0), 0, 2**31 - 1) or None
@@ -306,7 +313,8 @@ class Graph(Model):
         grid, weight = pairs[0][0], pairs[0][-1]
         if not (isinstance(grid, Grid) and isinstance(weight, Weight)):
             return None
-        product, step = self.scale(grid.scale) * self.scale(weight.scale), self.scale(bias.scale)
+        product = self.scale(grid.scale) * self.scale(weight.scale, signed=True)
+        step = self.scale(bias.scale)
         near = product.size == step.size and np.allclose(product.ravel(), step.ravel(), rtol=NEAR, atol=0)
         return (grid, weight) if near else None
 

@@ -151,7 +151,7 @@ def is_affine(graph: Graph, weight: Weight) -> bool:
     """Whether a weight has zero points in a file of hdrq; no layer's values alone decide it."""
     if weight.own is not None:
         return "zero_point" in weight.own
-    return weight.type.low == 0 or (graph.affine and bool(weight.zero_point))
+    return weight.type.low == 0 or graph.affine
 
 
 def axes_of(graph: Graph, weight: Weight) -> list[int]:
@@ -167,26 +167,44 @@ def axes_of(graph: Graph, weight: Weight) -> list[int]:
 def codes_of(graph: Graph, weight: Weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes, scales and zero points of a weight, as a file of hdrq has them.
 
+    A negative scale, as block quantizers of ONNX Runtime choose it, is that of ``−1 − codes`` and ``−1 − zero_point``
+    with its sign turned: the same values, in the same range.
+
     Raises:
         ValueError: codes of a file of ours are not what its metadata says.
     """
     order, (low, high) = axes_of(graph, weight), range_of(weight)
-    values, scale = graph.array(weight.codes).transpose(order), graph.scale(weight.scale)
+    values, scale = graph.array(weight.codes).transpose(order), graph.scale(weight.scale, signed=True)
     zero = graph.array(weight.zero_point).astype(np.int32) if weight.zero_point else np.zeros(scale.shape, np.int32)
     scale, zero = (each.transpose(order) if weight.block else each.reshape(-1) for each in (scale, zero))
     if weight.own is not None:
         values, scale, zero = _restored(weight, values.astype(np.int32), scale, zero, order)
     else:
-        zero = zero - middle(weight)
+        zero, turned = mirrored(zero - middle(weight), scale < 0), spread(scale < 0, weight, order)
+        scale = np.abs(scale)
     if weight.rounded:
         shifts = torch.from_numpy(np.ascontiguousarray(zero)).float()
         where: Any = {"axis": weight_facts(graph, weight)["axis"], "group_size": weight.block}
         codes = ops.quantize(_owned(values), _owned(scale), low, high, zero_point=shifts, **where)
     else:
-        codes = _owned(values if weight.own is not None else values.astype(np.int32) - middle(weight))
+        if weight.own is None:
+            values = mirrored(values.astype(np.int32) - middle(weight), turned)
+        codes = _owned(values)
         checks.code_values(f"codes {weight.codes}", codes, low, high)
     codes = codes.to(torch.int8 if packs(low, high) else codes_spec(low, high, ())[0])
     return codes, _owned(scale), _owned(zero) if is_affine(graph, weight) else None
+
+
+def mirrored(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Codes or zero points in a signed range from its other end, where so: ``−1 − values``."""
+    return np.where(where, ~values, values)
+
+
+def spread(values: np.ndarray, weight: Weight, order: list[int]) -> np.ndarray:
+    """One number for each scale of a weight, to broadcast over codes as a file of hdrq has them."""
+    if weight.block:
+        return values.repeat(weight.block, -1)
+    return values.reshape([-1 if weight.axis is not None and axis == weight.axis else 1 for axis in order])
 
 
 def _owned(values: np.ndarray) -> torch.Tensor:
@@ -197,18 +215,13 @@ def _owned(values: np.ndarray) -> torch.Tensor:
 def _restored(weight: Weight, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, order: list[int]) -> tuple:
     """Codes, scales and zero points of a file of ours, as they were before codes were widened and shifted."""
     own: dict[str, Any] = weight.own or {}
-    shape = [-1 if weight.axis is not None and axis == weight.axis else 1 for axis in order]
-
-    def spread(values: np.ndarray) -> np.ndarray:
-        return values.repeat(weight.block, -1) if weight.block else values.reshape(shape)
-
-    wide = codes - spread(zero)
+    wide = codes - spread(zero, weight, order)
     values = wide >> own["shift"]
     original = np.asarray(own.get("zero_point", [0] * scale.size), np.int32)
     if original.size != scale.size or not np.array_equal(values << own["shift"], wide):
         raise ValueError(f"codes of {own['layer']} must be as metadata hdrq.weights says, got others in {weight.codes}")
     original = original.reshape(scale.shape)
-    return values + spread(original), scale * np.float32(2.0 ** own["shift"]), original
+    return values + spread(original, weight, order), scale * np.float32(2.0 ** own["shift"]), original
 
 
 def same_codes(graph: Graph, name: str, forms: list[Weight]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

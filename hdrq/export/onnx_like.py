@@ -22,7 +22,18 @@ from hdrq.export.foreign import naming
 from hdrq.export.lowering import WeightForm, weight_form
 from hdrq.export.onnx_file import free
 from hdrq.export.onnx_graph import FLOATS, Bias, Graph, Grid, Weight
-from hdrq.export.onnx_import import Stored, along, as_tensor, axes_of, codes_of, middle, same, weight_facts
+from hdrq.export.onnx_import import (
+    Stored,
+    along,
+    as_tensor,
+    axes_of,
+    codes_of,
+    middle,
+    mirrored,
+    same,
+    spread,
+    weight_facts,
+)
 from hdrq.export.profiles import profile
 
 ALIGNMENT = 64  # bytes, of tensors in a file beside the graph
@@ -173,7 +184,7 @@ class _Filled:
         order = axes_of(self.graph, weight)
         back = np.argsort(order)
         if weight.own is None:
-            form = _foreign_form(name, weight, codes, scale, zero_point)
+            form = self._foreign_form(name, weight, codes, scale, zero_point, order)
         else:
             form = self._own_form(weight, bounds, codes, scale, zero_point, order)
         zeros = np.zeros_like(form.scale) if form.zero_point is None else form.zero_point
@@ -203,6 +214,21 @@ class _Filled:
         self._notes[weight.codes] = noted if zeros is None else {**noted, "zero_point": zeros.reshape(-1).tolist()}
         return form
 
+    def _foreign_form(self, name: str, weight: Weight, codes, scale, zero_point, order: list[int]) -> WeightForm:
+        """The codes in the type that the graph has them in, with the signs that its scales have."""
+        kind, now = weight.type, self.graph.scale(weight.scale, signed=True)
+        turned = now.transpose(order) < 0 if weight.block else now.reshape(-1) < 0
+        values = mirrored(codes.numpy().astype(np.int32), spread(turned, weight, order)) + middle(weight)
+        zeros = np.zeros(turned.shape, np.int32) if zero_point is None else zero_point.numpy()
+        zeros = mirrored(zeros, turned) + middle(weight)
+        for what, numbers in (("codes", values), ("zero points", zeros)):
+            if numbers.size and not kind.low <= numbers.min() <= numbers.max() <= kind.high:
+                raise ValueError(
+                    f"{what} of {name} must fit {kind.name}, got [{numbers.min()}, {numbers.max()}]; take a model of "
+                    "more bits for the graph"
+                )
+        return WeightForm(kind.name, values, np.where(turned, -scale.numpy(), scale.numpy()), zeros, None)
+
     def _fill_grid(self, name: str, grid: Grid, bounds: Sequence[int], scale: np.ndarray) -> None:
         """The range in the graph's type; the zero point stays where it can."""
         low, high, kind = *bounds, grid.type
@@ -226,7 +252,7 @@ class _Filled:
         """The integers of a bias, in the product of the steps of its layer's input and weight."""
         step = self.graph.scale(bias.scale)
         if bias.steps is not None:
-            before = [self.graph.scale(role.scale) for role in bias.steps]
+            before = [self.graph.scale(role.scale, signed=True) for role in bias.steps]
             after = [self._steps[id(role)] for role in bias.steps]
             if not np.array_equal(after[0] * after[1], before[0] * before[1]):
                 step = (after[0] * after[1]).reshape(step.shape)
@@ -242,7 +268,7 @@ class _Filled:
         """Set a scale in the type that the graph has it in; returns what it is there."""
         kind = self.graph.kind(role.scale)
         held = steps.astype(_dtype(kind)).astype(np.float32)
-        if not (np.isfinite(held) & (held > 0)).all():
+        if not (np.isfinite(held) & (held != 0)).all():
             raise ValueError(f"scale of {name} must fit {kind}, got {steps.min():.2g} to {steps.max():.2g}")
         self._set([(node, 1) for node in role.nodes], role.scale, Raw.of(steps, kind))
         return held
@@ -288,17 +314,3 @@ def _values(source: Reader, name: str, facts: dict[str, Any]) -> tuple:
     checks.code_values(f"codes of {name}", codes, low, high)
     checks.scale_values(f"{name}.weight.scale", scale)
     return codes, scale, source.tensor(f"{name}.weight.zero_point") if facts.get("affine") else None
-
-
-def _foreign_form(name: str, weight: Weight, codes, scale, zero_point) -> WeightForm:
-    """The codes in the type that the graph has them in."""
-    kind, offset = weight.type, middle(weight)
-    values = codes.numpy().astype(np.int32) + offset
-    zeros = None if zero_point is None else zero_point.numpy() + offset
-    for what, numbers in (("codes", values), ("zero points", zeros)):
-        if numbers is not None and numbers.size and not kind.low <= numbers.min() <= numbers.max() <= kind.high:
-            raise ValueError(
-                f"{what} of {name} must fit {kind.name}, got [{numbers.min()}, {numbers.max()}]; take a model of more "
-                "bits for the graph"
-            )
-    return WeightForm(kind.name, values, scale.numpy(), zeros, None)

@@ -480,6 +480,38 @@ def test_blocks_are_groups_along_the_last_axis(axis, tmp_path):
     np.testing.assert_allclose(answers(result, x=X4), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+def test_weights_with_negative_scales(rounded, tmp_path):
+    """Block quantizers of ONNX Runtime make the greatest magnitude −8, whatever its sign."""
+    paths = []
+    for k in (1, 2):
+        random = np.random.default_rng(k)
+        held = {"w_scale": ((random.random(6) * 0.01 + 0.01) * [1, -1, 1, -1, 1, (-1) ** k]).astype(np.float32)}
+        nodes = []
+        if rounded:
+            held |= {"w": random.normal(size=W4).astype(np.float32), "w_zero": np.zeros(6, np.int8)}
+            nodes = [node("QuantizeLinear", "w w_scale w_zero", "wq", axis=1)]
+            nodes += [node("DequantizeLinear", "wq w_scale w_zero", "wd", axis=1)]
+        paths.append(linear(tmp_path / f"{k}.onnx", k, nodes=nodes, constants=held))
+    result, manifest, left = round_trip(paths, tmp_path)
+    assert manifest["weights"]["w"]["affine"] and left["w.weight.scale"].min() > 0
+    options = {"zero_point": left["w.weight.zero_point"].float(), "axis": 1}
+    values = hdrq.ops.dequantize(left["w.weight.codes"], left["w.weight.scale"], **options).numpy()
+    np.testing.assert_allclose(_weight_of(result), values, atol=1e-7)
+    steps = left["w.weight.scale"].numpy()
+    mean = (_weight_of(paths[0]) + _weight_of(paths[1])) / 2
+    assert np.abs((values - mean) / steps).max() <= 0.61
+    assert np.sign(arrays(result)["w_scale"]).tolist() == np.sign(arrays(paths[0])["w_scale"]).tolist()
+
+
+def _weight_of(path):
+    """The weight that ONNX Runtime dequantizes."""
+    model = onnx.load(path)
+    model.graph.output.append(helper.make_tensor_value_info("wd", TensorProto.FLOAT, W4))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(["wd"], {"x": X4})[0]
+
+
 def test_constants_of_nodes_and_aliases(tmp_path):
     paths = []
     for k in (1, 2):
@@ -692,7 +724,11 @@ REFUSED = {
     ),
     "a scale of 0": (
         {"constants": {"w_scale": np.zeros(6, np.float32)}},
-        "scale w_scale must be positive and finite, got",
+        r"scale w_scale must be finite and not 0, got 0\.0",
+    ),
+    "a negative scale of activations": (
+        {"constants": {"x_scale": np.float32(-0.1)}},
+        r"scale x_scale must be finite and positive, got -0\.1",
     ),
     "blocks that do not divide": (
         {"nodes": [node("DequantizeLinear", "w w_scale", "wd", axis=0, block_size=3)]},
