@@ -53,12 +53,28 @@ def load(domain: str, split: str) -> tuple[Tensor, Tensor]:
 
     Raises ValueError for an unknown domain or split, ImportError when the package that holds the images is missing.
     """
-    loaders = {"fonts": _fonts, "mnist": _mnist, "optdigits": _optdigits, "photos": _photos}
-    if domain not in loaders:
-        raise ValueError(f"domain must be one of {', '.join(loaders)}, got {domain!r}")
+    domains = (SOURCE, *TARGETS)
+    if domain not in domains:
+        raise ValueError(f"domain must be one of {', '.join(domains)}, got {domain!r}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    images, labels = loaders[domain](split)
+    if domain == SOURCE:
+        images, labels = _fonts(split)
+        return images * 2 - 1, labels
+    slices = {"mnist": _MNIST, "photos": _PHOTOS, "optdigits": _OPTDIGITS}
+    return target(domain, slices[domain][split], _SEED[split])
+
+
+def target(domain: str, part: slice, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A part of a target domain's images as :func:`load` gives them: of 5,000 digits of MNIST, or 1,797 of optdigits.
+
+    Args:
+        part: of the digits, which have one random order; that of "mnist" and of "photos" is one.
+        seed: of the photographs that digits are blended into.
+    """
+    images, labels = (
+        _photos(part, seed) if domain == "photos" else {"mnist": _mnist, "optdigits": _optdigits}[domain](part)
+    )
     return images * 2 - 1, labels
 
 
@@ -80,19 +96,19 @@ def _mnist_sample() -> tuple[Tensor, Tensor]:
     return F.pad(digits, (2, 2, 2, 2)), table[:, -1].long()
 
 
-def _mnist(split: str) -> tuple[Tensor, Tensor]:
+def _mnist(part: slice) -> tuple[Tensor, Tensor]:
     digits, labels = _mnist_sample()
-    return digits[_MNIST[split]].repeat(1, 3, 1, 1), labels[_MNIST[split]]
+    return digits[part].repeat(1, 3, 1, 1), labels[part]
 
 
-def _photos(split: str) -> tuple[Tensor, Tensor]:
+def _photos(part: slice, seed: int) -> tuple[Tensor, Tensor]:
     """`abs(patch - digit)` per channel, with a random photograph patch per digit: MNIST-M, Ganin et al. 2016."""
     _package("sklearn")
     from sklearn.datasets import load_sample_images
 
-    digits, labels = (t[_PHOTOS[split]] for t in _mnist_sample())
+    digits, labels = (t[part] for t in _mnist_sample())
     photographs = load_sample_images().images
-    rng = np.random.default_rng(_SEED[split])
+    rng = np.random.default_rng(seed)
     patches = np.empty((len(digits), SIZE, SIZE, 3), np.uint8)
     for patch in patches:
         photograph = photographs[rng.integers(len(photographs))]
@@ -101,13 +117,13 @@ def _photos(split: str) -> tuple[Tensor, Tensor]:
     return (torch.from_numpy(patches).permute(0, 3, 1, 2).float() / 255 - digits).abs(), labels
 
 
-def _optdigits(split: str) -> tuple[Tensor, Tensor]:
+def _optdigits(part: slice) -> tuple[Tensor, Tensor]:
     """8x8 digits in 0..16, upscaled to the 20x20 box that MNIST's digits fill, inside a margin of 6 pixels."""
     _package("sklearn")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    order = np.random.default_rng(0).permutation(len(bunch.images))[_OPTDIGITS[split]]
+    order = np.random.default_rng(0).permutation(len(bunch.images))[part]
     digits = torch.from_numpy(bunch.images[order]).float()[:, None] / 16
     digits = F.interpolate(digits, size=(20, 20), mode="bilinear", align_corners=False)
     return F.pad(digits, (6, 6, 6, 6)).repeat(1, 3, 1, 1), torch.from_numpy(bunch.target[order]).long()

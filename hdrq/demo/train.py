@@ -7,17 +7,17 @@ without the source data, as SHOT does (Liang et al. 2020, "Do we really need to 
 import argparse
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hdrq.demo.data import SOURCE, TARGETS, load
-from hdrq.demo.model import WEIGHTS, ResNet, resnet
+from hdrq.demo.model import WEIGHTS, resnet
 from hdrq.evaluate.averaging import average
 from hdrq.evaluate.metrics import Row, accuracy
 from hdrq.methods.post_training import fold
@@ -31,13 +31,13 @@ def batches(count: int) -> list[Tensor]:
     return list(torch.randperm(count).split(BATCH))[: count // BATCH]
 
 
-def train_source(images: Tensor, labels: Tensor, epochs: int = 8, rate: float = 2e-3) -> ResNet:
-    """Supervised training with label smoothing 0.1, which SHOT asks of its source model."""
-    model = resnet().train()
+def train_source(model: nn.Module, images: Tensor, labels: Tensor, epochs: int = 8, rate: float = 2e-3) -> nn.Module:
+    """Supervised training with label smoothing 0.1, which SHOT asks of its source model. The model is changed."""
+    model.train()
     steps = epochs * (len(images) // BATCH)
     optimizer = torch.optim.Adam(model.parameters(), rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    for _ in track(range(epochs), "source"):
+    for _ in range(epochs):
         for index in batches(len(images)):
             optimizer.zero_grad()
             F.cross_entropy(model(images[index]), labels[index], label_smoothing=0.1).backward()
@@ -54,7 +54,7 @@ def information_maximization(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pseudo_labels(model: ResNet, images: Tensor) -> Tensor:
+def pseudo_labels(model: Any, images: Tensor) -> Tensor:
     """Class (N,) of the nearest centroid, in cosine distance: SHOT Eqs. 4 to 6.
 
     The centroids are means of the features, first weighted by the predicted probabilities, then by the labels these
@@ -71,14 +71,17 @@ def pseudo_labels(model: ResNet, images: Tensor) -> Tensor:
     return labels
 
 
-def adapt(source: ResNet, images: Tensor, epochs: int = 30, rate: float = 1e-3, beta: float = 0.3) -> ResNet:
-    """SHOT: the head is frozen, the rest minimises information maximization + beta * cross-entropy to pseudo-labels."""
+def adapt(source: Any, images: Tensor, epochs: int = 30, rate: float = 1e-3, beta: float = 0.3) -> Any:
+    """SHOT: the head is frozen, the rest minimises information maximization + beta * cross-entropy to pseudo-labels.
+
+    ``source`` has ``features`` (N, F) and a linear ``head``, and is left as it is.
+    """
     model = copy.deepcopy(source)
     model.head.requires_grad_(False)
     steps = epochs * (len(images) // BATCH)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in track(range(epochs), "adapt"):
+    for _ in range(epochs):
         labels = pseudo_labels(model, images)
         model.train()
         for index in batches(len(images)):
@@ -90,7 +93,7 @@ def adapt(source: ResNet, images: Tensor, epochs: int = 30, rate: float = 1e-3, 
     return model.eval()
 
 
-def report(source: ResNet, adapted: dict[str, ResNet]) -> Table:
+def report(source: nn.Module, adapted: dict[str, nn.Module]) -> Table:
     """Accuracy on the test splits of the source model, each adapted model, and the merge of the adapted ones."""
     tests = {domain: load(domain, "test") for domain in (SOURCE, *adapted)}
     merged = average([fold(model, tests[SOURCE][0][:32]) for model in adapted.values()])
@@ -110,7 +113,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     torch.set_num_threads(1)  # one order of summation: the same weights at every run
-    source = train_source(*load(SOURCE, "train"))
+    source = train_source(resnet(), *load(SOURCE, "train"))
     adapted = {domain: adapt(source, load(domain, "train")[0]) for domain in TARGETS}
     for name, model in {"source": source, **adapted}.items():
         save_file(model.state_dict(), out / f"{name}.safetensors")
