@@ -164,7 +164,8 @@ def test_inspect_says_what_is_there(files, tmp_path):
     table = call("inspect", files[0])
     assert table.exit_code == 0 and "W4A4" in table.stdout and "rtn" in table.stdout
     assert call("merge", *files, "-o", tmp_path / "m", "--draws", 1).exit_code == 0
-    assert "3 models" in call("inspect", tmp_path / "m").stdout
+    told = call("inspect", tmp_path / "m").stdout
+    assert "merged: draws 1" in told and told.count("quantized: recipe rtn") == 3
 
 
 def test_inspect_checks_every_hash(files):

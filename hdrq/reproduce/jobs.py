@@ -1,0 +1,295 @@
+"""Runs as jobs: each quantizes a task's networks in one way, merges them in every way, and writes its rows at once.
+
+A job's rows lie in a file of its own, so that runs stop, go on, and are spread over processes and machines; files of
+several machines in one folder are one run.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import platform
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hdrq._version import __version__
+from hdrq.calibrate.report import report_of
+from hdrq.checkpoint.files import write_atomically
+from hdrq.evaluate.averaging import average
+from hdrq.evaluate.metrics import harmonic_mean
+from hdrq.merging.files import readiness
+from hdrq.merging.models import merge
+from hdrq.methods.post_training import fold, quantize
+from hdrq.methods.reconstruct.memory import keep_freed_memory
+from hdrq.recipes import recipe
+from hdrq.reproduce.networks import networks
+from hdrq.reproduce.protocol import (
+    FACTORS,
+    HELD_OUT,
+    ITERATIONS,
+    METHODS,
+    RATE_BITS,
+    RATE_SEED,
+    RULES,
+    Method,
+)
+from hdrq.reproduce.tasks import CALIBRATION, Task, task_of
+from hdrq.rng import CONTRACT
+
+COLUMNS = (
+    *("task", "network", "method", "bits", "iterations", "knobs", "weight_lr", "rule", "domains", "accuracies"),
+    *("harmonic_mean", "distance", "correct", "seconds", "hdrq", "torch", "contract", "processor"),
+)
+MOST_RATES = 6  # that are tried of a method
+
+
+@dataclass(frozen=True)
+class Job:
+    """One way to quantize the networks of one seed.
+
+    Args:
+        knobs: beside those of the method.
+    """
+
+    task: str
+    network: int
+    method: str
+    bits: str
+    iterations: int = ITERATIONS
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """A name for files: what can be read of it, and a hash of all."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        plain = "".join(c if c.isalnum() else "-" for c in f"{self.method} {self.bits} {self.network}")
+        return f"{self.task}-{plain}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def run(jobs: Sequence[Job], folder: Path, cache: Path, *, processes: int = 1, shard: tuple[int, int] = (0, 1)) -> None:
+    """Carry out every job whose rows are not there yet.
+
+    Args:
+        folder: of the rows, and of the rates chosen.
+        cache: of networks in full precision.
+        shard: (i, n): every n-th job from the i-th on.
+    """
+    for name in ("rates", "rows"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    mine = [job for job in list(jobs)[shard[0] :: shard[1]] if not _rows_path(folder, job).is_file()]
+    methods = dict.fromkeys((job.task, job.method) for job in mine if METHODS[job.method].learned)
+    choices = [
+        (task, method, folder, cache) for task, method in methods if not _rate_path(folder, task, method).is_file()
+    ]
+    seeds = dict.fromkeys([(task, RATE_SEED) for task, *_ in choices] + [(job.task, job.network) for job in mine])
+    _in_processes(prepared, [(task, seed, cache) for task, seed in seeds], processes)
+    _in_processes(choose_rate, choices, processes)
+    _in_processes(carry_out, [(job, folder, cache) for job in mine], processes)
+
+
+def _in_processes(function, arguments: Iterable[tuple], processes: int) -> None:
+    if processes == 1:
+        for each in arguments:
+            function(*each)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        for future in [pool.submit(function, *each) for each in arguments]:
+            future.result()
+
+
+def prepared(task: str, seed: int, cache: Path) -> None:
+    """Train the networks of a seed, unless they are kept: jobs that need the same ones would train them at once."""
+    networks(task_of(task), seed, cache)
+
+
+# --- the rate of each method
+
+
+def choose_rate(task_name: str, name: str, folder: Path, cache: Path) -> float:
+    """The rate of a method by the rule of :mod:`hdrq.reproduce.protocol`, and a file of all that were tried.
+
+    Where the best is the smallest or the largest that was tried, one more is tried beyond it.
+    """
+    path = _rate_path(folder, task_name, name)
+    if path.is_file():
+        return float(json.loads(path.read_text())["chosen"])
+    task, method = task_of(task_name), METHODS[name]
+    models = networks(task, RATE_SEED, cache)
+    start = recipe(method.recipe, method.preset, **method.knobs).weight_lr
+    errors: dict[float, float] = {}
+    rates = [start * factor for factor in FACTORS]
+    while rates:
+        for rate in rates:
+            found = [
+                quantized_one(
+                    task, models, domain, method, RATE_BITS, ITERATIONS, {"weight_lr": rate}, RATE_SEED, held_out=True
+                )
+                for domain in task.targets
+            ]
+            errors[rate] = float(np.mean([report_of(model).errors["output"] for model in found]))
+        best, ends = min(errors, key=errors.__getitem__), (min(errors), max(errors))
+        beyond = {ends[0]: ends[0] / 3, ends[1]: ends[1] * 3}
+        rates = [beyond[best]] if best in ends and len(errors) < MOST_RATES else []
+    facts = {"task": task_name, "method": name, "bits": RATE_BITS, "chosen": best, "errors": errors, **_facts()}
+    write_atomically(path, json.dumps(facts, indent=1, sort_keys=True) + "\n")
+    return best
+
+
+# --- one job
+
+
+def carry_out(job: Job, folder: Path, cache: Path) -> None:
+    """Quantize, merge every pair and all, judge on test images, and write the rows."""
+    path = _rows_path(folder, job)
+    if path.is_file():
+        return
+    task, method, start = task_of(job.task), METHODS[job.method], time.perf_counter()
+    torch.set_num_threads(1)
+    with keep_freed_memory():
+        models = networks(task, job.network, cache)
+        knobs = dict(job.knobs)
+        if method.learned and "weight_lr" not in knobs:
+            knobs["weight_lr"] = choose_rate(job.task, job.method, folder, cache)
+        quantized = {
+            domain: quantized_one(task, models, domain, method, job.bits, job.iterations, knobs, job.network)
+            for domain in task.targets
+        }
+        tests = {domain: task.load(domain, "test") for domain in task.targets}
+        rows = []
+        for count in range(1, len(task.targets) + 1):
+            for domains in combinations(task.targets, count):
+                chosen = [quantized[domain] for domain in domains]
+                for rule, model in merges(chosen, method, job.network).items():
+                    right = {domain: correct(model, *tests[domain]) for domain in domains}
+                    rows.append(
+                        {"rule": rule, "domains": "+".join(domains), **_judged(right), **_apart(chosen, method)}
+                    )
+    facts = {
+        **asdict(job),
+        "knobs": json.dumps(job.knobs, sort_keys=True),
+        "weight_lr": knobs.get("weight_lr", ""),
+        **_facts(),
+    }
+    seconds = round(time.perf_counter() - start, 1)
+    write_atomically(path, written([{**facts, "seconds": seconds, **row} for row in rows]))
+
+
+def quantized_one(
+    task: Task,
+    models: dict[str, nn.Module],
+    domain: str,
+    method: Method,
+    bits: str,
+    iterations: int,
+    knobs: dict[str, Any],
+    seed: int,
+    held_out: bool = False,
+) -> nn.Module:
+    """A target's network, quantized on its calibration images; for ``held_out`` the last of them are kept apart."""
+    images = task.load(domain, "train")[0][:CALIBRATION]
+    if method.recipe == "full precision":
+        return fold(models[domain], images[:32])
+    options: dict[str, Any] = {**method.knobs, **knobs, "preset": method.preset, "bits": bits, "seed": seed}
+    if method.learned:
+        options["iterations"] = iterations
+    if method.recipe == "hdrq":
+        options["source"] = models[task.source]
+    if held_out:
+        images, options["held_out"] = images[:-HELD_OUT], images[-HELD_OUT:]
+    return quantize(models[domain], images, method.recipe, progress=False, **options)
+
+
+def merges(models: list[nn.Module], method: Method, seed: int) -> dict[str, nn.Module]:
+    """What several models become by each rule; one model is what it is."""
+    if len(models) == 1:
+        return {"": models[0]}
+    if method.recipe == "full precision":
+        return {"average": average(models)}
+    return {name: merge(models, seed=seed, **options) for name, options in RULES.items()}
+
+
+@torch.no_grad()
+def correct(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """Which test images a model classifies rightly."""
+    parts = [model(x).argmax(1) == y for x, y in zip(images.split(500), labels.split(500), strict=True)]
+    return torch.cat(parts).numpy()
+
+
+def _judged(right: dict[str, np.ndarray]) -> dict[str, Any]:
+    accuracies = {domain: 100 * float(values.mean()) for domain, values in right.items()}
+    packed = {domain: encoded(values) for domain, values in right.items()}
+    rounded = {domain: round(value, 4) for domain, value in accuracies.items()}
+    mean = round(harmonic_mean(accuracies.values()), 4)
+    return {"accuracies": json.dumps(rounded), "harmonic_mean": mean, "correct": json.dumps(packed)}
+
+
+def _apart(models: list[nn.Module], method: Method) -> dict[str, Any]:
+    """How far quantized models are from each other, over the mean of their norms (of the farthest pair, all layers)."""
+    if len(models) == 1 or method.recipe == "full precision":
+        return {"distance": ""}
+    return {"distance": round(readiness(models, rule="half-even").total.distance, 4)}
+
+
+def encoded(right: np.ndarray) -> str:
+    """Booleans as text: their number, and their bits, compressed."""
+    return f"{len(right)}:{base64.b85encode(zlib.compress(np.packbits(right).tobytes(), 9)).decode()}"
+
+
+def decoded(text: str) -> np.ndarray:
+    """The inverse of :func:`encoded`."""
+    count, _, data = text.partition(":")
+    return np.unpackbits(np.frombuffer(zlib.decompress(base64.b85decode(data)), np.uint8))[: int(count)].astype(bool)
+
+
+def written(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as CSV."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def collected(folder: Path) -> str:
+    """The rows of all jobs of a folder as one CSV."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted((folder / "rows").glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows += csv.DictReader(file)
+    return written(rows)
+
+
+def rates(folder: Path) -> list[dict[str, Any]]:
+    """What was tried to choose each method's rate."""
+    return [json.loads(path.read_text()) for path in sorted((folder / "rates").glob("*.json"))]
+
+
+def _rows_path(folder: Path, job: Job) -> Path:
+    return folder / "rows" / f"{job.id}.csv"
+
+
+def _rate_path(folder: Path, task: str, method: str) -> Path:
+    return folder / "rates" / f"{task}-{''.join(c if c.isalnum() else '-' for c in method)}.json"
+
+
+def _facts() -> dict[str, Any]:
+    return {
+        "hdrq": __version__,
+        "torch": torch.__version__,
+        "contract": CONTRACT,
+        "processor": platform.processor() or platform.machine(),
+    }
