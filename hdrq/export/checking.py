@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from torch import nn
 
 from hdrq import checks, tree
 from hdrq.calibrate.data import Call, calibration_calls
+from hdrq.export.inductor import count_products, opened
 from hdrq.export.onnx_qdq import require
 from hdrq.export.session import feed, session
 
-RUNTIMES = ("onnxruntime", "openvino")
+RUNTIMES = ("onnxruntime", "openvino", "inductor")
 PRODUCTS = ("Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm")
 INTEGER_PRODUCTS = ("QLinearConv", "MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger")
 
@@ -29,7 +31,8 @@ class Checked:
 
     Attributes:
         difference: the largest of an output, fused as the runtime likes, against PyTorch's.
-        unfused: the same with nothing fused, in ONNX Runtime, where each quantizer is a kernel of its own.
+        unfused: the same with nothing fused, where each quantizer is a kernel of its own: in ONNX Runtime, for
+            "inductor" in PyTorch.
         floor: how far PyTorch is from itself without oneDNN, on the same data.
         agreement: how often the greatest output is the same one.
         integer, floats: products in integers; products that read a quantized weight and compute in float, by name.
@@ -46,35 +49,38 @@ class Checked:
     def __str__(self) -> str:
         lines = [
             f"{self.runtime}: {self.integer} products in integers, {len(self.floats)} of quantized weights in float",
-            f"outputs differ from PyTorch's by at most {self.difference:.2g}; unfused, in ONNX Runtime, by "
-            f"{self.unfused:.2g}; PyTorch from itself without oneDNN by {self.floor:.2g}",
+            f"outputs differ from PyTorch's by at most {self.difference:.2g}; unfused by {self.unfused:.2g}; "
+            f"PyTorch from itself without oneDNN by {self.floor:.2g}",
             f"the same answer for {100 * self.agreement:.1f}% of the samples",
         ]
         return "\n".join([*lines, *(f"  in float: {name}" for name in self.floats)])
 
 
 @torch.no_grad()
-def check(path: str | os.PathLike, model: nn.Module, data: Any, *, runtime: str = "openvino") -> Checked:
+def check(path: Any, model: nn.Module, data: Any, *, runtime: str = "openvino") -> Checked:
     """Run an exported file beside the model that it was made from, and count the kernels that the runtime chose.
 
     Args:
-        path: a file that :func:`hdrq.export.to_onnx` wrote.
+        path: a file that :func:`hdrq.export.to_onnx` wrote; for "inductor" one of :func:`hdrq.export.to_pt2`, or a
+            program of :func:`hdrq.export.pt2`.
         model: the quantized model.
         data: as for :func:`hdrq.quantize`.
-        runtime: "openvino" or "onnxruntime".
+        runtime: "openvino", "onnxruntime" or "inductor".
 
     Raises:
-        ValueError: there is no such runtime.
-        MissingExtra: it is not installed; onnxruntime is needed for either.
+        TypeError, ValueError: there is no such runtime, or the file is none of its kind.
+        MissingExtra: it is not installed; for ONNX onnxruntime is needed in any case, for "inductor" torchao.
     """
     checks.choice("runtime", runtime, RUNTIMES)
-    require("onnx", "onnxruntime", *({"openvino"} & {runtime}))
+    if runtime != "inductor":
+        require("onnx", "onnxruntime", *({"openvino"} & {runtime}))
     calls = calibration_calls(data, "data")
     want = [_answers(model, call) for call in calls]
     with torch.backends.mkldnn.flags(enabled=False):
         plain = [_answers(model, call) for call in calls]
-    run, integer, floats = (_openvino if runtime == "openvino" else _onnxruntime)(path)
-    plainly = _runner(session(path))
+    run, plainly, integer, floats = {"openvino": _openvino, "onnxruntime": _onnxruntime, "inductor": _inductor}[
+        runtime
+    ](path)
     got, unfused = [run(call) for call in calls], [plainly(call) for call in calls]
     same = [(_top(g) == _top(w)).ravel() for g, w in zip(got, want, strict=True)]
     return Checked(
@@ -88,8 +94,9 @@ def check(path: str | os.PathLike, model: nn.Module, data: Any, *, runtime: str 
     )
 
 
-def _answers(model: nn.Module, call: Call) -> list[np.ndarray]:
-    return [x.numpy() for x in tree.leaves(call(model)) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+def _answers(model: Callable, call: Call) -> list[np.ndarray]:
+    outputs = call(model) if isinstance(model, nn.Module) else model(*call.args, **call.kwargs)
+    return [x.numpy() for x in tree.leaves(outputs) if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
 
 def _top(answers: list[np.ndarray]) -> np.ndarray:
@@ -106,14 +113,14 @@ def _runner(opened: Any) -> Callable[[Call], list[np.ndarray]]:
     return lambda call: [y for y in opened.run(None, feed(opened, call)) if y.dtype == np.float32]
 
 
-def _onnxruntime(path: str | os.PathLike) -> tuple[Callable, int, list[str]]:
+def _onnxruntime(path: str | os.PathLike) -> tuple[Callable, Callable, int, list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         opened = session(path, optimized)
         graph = _graph(optimized)
     floats = [str(product) for product in _products(graph)]
     integer = sum(node.op_type in INTEGER_PRODUCTS for node in graph.node)
-    return _runner(opened), integer, floats
+    return _runner(opened), _runner(session(path)), integer, floats
 
 
 def _graph(path: str | os.PathLike) -> Any:
@@ -151,7 +158,7 @@ def _products(graph: Any) -> list[Product]:
     return found
 
 
-def _openvino(path: str | os.PathLike) -> tuple[Callable, int, list[str]]:
+def _openvino(path: str | os.PathLike) -> tuple[Callable, Callable, int, list[str]]:
     import openvino
 
     compiled = openvino.Core().compile_model(
@@ -174,4 +181,10 @@ def _openvino(path: str | os.PathLike) -> tuple[Callable, int, list[str]]:
         results = compiled([tensor.detach().cpu().numpy() for tensor in call.tensors])
         return [y for y in (results[k] for k in range(len(compiled.outputs))) if y.dtype == np.float32]
 
-    return run, len(products) - len(floats), floats
+    return run, _runner(session(path)), len(products) - len(floats), floats
+
+
+def _inductor(path: Any) -> tuple[Callable, Callable, int, list[str]]:
+    program = opened(path)
+    compiled, integer, floats = count_products(program)
+    return partial(_answers, compiled), partial(_answers, program.module()), integer, floats
