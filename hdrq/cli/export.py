@@ -16,8 +16,10 @@ def export(
     model: Annotated[str | None, typer.Option(help="The architecture: module:factory.")] = None,
     data: Annotated[Path | None, typer.Option(help="A folder of images, a .npy or a .safetensors file.")] = None,
     like: Annotated[Path | None, typer.Option(help="What it was imported from, in whose form it is written.")] = None,
-    to: Annotated[str, typer.Option(help="onnx.")] = "onnx",
-    runtime: Annotated[str, typer.Option(help="openvino, onnxruntime, tensorrt or standard.")] = "openvino",
+    to: Annotated[str | None, typer.Option(help="onnx or pt2; by default what the file's name ends in.")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="openvino, onnxruntime, tensorrt or standard; of pt2 inductor.")
+    ] = None,
     allow_float: Annotated[bool, typer.Option("--allow-float", help="Let it compute in float what it must.")] = False,
     opset: Annotated[int, typer.Option(help="Of ONNX, 21 to 25.")] = 21,
     samples: Annotated[int, typer.Option(help="How many samples of the data are read.")] = 64,
@@ -37,14 +39,21 @@ def export(
         return
     if model is None or data is None:
         raise ValueError("model and data must be given, or --like with what the file was imported from")
-    checks.choice("to", to, ("onnx",))
+    to = checks.choice("to", to or ("pt2" if out.suffix == ".pt2" else "onnx"), ("onnx", "pt2"))
+    runtime = runtime or {"onnx": "openvino", "pt2": "inductor"}[to]
+    if (to == "pt2") != (runtime == "inductor"):
+        raise ValueError(f'runtime must be "inductor" for pt2, and only there, got {runtime!r} for {to}')
     inputs = load_data(data, resize=resize, crop=crop, limit=samples)
     quantized = load(file, model)
-    written = exporting.to_onnx(
-        quantized, inputs, out, runtime=runtime, data=inputs, allow_float=allow_float, opset=opset
-    )
+    if to == "pt2":
+        written = exporting.to_pt2(quantized, inputs, out, allow_float=allow_float)
+    else:
+        written = exporting.to_onnx(
+            quantized, inputs, out, runtime=runtime, data=inputs, allow_float=allow_float, opset=opset
+        )
     console.print(str(written), highlight=False, soft_wrap=True)
     if check:
-        found = exporting.check(out, quantized, inputs, runtime="openvino" if runtime == "openvino" else "onnxruntime")
+        checked = runtime if runtime in ("openvino", "inductor") else "onnxruntime"
+        found = exporting.check(out, quantized, inputs, runtime=checked)
         console.print(str(found), highlight=False, soft_wrap=True)
         raise typer.Exit(1 if found.floats and not allow_float else 0)

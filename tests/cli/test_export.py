@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import hdrq
+import hdrq.export
 
 for package in ("onnx", "onnxruntime", "onnxscript", "typer", "rich"):
     pytest.importorskip(package)
@@ -43,9 +44,34 @@ def test_a_checked_file(files, runtime, tmp_path):
     assert (tmp_path / "model.onnx").exists()
 
 
+@pytest.mark.parametrize("options", [("-o", "model.pt2"), ("--to", "pt2")])
+def test_a_program_of_torch_export(files, options, tmp_path, monkeypatch):
+    """By its name or by the option; whether it is checked in inductor, not what a compilation finds."""
+    asked = []
+
+    def check(path, model, data, *, runtime):
+        asked.append((str(path), runtime))
+        return type("Checked", (), {"floats": ["a layer"], "__str__": lambda self: "1 of quantized weights in float"})()
+
+    monkeypatch.setattr(hdrq.export, "check", check)
+    result = call(*files, *options, "--check")
+    assert result.exit_code == 1, result.output
+    out = "model.pt2" if options[0] == "-o" else "model.onnx"
+    assert f"{out}: for inductor, 2 of 2 products in integers" in result.stdout
+    assert asked == [(out, "inductor")]
+    x = torch.from_numpy(np.load(tmp_path / "x.npy"))
+    program = torch.export.load(tmp_path / out).module()
+    with torch.no_grad():
+        want = hdrq.load("q.safetensors", "nets:build")(x)
+        torch.testing.assert_close(program(x), want, atol=1e-6, rtol=0)
+
+
 def test_bad_input(files, tmp_path):
     result = call(*files, "--to", "tflite")
-    assert result.exit_code == 2 and "to must be one of 'onnx', got 'tflite'" in result.output
+    assert result.exit_code == 2 and "to must be one of 'onnx', 'pt2', got 'tflite'" in result.output
+    for options in (("--to", "pt2", "--runtime", "openvino"), ("--runtime", "inductor")):
+        result = call(*files, *options)
+        assert result.exit_code == 2 and 'runtime must be "inductor" for pt2, and only there, got' in result.output
     result = call(*files, "--runtime", "tensorrt")
     assert result.exit_code == 2 and "ranges must lie in [-128, 127] for tensorrt" in result.output
     assert not (tmp_path / "model.onnx").exists()
