@@ -9,7 +9,7 @@ from hdrq._version import __version__
 try:
     import typer
 
-    from hdrq.cli import bench, demo, evaluate, export, import_, info, inspect, merge, parity, quantize
+    from hdrq.cli import bench, demo, evaluate, export, import_, info, inspect, merge, parity, quantize, reproduce
     from hdrq.cli.terminal import Commands
 except ImportError as error:
     sys.exit(f'hdrq: the command line needs {error.name}; pip install "hdrq[cli]"')
@@ -23,6 +23,7 @@ app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.command("import")(import_.import_)
 app.command()(demo.demo)
+app.command()(reproduce.reproduce)
 app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})(bench.bench)
 app.command()(parity.parity)
 

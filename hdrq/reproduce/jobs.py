@@ -38,6 +38,7 @@ from hdrq.methods.reconstruct.memory import keep_freed_memory
 from hdrq.recipes import recipe
 from hdrq.reproduce.networks import networks
 from hdrq.reproduce.protocol import (
+    BITS,
     FACTORS,
     HELD_OUT,
     ITERATIONS,
@@ -45,6 +46,7 @@ from hdrq.reproduce.protocol import (
     RATE_BITS,
     RATE_SEED,
     RULES,
+    TABLE,
     Method,
 )
 from hdrq.reproduce.tasks import CALIBRATION, Task, task_of
@@ -80,25 +82,57 @@ class Job:
         return f"{self.task}-{plain}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
-def run(jobs: Sequence[Job], folder: Path, cache: Path, *, processes: int = 1, shard: tuple[int, int] = (0, 1)) -> None:
+def grid(task: str, seeds: Iterable[int], methods: Sequence[str] = TABLE, bits: Sequence[str] = BITS) -> list[Job]:
+    """The jobs of a table: every method at every bit width, seed after seed."""
+    found = []
+    for seed in seeds:
+        for method in methods:
+            widths = ("float",) if method == "full precision" else bits
+            found += [Job(task, seed, method, each) for each in widths]
+    return found
+
+
+def run(
+    jobs: Sequence[Job],
+    folder: Path,
+    cache: Path,
+    *,
+    processes: int = 1,
+    shard: tuple[int, int] = (0, 1),
+    choose: bool = True,
+) -> None:
     """Carry out every job whose rows are not there yet.
 
     Args:
         folder: of the rows, and of the rates chosen.
         cache: of networks in full precision.
         shard: (i, n): every n-th job from the i-th on.
+        choose: whether each method's rate is chosen first; else it is the recipe's own.
+
+    Raises:
+        ValueError: the folder has rows whose rates were chosen otherwise.
     """
     for name in ("rates", "rows"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    _same_protocol(folder, {"rates": "chosen" if choose else "the recipes' own"})
     mine = [job for job in list(jobs)[shard[0] :: shard[1]] if not _rows_path(folder, job).is_file()]
-    methods = dict.fromkeys((job.task, job.method) for job in mine if METHODS[job.method].learned)
+    methods = dict.fromkeys((job.task, job.method) for job in mine if METHODS[job.method].learned and choose)
     choices = [
         (task, method, folder, cache) for task, method in methods if not _rate_path(folder, task, method).is_file()
     ]
     seeds = dict.fromkeys([(task, RATE_SEED) for task, *_ in choices] + [(job.task, job.network) for job in mine])
     _in_processes(prepared, [(task, seed, cache) for task, seed in seeds], processes)
     _in_processes(choose_rate, choices, processes)
-    _in_processes(carry_out, [(job, folder, cache) for job in mine], processes)
+    _in_processes(carry_out, [(job, folder, cache, choose) for job in mine], processes)
+
+
+def _same_protocol(folder: Path, protocol: dict[str, str]) -> None:
+    """Note how a folder's rows are made, or refuse one whose are made otherwise."""
+    path = folder / "protocol.json"
+    text = json.dumps(protocol) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"out must be a folder of runs with {protocol}, got {folder} with {path.read_text().strip()}")
+    write_atomically(path, text)
 
 
 def _in_processes(function, arguments: Iterable[tuple], processes: int) -> None:
@@ -152,7 +186,7 @@ def choose_rate(task_name: str, name: str, folder: Path, cache: Path) -> float:
 # --- one job
 
 
-def carry_out(job: Job, folder: Path, cache: Path) -> None:
+def carry_out(job: Job, folder: Path, cache: Path, choose: bool = True) -> None:
     """Quantize, merge every pair and all, judge on test images, and write the rows."""
     path = _rows_path(folder, job)
     if path.is_file():
@@ -162,7 +196,7 @@ def carry_out(job: Job, folder: Path, cache: Path) -> None:
     with keep_freed_memory():
         models = networks(task, job.network, cache)
         knobs = dict(job.knobs)
-        if method.learned and "weight_lr" not in knobs:
+        if method.learned and choose and "weight_lr" not in knobs:
             knobs["weight_lr"] = choose_rate(job.task, job.method, folder, cache)
         quantized = {
             domain: quantized_one(task, models, domain, method, job.bits, job.iterations, knobs, job.network)

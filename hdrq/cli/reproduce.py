@@ -1,0 +1,56 @@
+"""``hdrq reproduce``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hdrq.cli.terminal import console
+
+QUICK = {"methods": ("full precision", "RTN", "QDrop", "HDRQ, paper"), "bits": ("W3A3",)}
+
+
+def reproduce(
+    what: Annotated[str, typer.Argument(help="run, or render: tables and figures from rows alone.")] = "run",
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder for rows, tables and figures.")] = Path(
+        "reproduce"
+    ),
+    task: Annotated[str, typer.Option(help="digits or digits-vit.")] = "digits",
+    seeds: Annotated[int, typer.Option(help="How many, each with networks of its own.")] = 5,
+    bits: Annotated[str | None, typer.Option(help="Like W4A4,W3A3; those of the protocol.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, W3A3, four methods, their own rates.")] = False,
+    rows: Annotated[Path | None, typer.Option(help="The CSV to render; that of --out.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Of networks in full precision; in --out.")] = None,
+    jobs: Annotated[int, typer.Option(help="How many processes.")] = 1,
+    shard: Annotated[str, typer.Option(help="i/n: every n-th run from the i-th on, for several machines.")] = "0/1",
+) -> None:
+    """Make this project's version of the paper's tables: runs that go on where they stopped, and intervals."""
+    from hdrq import checks
+    from hdrq.checkpoint.files import output_folder, write_atomically
+    from hdrq.reproduce.jobs import collected, grid, run
+    from hdrq.reproduce.protocol import BITS
+    from hdrq.reproduce.render import render
+    from hdrq.reproduce.tasks import task_of
+
+    checks.choice("what", what, ("run", "render"))
+    output_folder(out)
+    if what == "run":
+        task_of(task)
+        widths = BITS if bits is None else tuple(bits.split(","))
+        checks.integer("seeds", seeds, 1, 1000)
+        checks.integer("jobs", jobs, 1, 1024)
+        plan = grid(task, [0], **QUICK) if quick else grid(task, range(seeds), bits=widths)
+        run(plan, out, cache or out / "networks", processes=jobs, shard=_shard(shard), choose=not quick)
+        write_atomically(out / "rows.csv", collected(out))
+    elif rows is None and not (out / "rows.csv").is_file():
+        raise FileNotFoundError(f"rows must be a CSV of hdrq reproduce, got none in {out}")
+    console.print(render(rows or out / "rows.csv", out), highlight=False, markup=False, soft_wrap=True)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, _, count = text.partition("/")
+    if not (part.isdigit() and count.isdigit() and int(part) < int(count)):
+        raise ValueError(f"shard must be i/n with i < n, like 0/4, got {text!r}")
+    return int(part), int(count)

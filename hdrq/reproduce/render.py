@@ -1,0 +1,172 @@
+"""Tables in Markdown and figures, from the rows of runs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from hdrq.checkpoint.files import write_atomically
+from hdrq.reproduce.protocol import BITS, INCREMENTS, ITERATIONS, RULES, TABLE
+from hdrq.reproduce.statistics import Estimate, Results, Way, estimate, holm, read
+
+BASELINE = "QDrop"
+
+
+def render(rows: Path, folder: Path) -> str:
+    """Write ``tables.md`` and figures of the rows in a CSV, and return the tables.
+
+    Raises:
+        ValueError: the CSV is not one of ``hdrq reproduce``.
+    """
+    results = read(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for task in dict.fromkeys(way.task for way in results):
+        own = {way: found for way, found in results.items() if way.task == task}
+        parts.append(f"## {task}\n\n" + "\n\n".join(_tables(own)))
+        figure(own, folder / f"{task}-bits.png", task)
+    text = "\n\n".join(parts) + "\n"
+    write_atomically(folder / "tables.md", text)
+    return text
+
+
+def _tables(results: Results) -> list[str]:
+    """The tables of one task, of those ways that have rows."""
+    domains = sorted({way.domains for way in results}, key=lambda names: names.count("+"))
+    counts = sorted({names.count("+") for names in domains})
+    kinds = {count: [names for names in domains if names.count("+") == count] for count in counts}
+    named = {0: "single models, mean over targets", 1: "pairs, mean over pairs", max(counts): "all targets"}
+    tables = []
+    for count in counts:
+        for rule in ["", *RULES] if count == 0 else RULES:
+            lines = _by_bits(results, TABLE, kinds[count], rule)
+            if lines:
+                title = f"{named.get(count, f'{count + 1} targets')}{f', merged: {rule}' if rule else ''}"
+                tables.append(_titled(f"Harmonic mean of accuracies (%), {title}", lines))
+        if lines := _differences(results, kinds[count], "systematic" if count else ""):
+            tables.append(_titled(f"Less {BASELINE}, in points; p corrected by Holm; {named.get(count, '')}", lines))
+    most = kinds[max(counts)]
+    if lines := _by_bits(results, INCREMENTS, most, "systematic"):
+        tables.append(_titled("One part after another, all targets, merged: systematic", lines))
+    if lines := _rules(results, most):
+        tables.append(_titled("Rules of the merge, less nearest, all targets, mean over learned methods", lines))
+    return tables
+
+
+def _titled(title: str, lines: Sequence[str]) -> str:
+    return f"**{title}**\n\n" + "\n".join(lines)
+
+
+def _found(results: Results, method: str, bits: str, domains: Iterable[str], rule: str) -> list[dict]:
+    """The rows of a method at the usual number of iterations, for each set of domains; empty if one has none."""
+    found = []
+    for names in domains:
+        full = method == "full precision"
+        own = "" if "+" not in names else "average" if full else rule
+        task = next(iter(results)).task
+        way = Way(task, method, "float" if full else bits, str(ITERATIONS), "{}", own, names)
+        if way not in results:
+            return []
+        found.append(results[way])
+    return found
+
+
+def _by_bits(results: Results, methods: Sequence[str], domains: Sequence[str], rule: str) -> list[str]:
+    """A row for each method, a column for each bit width: mean and interval."""
+    body = []
+    seeds: set[int] = set()
+    for method in methods:
+        cells = []
+        for bits in BITS:
+            found = _found(results, method, bits, domains, rule)
+            cells.append(str(one := estimate(found)) if found else "")
+            seeds |= {one.seeds} if found else set()
+        if any(cells):
+            body.append(f"| {method} | {' | '.join(cells)} |")
+    if not body:
+        return []
+    return [
+        f"| seeds: {', '.join(map(str, sorted(seeds)))} | {' | '.join(BITS)} |",
+        "|---" * (len(BITS) + 1) + "|",
+        *body,
+    ]
+
+
+def _differences(results: Results, domains: Sequence[str], rule: str) -> list[str]:
+    """Each method less the baseline, at every bit width, paired by seeds and images."""
+    found: dict[tuple[str, str], Estimate] = {}
+    for method in (m for m in (*TABLE, *INCREMENTS) if m not in ("full precision", BASELINE)):
+        for bits in BITS:
+            ours, theirs = (_found(results, name, bits, domains, rule) for name in (method, BASELINE))
+            shared = _paired(ours, theirs)
+            if shared:
+                found[method, bits] = estimate(*shared)
+    if not found:
+        return []
+    corrected = dict(zip(found, holm(one.p for one in found.values()), strict=True))
+    lines = [f"| | {' | '.join(BITS)} |", "|---" * (len(BITS) + 1) + "|"]
+    for method in dict.fromkeys(method for method, _ in found):
+        cells = [
+            f"{found[method, bits]}, p {corrected[method, bits]:.3f}" if (method, bits) in found else ""
+            for bits in BITS
+        ]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return lines
+
+
+def _rules(results: Results, domains: Sequence[str]) -> list[str]:
+    """Each rule less rounding to nearest, over all learned methods and bit widths together."""
+    learned = [method for method in TABLE if method not in ("full precision", "RTN")]
+    lines = []
+    for rule in RULES:
+        ours, theirs = [], []
+        for method in learned:
+            for bits in BITS:
+                ours += _found(results, method, bits, domains, rule)
+                theirs += _found(results, method, bits, domains, "nearest")
+        shared = _paired(ours, theirs)
+        if rule != "nearest" and shared:
+            lines.append(f"| {rule} | {estimate(*shared)} |")
+    return ["| rule | |", "|---|---|", *lines] if lines else []
+
+
+def _paired(ours: Sequence[dict], theirs: Sequence[dict]) -> tuple[list[dict], list[dict]] | None:
+    """Both with the seeds alone that all have."""
+    if not ours or not theirs:
+        return None
+    seeds = set.intersection(*(set(each) for each in (*ours, *theirs)))
+    if not seeds:
+        return None
+    cut: Callable[[dict], dict] = lambda found: {seed: found[seed] for seed in seeds}  # noqa: E731
+    return [cut(each) for each in ours], [cut(each) for each in theirs]
+
+
+def figure(results: Results, path: Path, task: str) -> None:
+    """Merged accuracy against bits, a line for each method, with intervals; PNG, and SVG beside it."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(6, 4), layout="constrained")
+    axes = drawing.subplots()
+    most = max((way.domains for way in results), key=lambda names: names.count("+"))
+    for k, method in enumerate(m for m in TABLE if m != "full precision"):
+        points = [
+            (i, estimate(found))
+            for i, b in enumerate(BITS)
+            if (found := _found(results, method, b, [most], "systematic"))
+        ]
+        if points:
+            x = [i + 0.06 * (k - 2) for i, _ in points]
+            y = [one.mean for _, one in points]
+            bars = [[one.mean - one.low for _, one in points], [one.high - one.mean for _, one in points]]
+            axes.errorbar(x, y, bars, marker="o", capsize=2, label=method)
+    if found := _found(results, "full precision", "", [most], ""):
+        axes.axhline(estimate(found).mean, color="black", linestyle=":", label="full precision, average")
+    axes.set(
+        xticks=range(len(BITS)),
+        xticklabels=BITS,
+        ylabel="harmonic mean of accuracies (%)",
+        title=f"{task}: all targets merged",
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    for suffix in (".png", ".svg"):
+        drawing.savefig(path.with_suffix(suffix), dpi=150)
