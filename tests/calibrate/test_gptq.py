@@ -6,6 +6,7 @@ from networks import data
 from torch import nn
 
 import hdrq
+from hdrq.calibrate import gptq as gptq_module
 from hdrq.calibrate import moments as module
 from hdrq.calibrate.data import calibration_calls
 from hdrq.calibrate.gptq import gptq
@@ -52,6 +53,25 @@ def test_independent_inputs_are_rounded_to_nearest():
     want = hdrq.ops.quantize(W, SCALE, -8, 7, axis=0)
     assert torch.equal(gptq(W, torch.eye(24), SCALE, -8, 7).codes, want)
     assert error(gptq(W, H, SCALE, -8, 7).codes) < 0.7 * error(want)
+
+
+def test_a_power_of_two_moves_no_code_and_blocks_only_round_off():
+    hessian, weight = H.clone(), data(40, 24, seed=5)
+    hessian[3], hessian[:, 3] = 0, 0
+    scale = weight.abs().amax(1) / 7
+    found = gptq(weight, hessian, scale, -8, 7).codes
+    for power in (-61, -3, 1, 2, 40):
+        assert torch.equal(gptq(weight, hessian * 2.0**power, scale, -8, 7).codes, found)
+    for power in (-30, 1, 30):
+        one = gptq(weight, torch.eye(24) * 2.0**power, scale, -8, 7).codes
+        assert torch.equal(one, hdrq.ops.quantize(weight, scale, -8, 7, axis=0))
+
+
+def test_panels_and_recursions_are_joined_rightly(monkeypatch):
+    want = gptq(W, H, SCALE, -8, 7, block=3)
+    for name, size in (("PANEL", 5), ("TOGETHER", 7)):
+        monkeypatch.setattr(gptq_module, name, size)
+    assert torch.equal(gptq(W, H, SCALE, -8, 7, block=2).codes, want.codes)
 
 
 def test_groups_and_zero_points_are_where_the_columns_are():
