@@ -12,14 +12,19 @@ from hdrq.cli.terminal import console
 
 def export(
     file: Annotated[Path, typer.Argument(help="A quantized model.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file, or folder, to write.")],
     model: Annotated[str | None, typer.Option(help="The architecture: module:factory.")] = None,
     data: Annotated[Path | None, typer.Option(help="A folder of images, a .npy or a .safetensors file.")] = None,
     like: Annotated[Path | None, typer.Option(help="What it was imported from, in whose form it is written.")] = None,
-    to: Annotated[str | None, typer.Option(help="onnx or pt2; by default what the file's name ends in.")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="onnx, pt2 or compressed-tensors; by default what the file's name ends in.")
+    ] = None,
     runtime: Annotated[
         str | None, typer.Option(help="openvino, onnxruntime, tensorrt or standard; of pt2 inductor.")
     ] = None,
+    activations: Annotated[
+        str, typer.Option(help="Of compressed-tensors: static, their scales are written, or drop.")
+    ] = "static",
     allow_float: Annotated[bool, typer.Option("--allow-float", help="Let it compute in float what it must.")] = False,
     opset: Annotated[int, typer.Option(help="Of ONNX, 21 to 25.")] = 21,
     samples: Annotated[int, typer.Option(help="How many samples of the data are read.")] = 64,
@@ -37,9 +42,16 @@ def export(
         exporting.write_like(file, like, out)
         console.print(f"{out}: {file} in the form of {like}", highlight=False, markup=False, soft_wrap=True)
         return
-    if model is None or data is None:
-        raise ValueError("model and data must be given, or --like with what the file was imported from")
-    to = checks.choice("to", to or ("pt2" if out.suffix == ".pt2" else "onnx"), ("onnx", "pt2"))
+    to = checks.choice("to", to or ("pt2" if out.suffix == ".pt2" else "onnx"), ("onnx", "pt2", "compressed-tensors"))
+    if model is None:
+        raise ValueError("model must be given, or --like with what the file was imported from")
+    if to == "compressed-tensors":
+        section = exporting.to_compressed_tensors(load(file, model), out, activations=activations)
+        said = f"{out}: {len(section['config_groups'])} kinds of layers, {section['format']}"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
+        return
+    if data is None:
+        raise ValueError(f"data must be given for {to}, got none")
     runtime = runtime or {"onnx": "openvino", "pt2": "inductor"}[to]
     if (to == "pt2") != (runtime == "inductor"):
         raise ValueError(f'runtime must be "inductor" for pt2, and only there, got {runtime!r} for {to}')

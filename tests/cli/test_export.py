@@ -68,7 +68,9 @@ def test_a_program_of_torch_export(files, options, tmp_path, monkeypatch):
 
 def test_bad_input(files, tmp_path):
     result = call(*files, "--to", "tflite")
-    assert result.exit_code == 2 and "to must be one of 'onnx', 'pt2', got 'tflite'" in result.output
+    assert (
+        result.exit_code == 2 and "to must be one of 'onnx', 'pt2', 'compressed-tensors', got 'tflite'" in result.output
+    )
     for options in (("--to", "pt2", "--runtime", "openvino"), ("--runtime", "inductor")):
         result = call(*files, *options)
         assert result.exit_code == 2 and 'runtime must be "inductor" for pt2, and only there, got' in result.output

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from helpers import assert_same_bits
+from typer.testing import CliRunner
 
 import hdrq
+from hdrq.cli import app
 from hdrq.export.folders import Folder, read_folder, to_compressed_tensors
 from hdrq.merging.files import merge_files
 from hdrq.quantizers.layers import quantized_layers
@@ -70,6 +72,16 @@ def test_folders_merge_and_load(tmp_path):
     assert manifest["recipe"]["name"] == "rtn"  # the folder's own history is kept
     with Folder(tmp_path / "m") as file:
         assert [parent["recipe"]["group_size"] for parent in file.manifest["models"]] == [16, 16]
+
+
+def test_from_the_command_line(tmp_path):
+    """A file and an architecture make the folder that the model itself makes."""
+    model = quantized("W4A8")
+    hdrq.save(model, tmp_path / "q.safetensors")
+    place = ["--model", "export.test_compressed_tensors:llama", "--to", "compressed-tensors"]
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "q.safetensors"), "-o", str(tmp_path / "a"), *place])
+    assert result.exit_code == 0, result.output
+    assert_same_bits(logits(read(tmp_path / "a")), logits(model))
 
 
 @pytest.mark.parametrize(
