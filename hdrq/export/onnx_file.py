@@ -17,6 +17,7 @@ from onnx import TensorProto, numpy_helper
 from hdrq.export.foreign import naming
 
 DOMAINS = ("", "ai.onnx", "com.microsoft")  # whose QuantizeLinear and DequantizeLinear are ONNX's
+LONGEST = 2**48  # of a side of a tensor
 SCALES = ("FLOAT", "FLOAT16", "BFLOAT16")
 
 
@@ -173,4 +174,7 @@ def _constants(graph: Any) -> dict[str, Any]:
     constants = dict(held)
     if "" in constants or len(constants) < len(held):
         raise ValueError("initializers must have names, each its own, got one without or two of one name")
+    for name, tensor in constants.items():
+        if not all(0 <= side < LONGEST for side in tensor.dims):
+            raise ValueError(f"{name} must have sides in [0, {LONGEST}), got the shape {tuple(tensor.dims)}")
     return constants

@@ -152,7 +152,7 @@ class Graph(Model):
                 )
             else:
                 self._join_grid(grids, node, scale, zero_point)
-        for role in sorted(found.values(), key=lambda role: getattr(role, "own", None) is None):  # names of ours first
+        for role in found.values():
             stem = re.sub(r"(_quantized|\.codes)$", "", role.codes)
             if isinstance(role, Bias):
                 self.biases[free(self.biases, stem)] = role
@@ -323,8 +323,7 @@ class Graph(Model):
         places: set[tuple[int, int]] = set()  # the inputs of nodes that are a quantizer's
         roles: list[Any] = [*self.each_weight(), *self.biases.values()]
         for role in (*roles, *self.grids.values()):
-            first = 1 if isinstance(role, Grid) else 0
-            places |= {(id(node), k) for node in role.nodes for k in range(first, 3)}
+            places |= {(id(node), k) for node in role.nodes for k in range(3)}
             places |= {(id(clip), k) for clip in getattr(role, "clips", ()) for k in (1, 2)}
         read: set[str] = set()
         for node in self.nodes:
@@ -355,14 +354,14 @@ class Graph(Model):
         for name, bias in self.biases.items():
             inputs |= {id(node): [name] for node in bias.nodes}
         parts: dict[str, list] = {}
-        for place, node in enumerate(self.nodes):
+        for node in self.nodes:
             skipped = "value" if node.op_type == "Constant" else "axis" if id(node) in inputs else ""
             attributes = sorted(
                 (held.name, held.SerializeToString(deterministic=True).hex())
                 for held in node.attribute
                 if held.name != skipped
             )
-            facts = [place, node.domain, inputs.get(id(node), [*node.input]), [*node.output], attributes]
+            facts = [node.domain, inputs.get(id(node), [*node.input]), [*node.output], attributes]
             parts.setdefault(f"nodes.{node.op_type}", []).append(facts)
         graph = self.proto.graph
         ends = [[end.name, end.type.tensor_type.elem_type] for end in (*graph.input, *graph.output)]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from hdrq.export.onnx_qdq import require
 
 if TYPE_CHECKING:
     from hdrq.export.onnx_graph import Bias, Graph, Grid, Weight
+    from hdrq.export.onnx_like import OnnxWriter
 
 STRUCTURE = "onnx."  # before the names of hashes of the graph
 
@@ -47,73 +47,107 @@ def read_onnx(path: str | os.PathLike, out: str | os.PathLike) -> dict[str, Any]
         ValueError: it is damaged, or quantized in another form; the message names the file and the node.
         MissingExtra: onnx; ``pip install "hdrq[export]"``.
     """
-    require("onnx")
-    from hdrq.export.onnx_graph import Graph
-
-    graph = Graph(path)
-    with naming(graph.path):
-        stored = Stored.of(graph)
-    with Writer(out, stored.specs, stored.manifest) as file:
-        for name, value in stored.tensors():
-            file.write(name, value)
-    return stored.manifest
+    with OnnxModel(path) as model, Writer(out, model.specs, model.manifest) as file:
+        for name in model.specs:
+            file.write(name, model.tensor(name))
+    return model.manifest
 
 
-@dataclass(frozen=True)
-class Stored:
-    """An ONNX model as a file of hdrq has it: the manifest, and what tensors there are."""
-
-    graph: Graph
-    manifest: dict[str, Any]
-    specs: dict[str, Spec]
-
-    @classmethod
-    def of(cls, graph: Graph) -> Stored:
-        weights = {name: weight_facts(graph, forms[0]) for name, forms in graph.weights.items()}
-        specs: list[tuple[str, Spec]] = []
-        for name, facts in weights.items():
-            low, high = facts["range"]
-            scales = scales_shape(name, facts)
-            specs.append((f"{name}.weight.codes", codes_spec(low, high, tuple(facts["shape"]))))
-            specs.append((f"{name}.weight.scale", (torch.float32, scales)))
-            if facts.get("affine"):
-                specs.append((f"{name}.weight.zero_point", (torch.int32, scales)))
-        inputs = {name: list(grid_range(graph, grid)) for name, grid in graph.grids.items()}
-        specs += [(f"{name}.input.scale", (torch.float32, (1,))) for name in inputs]
-        specs += [(name, (torch.float64, graph.dims(bias.codes))) for name, bias in graph.biases.items()]
-        specs += [(name, (KINDS[graph.kind(name)], graph.dims(name))) for name in graph.stored]
-        specs += [(f"{STRUCTURE}{kind}", (torch.uint8, (32,))) for kind in graph.structure]
-        count = Counter([name for name, _ in specs] + RESERVED)
-        if twice := [name for name, often in count.items() if often > 1]:
-            raise ValueError(f"constants must not have the names of quantizers' tensors, got {checks.listed(twice)}")
-        tables = {"weights": weights, "inputs": inputs, "tied": {}, "shared": {}, "folded": {}}
-        return cls(graph, {"hdrq": __version__, **tables, "origin": origin_of(graph)}, dict(specs))
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor, read when its turn comes."""
-        with naming(self.graph.path):
-            for name, forms in self.graph.weights.items():
-                facts = self.manifest["weights"][name]
-                codes, scale, zero_point = same_codes(self.graph, name, forms)
-                yield f"{name}.weight.codes", ops.pack(codes) if packs(*facts["range"]) else codes
-                yield f"{name}.weight.scale", scale
-                if zero_point is not None:
-                    yield f"{name}.weight.zero_point", zero_point
-            for name, grid in self.graph.grids.items():
-                yield f"{name}.input.scale", torch.from_numpy(self.graph.scale(grid.scale).reshape(1))
-            for name, bias in self.graph.biases.items():
-                yield name, torch.from_numpy(bias_values(self.graph, bias))
-            for name in self.graph.stored:
-                yield name, as_tensor(self.graph.array(name))
-            yield from self.structure()
-
-    def structure(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The hashes of the graph."""
-        for kind, digest in self.graph.structure.items():
-            yield f"{STRUCTURE}{kind}", torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+def is_onnx(path: str | os.PathLike) -> bool:
+    """Whether a path has the name of an ONNX model."""
+    return os.fspath(path).endswith(".onnx")
 
 
-RESERVED = ["__metadata__"]  # of safetensors
+class OnnxModel:
+    """A quantized ONNX model as the file of hdrq that :func:`read_onnx` would write: a source of a merge.
+
+    ``manifest``, ``specs`` and ``tensor`` are those of :class:`hdrq.checkpoint.format.Reader`.
+
+    Raises:
+        FileNotFoundError, ValueError, MissingExtra: see :func:`read_onnx`.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        require("onnx")
+        from hdrq.export.onnx_graph import Graph
+
+        self.path = os.fspath(path)
+        self.graph = graph = Graph(path)
+        self._held: tuple[str, tuple] = "", ()  # the layer that was read last: its parts are asked for one by one
+        with naming(self.path):
+            weights = {name: weight_facts(graph, forms[0]) for name, forms in graph.weights.items()}
+            inputs = {name: list(grid_range(graph, grid)) for name, grid in graph.grids.items()}
+            tables = {"weights": weights, "inputs": inputs, "tied": {}, "shared": {}, "folded": {}}
+            self.manifest: dict[str, Any] = {"hdrq": __version__, **tables, "origin": origin_of(graph)}
+            self.specs: dict[str, Spec] = {}
+            self._read: dict[str, Callable[[], torch.Tensor]] = {}
+            for name, facts in weights.items():
+                self._add_weight(name, facts)
+            for name, grid in graph.grids.items():
+                self._add(f"{name}.input.scale", torch.float32, (1,), partial(self._step, grid))
+            for name, bias in graph.biases.items():
+                self._add(name, torch.float64, graph.dims(bias.codes), partial(bias_values, graph, bias))
+            for name in graph.stored:
+                self._add(name, KINDS[graph.kind(name)], graph.dims(name), partial(self._plain, name))
+            for kind, digest in graph.structure.items():
+                self._add(f"{STRUCTURE}{kind}", torch.uint8, (32,), partial(_bytes, digest))
+
+    def __enter__(self) -> OnnxModel:
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, in memory of its own.
+
+        Raises:
+            ValueError: the file does not hold what it says; it is named.
+        """
+        with naming(self.path):
+            return self._read[name]()
+
+    def sha256(self) -> str | dict[str, str]:
+        """The SHA-256 of the file, or of each, where constants lie in others."""
+        beside = self.manifest["origin"].get("data", {})
+        return {os.path.basename(self.path): self.graph.sha256, **beside} if beside else self.graph.sha256
+
+    def writer(self, out: str | os.PathLike, manifest: dict[str, Any]) -> OnnxWriter:
+        """What writes a merge into this graph, which is of no more use afterwards."""
+        from hdrq.export.onnx_like import OnnxWriter
+
+        return OnnxWriter(out, self, manifest)
+
+    def _add(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], torch.Tensor]) -> None:
+        if name in self.specs or name in RESERVED:
+            raise ValueError(f"constants must not have the names of quantizers' tensors, got {name}")
+        self.specs[name], self._read[name] = (dtype, shape), read
+
+    def _add_weight(self, name: str, facts: dict[str, Any]) -> None:
+        low, high = facts["range"]
+        specs = {"codes": codes_spec(low, high, tuple(facts["shape"]))}
+        specs["scale"] = torch.float32, scales_shape(name, facts)
+        if facts.get("affine"):
+            specs["zero_point"] = torch.int32, specs["scale"][1]
+        for place, (part, spec) in enumerate(specs.items()):
+            self._add(f"{name}.weight.{part}", *spec, partial(self._part, name, place))
+
+    def _part(self, name: str, place: int) -> torch.Tensor:
+        if self._held[0] != name:
+            codes, *rest = same_codes(self.graph, name, self.graph.weights[name])
+            packed = packs(*self.manifest["weights"][name]["range"])
+            self._held = name, (ops.pack(codes) if packed else codes, *rest)
+        return self._held[1][place]
+
+    def _step(self, grid: Grid) -> torch.Tensor:
+        return _owned(self.graph.scale(grid.scale).reshape(1))
+
+    def _plain(self, name: str) -> torch.Tensor:
+        value = self.graph.array(name)
+        return _owned(value.view(np.int16)).view(torch.bfloat16) if value.dtype.name == "bfloat16" else _owned(value)
+
+
+RESERVED = ("__metadata__",)  # of safetensors
 KINDS = {
     "FLOAT": torch.float32,
     "FLOAT16": torch.float16,
@@ -212,6 +246,10 @@ def _owned(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(values, order="C"))
 
 
+def _bytes(digest: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+
+
 def _restored(weight: Weight, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, order: list[int]) -> tuple:
     """Codes, scales and zero points of a file of ours, as they were before codes were widened and shifted."""
     own: dict[str, Any] = weight.own or {}
@@ -245,21 +283,17 @@ def grid_range(graph: Graph, grid: Grid) -> tuple[int, int]:
     return grid.low - zero, grid.high - zero
 
 
-def bias_values(graph: Graph, bias: Bias) -> np.ndarray:
+def bias_values(graph: Graph, bias: Bias) -> torch.Tensor:
     """What a bias's integers stand for, in float64, which holds the product of an int32 and a float32."""
     codes = graph.array(bias.codes).astype(np.float64)
     zero = graph.array(bias.zero_point).astype(np.float64) if bias.zero_point else np.zeros(())
-    return (codes - along(zero, bias, codes.ndim)) * along(graph.scale(bias.scale).astype(np.float64), bias, codes.ndim)
+    step = graph.scale(bias.scale).astype(np.float64)
+    return _owned((codes - along(zero, bias, codes.ndim)) * along(step, bias, codes.ndim))
 
 
 def along(values: np.ndarray, bias: Bias, ndim: int) -> np.ndarray:
     """One number, or one for each index of a bias's axis, to broadcast."""
     return values.reshape([-1 if i == bias.axis else 1 for i in range(ndim)]) if values.size > 1 else values.reshape(())
-
-
-def as_tensor(value: np.ndarray) -> torch.Tensor:
-    """A constant as a tensor of its own type."""
-    return _owned(value.view(np.int16)).view(torch.bfloat16) if value.dtype.name == "bfloat16" else _owned(value)
 
 
 def origin_of(graph: Graph) -> dict[str, Any]:

@@ -17,15 +17,14 @@ from onnx import TensorProto
 from hdrq import checks, ops
 from hdrq._version import __version__
 from hdrq.checkpoint.files import disk_with_room, output_path, replacing
-from hdrq.checkpoint.format import TABLES, Reader, packs
-from hdrq.export.foreign import naming
+from hdrq.checkpoint.format import TABLES, Reader, Spec, packs
 from hdrq.export.lowering import WeightForm, weight_form
 from hdrq.export.onnx_file import free
 from hdrq.export.onnx_graph import FLOATS, Bias, Graph, Grid, Weight
 from hdrq.export.onnx_import import (
-    Stored,
+    STRUCTURE,
+    OnnxModel,
     along,
-    as_tensor,
     axes_of,
     codes_of,
     middle,
@@ -43,25 +42,68 @@ DATA = ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "ui
 
 def write_onnx(file: str | os.PathLike, template: str | os.PathLike, out: str | os.PathLike) -> None:
     """Write a file's numbers into the graph of an ONNX model; see :func:`hdrq.export.write_like`."""
-    path = output_path(out)
-    graph = Graph(template)
-    with naming(graph.path):
-        stored = Stored.of(graph)
-    with Reader(file) as source, ExitStack() as stack:
-        _check_fits(source, stored)
-        model = stack.enter_context(replacing(path))
+    output_path(out)
+    with Reader(file) as source, OnnxModel(template) as model:
+        _write(source, model, out)
+
+
+class OnnxWriter:
+    """An ONNX model like ``template`` to write to, in a ``with`` block, at whose end it appears, whole.
+
+    Tensors are those of a file of hdrq, in any order, as :class:`hdrq.checkpoint.format.Writer` takes them; all are
+    held until then.
+
+    Args:
+        path: of the model; what is there is replaced.
+        template: whose graph it has; of no more use afterwards.
+        manifest: how the numbers were made, which goes into the metadata; and the ranges.
+
+    Raises:
+        OSError, ValueError: see :func:`hdrq.export.write_like`.
+    """
+
+    def __init__(self, path: str | os.PathLike, template: OnnxModel, manifest: dict[str, Any]) -> None:
+        self.path, self.template, self.manifest = os.fspath(output_path(path)), template, manifest
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def __enter__(self) -> OnnxWriter:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if error[0] is None:
+            _write(self, self.template, self.path)
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """The dtype and shape of every tensor."""
+        return {name: (value.dtype, tuple(value.shape)) for name, value in self._tensors.items()}
+
+    def write(self, name: str, value: torch.Tensor) -> None:
+        """Take one tensor."""
+        self._tensors[name] = value.detach().cpu().contiguous()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+def _write(source: Reader | OnnxWriter, template: OnnxModel, out: str | os.PathLike) -> None:
+    _check_fits(source, template)
+    path, graph = output_path(out), template.graph
+    with ExitStack() as stack:
+        model = stack.enter_context(replacing(path))  # takes its place last, when what it refers to is there
         beside = stack.enter_context(replacing(f"{path}.data")) if graph.external else None
+        filled = _Filled(graph, beside)
+        filled.fill(source)
+        filled.note(source.manifest)
+        filled.apply(f"{path.name}.data")
+        data = graph.proto.SerializeToString()
         with disk_with_room(out):
-            filled = _Filled(graph, beside)
-            filled.fill(source)
-            filled.note(source.manifest)
-            filled.apply(f"{path.name}.data")
-            model.write(graph.proto.SerializeToString())
+            model.write(data)
 
 
-def _check_fits(source: Reader, stored: Stored) -> None:
+def _check_fits(source: Reader | OnnxWriter, template: OnnxModel) -> None:
     """Refuse a file that is not of the template's graph."""
-    graph, wanted = stored.graph, stored.specs
+    graph, wanted = template.graph, template.specs
     codes = {f"{name}.weight.codes" for name in graph.weights}  # their range may be another
     differences = [
         f"{name} ({_shown(wanted.get(name))} in the graph, {_shown(source.specs.get(name))} in the file)"
@@ -69,14 +111,15 @@ def _check_fits(source: Reader, stored: Stored) -> None:
         if wanted.get(name) != source.specs.get(name) and not (name in codes and name in source.specs)
     ]
     for table in ("weights", "inputs", "tied", "shared"):
-        own, other = (_without_ranges(manifest[table]) for manifest in (stored.manifest, source.manifest))
+        own, other = (_without_ranges(manifest[table]) for manifest in (template.manifest, source.manifest))
         differences += [
             f"{table} of {name}" for name in dict.fromkeys((*own, *other)) if own.get(name) != other.get(name)
         ]
     if not differences:
-        exact = [(name, as_tensor(graph.array(name))) for name in graph.stored if graph.kind(name) not in FLOATS]
-        for name, value in (*exact, *stored.structure()):
-            differences += [] if torch.equal(value, source.tensor(name)) else [f"{name} (other integers)"]
+        exact = [name for name in graph.stored if graph.kind(name) not in FLOATS]
+        for name in (*exact, *(f"{STRUCTURE}{kind}" for kind in graph.structure)):
+            same_there = torch.equal(template.tensor(name), source.tensor(name))
+            differences += [] if same_there else [f"{name} (other integers)"]
     if differences:
         raise ValueError(
             f"file must be what was imported from {graph.path}, or a merge of such files, got {source.path} with "
@@ -132,7 +175,7 @@ class _Filled:
         self._names |= {name for node in graph.nodes for name in node.output}
         self._notes = graph.note("hdrq.weights")
 
-    def fill(self, source: Reader) -> None:
+    def fill(self, source: Reader | OnnxWriter) -> None:
         """Take every number from a file that fits."""
         graph = self.graph
         for name in set(graph.plain) - set(graph.stored):
@@ -297,15 +340,16 @@ class _Filled:
             return
         if name in self._external:
             start = -(-self._beside.tell() // ALIGNMENT) * ALIGNMENT
-            self._beside.seek(start)
-            self._beside.write(raw.data)
+            with disk_with_room(self._beside.name):
+                self._beside.seek(start)
+                self._beside.write(raw.data)
             self._places[name] = start, len(raw.data)
             self._data[name] = raw._replace(data=b"")
         elif raw.digest != Raw.of(self.graph.array(name), self.graph.kind(name)).digest:
             self._data[name] = raw
 
 
-def _values(source: Reader, name: str, facts: dict[str, Any]) -> tuple:
+def _values(source: Reader | OnnxWriter, name: str, facts: dict[str, Any]) -> tuple:
     """Codes, scales and zero points of a weight in a file."""
     low, high = facts["range"]
     codes, scale = (source.tensor(f"{name}.weight.{part}") for part in ("codes", "scale"))

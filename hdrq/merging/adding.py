@@ -18,15 +18,14 @@ from hdrq._version import __version__
 from hdrq.calibrate.data import calibration_calls, data_hash
 from hdrq.calibrate.gptq import DAMPING
 from hdrq.calibrate.moments import MomentsInTurn
-from hdrq.checkpoint.files import output_folder, output_path
-from hdrq.checkpoint.format import TABLES, Writer, packs
+from hdrq.checkpoint.format import TABLES, packs
 from hdrq.checkpoint.loading import assign, load
-from hdrq.export.folders import FolderWriter, is_folder
+from hdrq.export.folders import is_folder
 from hdrq.merging.assessment import CLIPPED
 from hdrq.merging.changed import RULES, ChangedTensor, changed_float, changed_weight
 from hdrq.merging.changes import Opened, changes_of, opened
 from hdrq.merging.models import states_of
-from hdrq.merging.sources import Source, hash_of
+from hdrq.merging.sources import Source, check_out, hash_of, writer
 from hdrq.merging.sources import opened as open_source
 from hdrq.merging.tensors import Progress, no_progress
 from hdrq.merging.weights import Agreed, Plain, Reordered, Rows, Total, Weights, weight_name
@@ -147,9 +146,10 @@ def add_file(
     """:func:`add` to a model in a file, into another file: one tensor at a time, and no architecture.
 
     Args:
-        path: a file that :func:`hdrq.save` wrote, or a folder that :class:`hdrq.export.folders.Folder` reads.
-        out: the changed file, or, of a folder, a folder like it, unless the name ends with ``.safetensors``; it appears
-            whole or not at all. None: nothing is written, and the report says what would be.
+        path: a file that :func:`hdrq.save` wrote, a folder that :class:`hdrq.export.folders.Folder` reads, or an ONNX
+            file that :func:`hdrq.export.read_onnx` reads.
+        out: the changed file, or, of a folder or an ONNX file, one like it, unless the name ends with ``.safetensors``;
+            it appears whole or not at all. None: nothing is written, and the report says what would be.
         model: the architecture, as for :func:`hdrq.load`; needed with ``calibration``, and for an adapter of which the
             file does not say along which axis layers have their inputs.
         progress: is called before every quantized layer.
@@ -159,9 +159,8 @@ def add_file(
         OSError: ``out`` cannot be written.
     """
     settings = AddSettings(**options)
-    to_folder = is_folder(path) and not os.fspath(out or "").endswith(".safetensors")
     if out is not None:
-        (output_folder if to_folder else output_path)(out)
+        check_out(out, path)
     if is_folder(path) and model is not None:
         raise ValueError(f"model must be left out for a folder, got one for {path}; hdrq import makes a file of it")
     if calibration is not None and model is None:
@@ -176,7 +175,7 @@ def add_file(
                 pass
         else:
             manifest = plan.manifest()
-            with FolderWriter(out, source, manifest) if to_folder else Writer(out, source.specs, manifest) as file:
+            with writer(out, source, source.specs, manifest) as file:
                 for name, value in plan.tensors(progress, report):
                     file.write(name, value)
     return _reported(report, settings)

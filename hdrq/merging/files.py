@@ -7,16 +7,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from hdrq.checkpoint.files import output_folder, output_path
-from hdrq.checkpoint.format import Writer
-from hdrq.export.folders import FolderWriter, is_folder
 from hdrq.merging.assessment import LayerReadiness, Readiness
 from hdrq.merging.inputs import Inputs
 from hdrq.merging.layers import layer_readiness, merge_layer
 from hdrq.merging.manifest import merged_manifest, merged_ranges
 from hdrq.merging.models import states_of
 from hdrq.merging.settings import MergeSettings
-from hdrq.merging.sources import Source, opened
+from hdrq.merging.sources import Source, check_out, opened, writer
 from hdrq.merging.tensors import Progress, merged_tensors, no_progress
 
 
@@ -34,9 +31,9 @@ def merge_files(
     The file has the tensors that saving the merge of the loaded models would give, and the parents' SHA-256.
 
     Args:
-        paths: two or more files that :func:`hdrq.save` wrote, or folders that :class:`hdrq.export.folders.Folder`
-            reads.
-        out: the merged file, or, where the first is a folder, a folder like it, unless the name ends with
+        paths: two or more files that :func:`hdrq.save` wrote, folders that :class:`hdrq.export.folders.Folder`
+            reads, or ONNX files that :func:`hdrq.export.read_onnx` reads.
+        out: the merged file, or, where the first is a folder or an ONNX file, one like it, unless the name ends with
             ``.safetensors``; it appears whole or not at all.
         report: also say how well each layer merged.
         device: where layers are merged.
@@ -48,15 +45,14 @@ def merge_files(
         OSError: ``out`` cannot be written.
         TypeError, ValueError: as :func:`hdrq.merge`; a damaged file.
     """
-    to_folder = len(paths) > 0 and is_folder(paths[0]) and not os.fspath(out).endswith(".safetensors")
-    (output_folder if to_folder else output_path)(out)
+    for first in paths[:1]:
+        check_out(out, first)
     settings = MergeSettings.of(len(paths), **options)
     layers: list[LayerReadiness] = []
     with ExitStack() as stack:
         inputs = Inputs([opened(path, stack) for path in paths], settings, device)
         manifest = merged_manifest(inputs, settings)
-        like: Any = inputs.sources[0]
-        with FolderWriter(out, like, manifest) if to_folder else Writer(out, inputs.specs, manifest) as file:
+        with writer(out, inputs.sources[0], inputs.specs, manifest) as file:
             for name, value in merged_tensors(inputs, settings, progress, layers if report else None):
                 file.write(name, value)
     return Readiness(tuple(layers)) if report else None

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from hdrq.checkpoint.files import file_hash
-from hdrq.checkpoint.format import Reader, Spec
-from hdrq.export.folders import Folder, is_folder
+from hdrq.checkpoint.files import file_hash, output_folder, output_path
+from hdrq.checkpoint.format import Reader, Spec, Writer
+from hdrq.export.folders import Folder, FolderWriter, is_folder
+from hdrq.export.onnx_import import OnnxModel, is_onnx
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,45 @@ class State:
         return self.tensors[name]
 
 
-Source = Reader | Folder | State
+Source = Reader | Folder | OnnxModel | State
 
 
 def opened(path: str | os.PathLike, stack: ExitStack) -> Source:
-    """A model in a file of hdrq, or in a folder of transformers, until the stack is closed.
+    """A model in a file of hdrq, in a folder of transformers or in an ONNX file, until the stack is closed.
 
     Raises:
-        FileNotFoundError, ValueError: see :class:`Reader` and :class:`Folder`.
+        FileNotFoundError, ValueError, MissingExtra: see :class:`Reader`, :class:`Folder` and :class:`OnnxModel`.
     """
+    if is_onnx(path):
+        return stack.enter_context(OnnxModel(path))
     return stack.enter_context(Folder(path)) if is_folder(path) else stack.enter_context(Reader(path))
+
+
+def check_out(out: str | os.PathLike, path: str | os.PathLike) -> None:
+    """A result that is made of the model in ``path`` can be written to ``out``.
+
+    Raises:
+        ValueError: it is named as an ONNX file, which has the graph of one.
+        FileNotFoundError, PermissionError: see :func:`hdrq.checkpoint.files.output_path`.
+    """
+    (output_folder if _keeps_form(out) and is_folder(path) else output_path)(out)
+    if is_onnx(out) and not is_onnx(path):
+        raise ValueError(
+            f"out must be a .safetensors file where the first model is no ONNX file, got {os.fspath(out)!r}"
+        )
+
+
+def writer(out: str | os.PathLike, like: Source, specs: Mapping[str, Spec], manifest: dict[str, Any]) -> Any:
+    """What writes a result: in the form of the model ``like``, unless ``out`` is named as a file of hdrq."""
+    if _keeps_form(out) and isinstance(like, Folder):
+        return FolderWriter(out, like, manifest)
+    if _keeps_form(out) and isinstance(like, OnnxModel):
+        return like.writer(out, manifest)
+    return Writer(out, specs, manifest)
+
+
+def _keeps_form(out: str | os.PathLike) -> bool:
+    return not os.fspath(out).endswith(".safetensors")
 
 
 def label_of(source: Source, index: int) -> str:
@@ -52,4 +82,4 @@ def hash_of(source: Source) -> str | dict[str, str] | None:
     """The SHA-256 of a model's file, or of each of a folder's; None in memory."""
     if isinstance(source, State):
         return None
-    return source.sha256() if isinstance(source, Folder) else file_hash(source.path)
+    return file_hash(source.path) if isinstance(source, Reader) else source.sha256()

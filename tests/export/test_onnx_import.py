@@ -11,6 +11,7 @@ from torch import nn
 
 import hdrq
 from hdrq.checkpoint.format import Reader, packs
+from hdrq.merging.adding import add_file
 from hdrq.merging.files import merge_files
 
 onnx = pytest.importorskip("onnx")
@@ -141,6 +142,31 @@ def test_a_merge_of_equal_models_is_the_model(pair, tmp_path):
     assert onnx.load(merged([pair[0], pair[0]], tmp_path)).graph == onnx.load(pair[0]).graph
 
 
+def test_models_merge_and_change_directly(pair, tmp_path):
+    """Without files of hdrq between them, and with the same numbers."""
+    through = merged(pair, tmp_path)
+    merge_files(pair, tmp_path / "direct.onnx")
+    assert onnx.load(tmp_path / "direct.onnx").graph == onnx.load(through).graph
+    merge_files([pair[0], tmp_path / "1.safetensors"], tmp_path / "mixed.safetensors")
+    one, two = (tensors(tmp_path / name)[1] for name in ("m.safetensors", "mixed.safetensors"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(
+        ValueError, match=r"out must be a \.safetensors file where the first model is no ONNX file, got"
+    ):
+        merge_files([tmp_path / "0.safetensors", tmp_path / "1.safetensors"], tmp_path / "wrong.onnx")
+    assert not (tmp_path / "wrong.onnx").exists()
+
+
+def test_a_change_goes_into_the_graph(tmp_path):
+    path = quantize_static(tmp_path / "a.onnx", 1)
+    change = torch.full((8, 8, 3, 3), 0.02)
+    add_file(path, {"a.weight": change}, tmp_path / "b.onnx", rule="nearest")
+    (before, _, _), (after, step, _) = (
+        _dequantized_weights(p)["a.weight_quantized"] for p in (path, tmp_path / "b.onnx")
+    )
+    assert np.abs(after - before - 0.02).max() <= step.max() / 2 + 1e-6
+
+
 def test_weights_are_those_of_the_merge_op_and_the_mean_within_a_step(pair, tmp_path):
     """Step by step from the graphs, without the reader: codes, scales and zero points of the merged initializers."""
     merged(pair, tmp_path)
@@ -227,6 +253,20 @@ def test_biases_are_the_mean_in_steps_of_the_new_scales(tmp_path):
         assert not np.array_equal(step, first[f"{layer}.bias_quantized_scale"])
         got = result[f"{layer}.bias_quantized"] * step.astype(float)
         assert np.abs((got - (real[0] + real[1]) / 2) / step).max() <= 0.5001
+
+
+def test_a_bias_with_steps_of_its_own_keeps_them(tmp_path):
+    paths = []
+    for seed in (1, 2):
+        paths.append(quantize_static(tmp_path / f"{seed}.onnx", seed))
+        model = onnx.load(paths[-1])
+        step = next(t for t in model.graph.initializer if t.name == "a.bias_quantized_scale")
+        step.CopyFrom(numpy_helper.from_array(np.array([1e-4 * seed], np.float32), step.name))
+        onnx.save(model, paths[-1])
+    first, second, result = map(arrays, (*paths, merged(paths, tmp_path)))
+    assert result["a.bias_quantized_scale"] == np.float32(1e-4)
+    mean = (first["a.bias_quantized"] * 1e-4 + second["a.bias_quantized"] * 2e-4) / 2
+    assert np.abs(result["a.bias_quantized"] * 1e-4 - mean).max() <= 0.5001e-4
 
 
 def test_a_bias_that_int32_cannot_hold_is_named(tmp_path):
@@ -376,6 +416,7 @@ def test_files_of_ours_without_their_metadata_have_the_same_values(ours, tmp_pat
         ),
         ({"turned": True}, r"a.weight.codes must be a matrix to be turned, got the shape \(8, 8, 3, 3\)"),
         ({"zero_point": [1, 2]}, "codes of a must be as metadata"),
+        ({"zero_point": [9] * 8}, r"zero point of a.weight.codes must be in \[-8, 7\], got 9"),
         ({"layer": "b"}, "codes of b must be the same in"),
     ],
 )
@@ -632,15 +673,17 @@ def _larger(tensor):
     tensor.dims[0] = 2**40
 
 
-@pytest.mark.parametrize("spoil", [_outside, _beyond, _larger])
-def test_external_data_must_be_there_and_beside_the_model(spoil, tmp_path):
+@pytest.mark.parametrize(
+    ("spoil", "message"), [(_outside, "external data must lie in files beside the model"), (_beyond, ""), (_larger, "")]
+)
+def test_external_data_must_be_there_and_beside_the_model(spoil, message, tmp_path):
     (tmp_path / "folder").mkdir()
     path = external(linear(tmp_path / "folder" / "a.onnx"))
     (tmp_path / "secret.bin").write_bytes(bytes(1000))
     model = onnx.load(path, load_external_data=False)
     spoil(next(t for t in model.graph.initializer if t.name == "w"))
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(ValueError, match=r"external_a\.onnx: "):
+    with pytest.raises(ValueError, match=rf"external_a\.onnx: {message}"):
         read_onnx(path, tmp_path / "a.safetensors")
     assert not (tmp_path / "a.safetensors").exists()
 
@@ -677,7 +720,61 @@ def tensor(name, kind, shape):
 
 FLOAT8 = TensorProto.FLOAT8E4M3FN
 W4 = (4, 6)
+TWICE = [
+    node("DequantizeLinear", "w w_scale2", "wd2", axis=1),
+    node("MatMul", "xd wd2", "y1"),
+    node("Add", "y1 y0", "y"),
+]
+LOW_HIGH = {"low": np.uint8(0), "high": np.uint8(7), "seven": np.uint8(9)}
 REFUSED = {
+    "codes that are read in two ways": (
+        {"nodes": [node("MatMul", "xd wd", "y0"), *TWICE], "constants": {"w_scale2": np.full(6, 0.1, np.float32)}},
+        "w must be quantized in one way, got another for DequantizeLinear wd2",
+    ),
+    "a clip for some": (
+        {
+            "nodes": [node("Clip", "xq low high", "xc"), node("DequantizeLinear", "xc x_scale x_zero", "xd2")],
+            "constants": LOW_HIGH,
+        },
+        "integers of QuantizeLinear xq must be clipped for all who read them, got Clip for some",
+    ),
+    "two clips": (
+        {
+            "nodes": [
+                node("Clip", "xq low high", "xc"),
+                node("Clip", "xq low seven", "xc2"),
+                node("DequantizeLinear", "xc x_scale x_zero", "xd"),
+            ],
+            "constants": LOW_HIGH,
+        },
+        "quantizers with the scale x_scale must have one range, got .*",
+    ),
+    "zero points of another shape": (
+        {"nodes": [node("DequantizeLinear", "w w_scale w_zero", "wd", axis=1)], "constants": {"w_zero": np.int8(0)}},
+        r"scale and zero point of w must have the shape \(6,\), got \(6,\)",
+    ),
+    "zero points of another type": (
+        {
+            "nodes": [node("DequantizeLinear", "w w_scale w_zero", "wd", axis=1)],
+            "constants": {"w_zero": np.zeros(6, np.uint8)},
+        },
+        "zero point of w must be INT8, got UINT8",
+    ),
+    "the name of a safetensors header": (
+        {
+            "nodes": [node("MatMul", "xd wd", "y1"), node("Add", "y1 __metadata__", "y")],
+            "constants": {"__metadata__": np.float32(1)},
+        },
+        "constants must not have the names of quantizers' tensors, got __metadata__",
+    ),
+    "a shape that is not its own": (
+        {"constants": {"w": TensorProto(name="w", data_type=3, dims=[-1, 6], raw_data=bytes(24))}},
+        r"w must have sides in \[0, 281474976710656\), got the shape \(-1, 6\)",
+    ),
+    "more elements than bytes": (
+        {"constants": {"w": TensorProto(name="w", data_type=3, dims=[2**40, 6], raw_data=bytes(24))}},
+        "cannot reshape array of size 24",
+    ),
     "QOperator": (
         {"nodes": [node("QLinearMatMul", "xq x_scale x_zero w w_scale w x_scale x_zero", "y")]},
         r"products must lie between DequantizeLinear and QuantizeLinear, got QLinearMatMul y: quantize_",
@@ -793,6 +890,15 @@ def test_models_of_other_graphs_are_refused(change, message, tmp_path):
     ):
         write_like(tmp_path / "a.safetensors", paths[1], tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_inputs_of_another_type_are_another_graph(tmp_path):
+    paths = [linear(tmp_path / f"{k}.onnx", k) for k in (1, 2)]
+    model = onnx.load(paths[1])
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+    onnx.save(model, paths[1])
+    with pytest.raises(ValueError, match=r"got onnx\.graph \(other integers in"):
+        merged(paths, tmp_path)
 
 
 def test_integers_must_agree(tmp_path):
