@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import has_free_symbols
 
 from hdrq import checks
+from hdrq.calibrate.data import Call
 from hdrq.checkpoint.files import output_path, replacing
 from hdrq.export.deployed import hold_weights
 from hdrq.export.exported import Exported, Layer, check_floats
@@ -126,7 +127,7 @@ def _exported(model: nn.Module, example: Any, allow_float: bool) -> tuple[Export
     check_exportable(model)
     if not allow_float:
         check_bits(model, RUNTIME)
-    args, kwargs, shapes = free_batch(model, first_call(example).to(torch.device("cpu")))
+    args, kwargs, shapes = free_batch(model, _blank(first_call(example)))
     form = _decomposed(model)
     try:
         program = torch.export.export(form, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -145,6 +146,16 @@ def _exported(model: nn.Module, example: Any, allow_float: bool) -> tuple[Export
     if not free:
         raise ValueError("model must take batches of any size to be exported, got one that holds the example's alone")
     return program, layers
+
+
+def _blank(call: Call) -> Call:
+    """Two samples of zeros: a program keeps its example, and a file of it must hold nobody's data."""
+
+    def blank(value: Any) -> Any:
+        return torch.zeros_like(value, device="cpu") if isinstance(value, torch.Tensor) else value
+
+    two = call.at(torch.arange(2))
+    return Call(tuple(map(blank, two.args)), {key: blank(value) for key, value in two.kwargs.items()})
 
 
 def _in_place(target: Any) -> bool:

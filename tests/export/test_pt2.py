@@ -186,7 +186,8 @@ def test_products_run_in_integers(zoo, tmp_path):
     names += [f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
     assert [layer.name for layer in exported.layers] == [*names, "turned", "along", "head"]
     facts = {"hdrq": "", "hdrq.origin": ""}
-    torch.export.load(tmp_path / "model.pt2", extra_files=facts)
+    held = torch.export.load(tmp_path / "model.pt2", extra_files=facts).example_inputs
+    assert not any(t.any() for t in held[1].values()) and held[1]["x"].shape == (2, 3, 8, 8)  # no data of anybody
     assert facts["hdrq"] == hdrq.__version__ and json.loads(facts["hdrq.origin"])["recipe"]["name"] == "rtn"
 
     one = {name: value[:1] for name, value in call.items()}
