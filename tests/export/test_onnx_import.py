@@ -255,18 +255,20 @@ def test_biases_are_the_mean_in_steps_of_the_new_scales(tmp_path):
         assert np.abs((got - (real[0] + real[1]) / 2) / step).max() <= 0.5001
 
 
-def test_a_bias_with_steps_of_its_own_keeps_them(tmp_path):
+def test_a_bias_with_a_zero_point_and_steps_of_its_own_keeps_them(tmp_path):
     paths = []
     for seed in (1, 2):
         paths.append(quantize_static(tmp_path / f"{seed}.onnx", seed))
         model = onnx.load(paths[-1])
         step = next(t for t in model.graph.initializer if t.name == "a.bias_quantized_scale")
         step.CopyFrom(numpy_helper.from_array(np.array([1e-4 * seed], np.float32), step.name))
+        zero = next(t for t in model.graph.initializer if t.name == "a.bias_quantized_zero_point")
+        zero.CopyFrom(numpy_helper.from_array(np.array(500 * seed, np.int32), zero.name))
         onnx.save(model, paths[-1])
     first, second, result = map(arrays, (*paths, merged(paths, tmp_path)))
     assert result["a.bias_quantized_scale"] == np.float32(1e-4)
-    mean = (first["a.bias_quantized"] * 1e-4 + second["a.bias_quantized"] * 2e-4) / 2
-    assert np.abs(result["a.bias_quantized"] * 1e-4 - mean).max() <= 0.5001e-4
+    mean = ((first["a.bias_quantized"] - 500) * 1e-4 + (second["a.bias_quantized"] - 1000) * 2e-4) / 2
+    assert np.abs((result["a.bias_quantized"] - 500) * 1e-4 - mean).max() <= 0.5001e-4
 
 
 def test_a_bias_that_int32_cannot_hold_is_named(tmp_path):
@@ -995,6 +997,6 @@ def test_the_commands(tmp_path, monkeypatch):
     assert call("inspect m.safetensors").exit_code == 0
     result = call("export m.safetensors -o other.onnx")
     assert result.exit_code == 2
-    assert "model and data must be given, or --like with what the file was imported from" in result.output
+    assert "must be given, or --like with what the file was imported from" in result.output
     result = call("export a.safetensors --like m.safetensors -o other.onnx")
     assert result.exit_code == 2 and "template must be an ONNX model (.onnx)" in result.output
