@@ -40,7 +40,7 @@ def read_onnx(path: str | os.PathLike, out: str | os.PathLike) -> dict[str, Any]
         out: the file, which appears whole or not at all.
 
     Returns:
-        The manifest; ``origin`` says what the file was.
+        The manifest; ``origin`` says what the file was, ``parent`` what it says of how it was made, if hdrq wrote it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -79,6 +79,8 @@ class OnnxModel:
             inputs = {name: list(grid_range(graph, grid)) for name, grid in graph.grids.items()}
             tables = {"weights": weights, "inputs": inputs, "tied": {}, "shared": {}, "folded": {}}
             self.manifest: dict[str, Any] = {"hdrq": __version__, **tables, "origin": origin_of(graph)}
+            if history := graph.note("hdrq.origin"):
+                self.manifest["parent"] = history
             self.specs: dict[str, Spec] = {}
             self._read: dict[str, Callable[[], torch.Tensor]] = {}
             for name, facts in weights.items():
@@ -297,7 +299,7 @@ def along(values: np.ndarray, bias: Bias, ndim: int) -> np.ndarray:
 
 
 def origin_of(graph: Graph) -> dict[str, Any]:
-    """What the file was, and what it says of how it was made."""
+    """What the file was."""
     model = graph.proto
     facts = {
         "kind": "onnx",
@@ -307,6 +309,4 @@ def origin_of(graph: Graph) -> dict[str, Any]:
     }
     if beside := graph.beside():
         facts["data"] = beside
-    if history := graph.note("hdrq.origin"):
-        facts["hdrq"] = history
     return facts

@@ -92,7 +92,7 @@ def _write(source: Reader | OnnxWriter, template: OnnxModel, out: str | os.PathL
     with ExitStack() as stack:
         model = stack.enter_context(replacing(path))  # takes its place last, when what it refers to is there
         beside = stack.enter_context(replacing(f"{path}.data")) if graph.external else None
-        filled = _Filled(graph, beside)
+        filled = _Filled(graph, beside, out)
         filled.fill(source)
         filled.note(source.manifest)
         filled.apply(f"{path.name}.data")
@@ -163,8 +163,8 @@ class _Filled:
     A constant that two roles read, and that is to have two values, keeps the first; the other role gets one of its own.
     """
 
-    def __init__(self, graph: Graph, beside: BinaryIO | None) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, beside: BinaryIO | None, out: str | os.PathLike) -> None:
+        self.graph, self._out = graph, out
         self._beside: Any = beside
         self._external = graph.external
         self._digests: dict[str, tuple] = {}  # of what constants get
@@ -340,7 +340,7 @@ class _Filled:
             return
         if name in self._external:
             start = -(-self._beside.tell() // ALIGNMENT) * ALIGNMENT
-            with disk_with_room(self._beside.name):
+            with disk_with_room(self._out):
                 self._beside.seek(start)
                 self._beside.write(raw.data)
             self._places[name] = start, len(raw.data)

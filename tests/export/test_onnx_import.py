@@ -11,6 +11,7 @@ from torch import nn
 
 import hdrq
 from hdrq.checkpoint.format import Reader, packs
+from hdrq.checkpoint.history import history as tell
 from hdrq.merging.adding import add_file
 from hdrq.merging.files import merge_files
 
@@ -966,9 +967,12 @@ def test_the_file_says_where_it_comes_from(tmp_path):
     assert [m["origin"]["sha256"] for m in history["models"]] == [
         hashlib.sha256(p.read_bytes()).hexdigest() for p in paths
     ]
-    origin = read_onnx(result, tmp_path / "again.safetensors")["origin"]
+    manifest = read_onnx(result, tmp_path / "again.safetensors")
+    origin = manifest["origin"]
     assert (origin["kind"], origin["producer"], origin["opset"]) == ("onnx", "onnx.quantize 0.1.0", {"ai.onnx": 21})
-    assert origin["hdrq"] == history
+    assert manifest["parent"] == history
+    told = list(tell(manifest).lines())
+    assert [line.strip().partition(":")[0] for line in told] == ["read", "merged", "read", "read"]
 
 
 def test_the_commands(tmp_path, monkeypatch):
