@@ -9,7 +9,8 @@ from typing import Any
 
 from hdrq import checks
 
-NAMES = ("rtn", "brecq", "qdrop", "hdrq")
+NAMES = ("rtn", "brecq", "qdrop", "hdrq", "gptq", "awq")
+METHODS = ("learned", "gptq", "awq")
 PRESETS = ("paper", "official")
 LEARNS = ("weights", "rounding", "activations")
 RENAMED = {"tail": "fake_quant_fraction", "placement": "activation_placement"}  # accepted for one release
@@ -28,6 +29,9 @@ class Recipe:
     - ``learns="rounding"``: whether each weight is rounded up or down, its scale fixed: ``(floor(w/Δ) + h(α))·Δ`` with
       α learned, and ``rounding_weight·Σ(1 − |2h − 1|^β)`` added to the loss; at the end h is 0 or 1. BRECQ and QDrop.
     - ``learns="activations"``: the scales of activations alone, by ``mean Σ_channels |B_q(x) − y|^norm``.
+
+    With ``method="gptq"`` or ``"awq"`` nothing is learned: one pass over the blocks fits each layer in closed form
+    (:class:`hdrq.methods.layerwise.LayerWise`, :class:`hdrq.methods.awq.AWQ`).
 
     Scales of activations are learned with the weights, or, with ``activation_walk``, after those of all blocks.
     """
@@ -73,11 +77,20 @@ class Recipe:
     per_channel: bool = False  # a weight scale for each output channel
     group_size: int | None = None  # inputs of a linear layer that share a weight scale; other layers: per channel
     affine_weights: bool = False  # zero points of weights, where rounding is learned or to nearest
+    method: str = "learned"  # in so many iterations; or in closed form: "gptq", "awq"
+    damping: float = 0.01  # GPTQ: of H, as a share of the mean of its diagonal
+    act_order: bool = False  # GPTQ: columns in the order of descending diag H; groups stay where they are
+    clip: bool = True  # AWQ: search the clipping of each group for its outputs
 
     def __post_init__(self) -> None:
         checks.integer("iterations", self.iterations, 0, 2**31)
-        if self.name == "rtn" and self.iterations:
-            raise ValueError(f'iterations must be 0 for recipe "rtn", got {self.iterations}')
+        checks.choice("method", self.method, METHODS)
+        for label, fixed in (("recipe", self.name == "rtn" and "rtn"), ("method", self.in_closed_form and self.method)):
+            if fixed and self.iterations:
+                raise ValueError(f'iterations must be 0 for {label} "{fixed}", got {self.iterations}')
+        if self.method == "awq" and self.affine_weights:
+            raise ValueError('affine_weights must be False for method "awq", whose clipping is symmetric, got True')
+        checks.real("damping", self.damping, 0.0)
         checks.integer("batch_size", self.batch_size, 1, 2**31)
         checks.integer("judged_samples", self.judged_samples, 0, 2**31)
         checks.integer("candidates", self.candidates, 1, 2**16)
@@ -121,6 +134,11 @@ class Recipe:
             )
 
     @property
+    def in_closed_form(self) -> bool:
+        """Whether weights are fitted in one pass over the units, with nothing learned."""
+        return self.method != "learned"
+
+    @property
     def needs_source(self) -> bool:
         """Whether weights are learned that the distance pulls towards the source's."""
         return self.iterations > 0 and self.learns == "weights" and self.distance > 0
@@ -151,10 +169,14 @@ _QDROP = Recipe(
 )
 _BRECQ = replace(_QDROP, name="brecq", input_keep=1.0, activation_keep=1.0)
 _RTN = Recipe("rtn", iterations=0)
-_PAPER = {"rtn": _RTN, "brecq": _BRECQ, "qdrop": _QDROP, "hdrq": _HDRQ}
+_GPTQ = Recipe("gptq", iterations=0, method="gptq", per_channel=True)
+_AWQ = replace(_GPTQ, name="awq", method="awq")
+_PAPER = {"rtn": _RTN, "brecq": _BRECQ, "qdrop": _QDROP, "hdrq": _HDRQ, "gptq": _GPTQ, "awq": _AWQ}
 _WEIGHTS_AS_RELEASED: dict[str, Any] = {"per_channel": True, "affine_weights": True, "judged_samples": 0}
 _OFFICIAL = {
     "rtn": _RTN,
+    "gptq": replace(_GPTQ, affine_weights=True),
+    "awq": _AWQ,
     "brecq": replace(_BRECQ, **_WEIGHTS_AS_RELEASED, activation_walk=0.25, activation_lr=4e-4, scale_step=1.0),
     "qdrop": replace(_QDROP, **_WEIGHTS_AS_RELEASED, range_samples=256, scale_step=1.0),
     "hdrq": replace(

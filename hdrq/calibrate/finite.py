@@ -46,7 +46,7 @@ def check_finite(model: nn.Module, calls: Sequence[Call], units: Sequence[str], 
         infinite |= any(x.isinf().any() for x in _floats(output))
     if infinite:
         warnings.warn(
-            f"model returns infinity on {name}, behind its last unit: what is quantized does not read it", stacklevel=5
+            f"model returns infinity on {name}, behind its last unit: what is quantized does not read it", stacklevel=6
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -31,11 +31,19 @@ class Moments:
     hessian: torch.Tensor  # (groups, K, K)
     transposed: bool = False  # whether the weight has its inputs along its first axis
     rows: int = 0  # of X
+    sums: torch.Tensor | None = None  # of X, (groups, K)
+    magnitudes: torch.Tensor | None = None  # sums of |X|
 
     def matrices(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight as (groups, N / groups, K), a view if it can be."""
         flat = weight.flatten(1).T if self.transposed else weight.flatten(1)
         return flat.reshape(len(self.hessian), -1, self.hessian.shape[-1])
+
+    def with_ones(self) -> torch.Tensor:
+        """H of the inputs and one more that is always 1, as a bias has it: (groups, K + 1, K + 1)."""
+        assert self.sums is not None
+        sums, count = self.sums[..., None], self.hessian.new_full((len(self.hessian), 1, 1), float(self.rows))
+        return torch.cat([torch.cat([self.hessian, sums], 2), torch.cat([sums.mT, count], 2)], 1)
 
     def weight(self, matrices: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """What :meth:`matrices` took apart."""
@@ -44,27 +52,34 @@ class Moments:
 
 
 def second_moments(model: nn.Module, calls: list[Call], names: Iterable[str]) -> dict[str, Moments]:
+    """:func:`moments_of_run` of a model that is run on calibration data."""
+    return moments_of_run(model, run_all(calls, "model must run on calibration"), names)
+
+
+@torch.no_grad()
+def moments_of_run(model: nn.Module, run: Callable[[nn.Module], Any], names: Iterable[str]) -> dict[str, Moments]:
     """The moments of those of the named layers that have any: a layer that never ran, or is of another kind, has none.
 
     Kinds are ``nn.Linear``, ``nn.Conv1d`` to ``3d`` and ``Conv1D`` of transformers, with the forward of their class.
     Inputs are taken as the weight meets them, behind the layer's own quantizer.
     """
-    found = {}
+    found, sums = {}, {}
     for name in names:
         layer: Any = model.get_submodule(name)
         if (form := _form(layer)) is not None:
             hessian = torch.zeros(
                 form.groups, form.inputs, form.inputs, dtype=torch.float64, device=layer.weight.device
             )
-            found[name] = Moments(hessian, form.transposed)
+            sums[name] = hessian.new_zeros(2, form.groups, form.inputs)
+            found[name] = Moments(hessian, form.transposed, 0, *sums[name])
 
     def add(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         moments = found[name]
         for x in _rows(module, first_tensor(args, kwargs, name), len(moments.hessian)):
             moments.hessian += x.mT @ x
             moments.rows += x.shape[1]
+            sums[name] += torch.stack([x.sum(1), x.abs().sum(1)])
 
-    run = run_all(calls, "model must run on calibration")
     observe(model, run, before=add, names=found)
     return {name: moments for name, moments in found.items() if moments.rows}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,6 +143,47 @@ def _search_activation(name: str, sampled: _Sampled, bits: int, plan: Recipe) ->
     return ActivationQuantizer(scale, qmin, qmax)
 
 
+def search_again(
+    module: nn.Module,
+    run: Callable[[nn.Module], Any],
+    quantizers: Mapping[str, ActivationQuantizer],
+    plan: Recipe,
+    count: int,
+    seed: int = 0,
+) -> None:
+    """Give quantizers of what modules read the scale for what they read now, at the bits that they have.
+
+    Args:
+        module: holds the modules that ``quantizers`` names; it passes everything as it is.
+        run: runs it on calibration data.
+        count: elements that are kept of a call.
+    """
+    generator, samples = torch.Generator().manual_seed(seed), {name: _Sampled() for name in quantizers}
+
+    def keep(name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        samples[name].add(first_tensor(args, kwargs, name), count, generator)
+
+    observe(module, run, before=keep, names=quantizers)
+    for name, quantizer in quantizers.items():
+        if samples[name].parts:
+            bits = (quantizer.qmax - quantizer.qmin + 1).bit_length() - 1
+            found = _search_activation(name, samples[name], bits, plan)
+            quantizer.scale.data.copy_(found.scale.view(quantizer.scale.shape))
+            quantizer.qmin, quantizer.qmax = found.qmin, found.qmax
+
+
+def search_weight_scale(quantizer: WeightQuantizer, weight: torch.Tensor, plan: Recipe) -> None:
+    """Give a weight's quantizer the scale, and zero point, for what the weight is now."""
+    options: Any = {"norm": plan.norm, "candidates": plan.candidates, **quantizer.where}
+    grid = (weight, quantizer.qmin, quantizer.qmax)
+    if quantizer.zero_point is None:
+        scale = ops.search_scale(*grid, **options)
+    else:
+        scale, zero_point = ops.search_affine(*grid, **options)
+        quantizer.zero_point.copy_(zero_point.view(quantizer.zero_point.shape))
+    quantizer.scale.data.copy_(scale.view(quantizer.scale.shape))
+
+
 def _error(x: torch.Tensor, scale: torch.Tensor, qmin: int, qmax: int, plan: Recipe) -> float:
     return float((ops.fake_quantize(x, scale, qmin, qmax) - x).abs().double().pow(plan.norm).sum())
 
@@ -193,7 +234,7 @@ def _read_samples(model: nn.Module, calls: Sequence[Call], names: list[str], see
         warnings.warn(
             "scales of activations depend on how calibration is cut into batches, since the model on one sample "
             f"{why}; batches of the size that the model will be used with are the best",
-            stacklevel=7,
+            stacklevel=8,
         )
     if missing := [name for name in names if name not in samples]:
         raise ValueError(

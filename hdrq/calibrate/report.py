@@ -17,6 +17,23 @@ except ImportError:  # Windows has no such module
 
 
 @dataclass(frozen=True)
+class LayerReport:
+    """What became of a weight that was fitted in closed form; "" says nothing went another way than asked for.
+
+    Errors are the objective's values: of outputs, weighted by tasks, and of the anchor. ``nearest`` is that of the
+    weight that was given, rounded to nearest on the grid that it came with; ``best`` that of the weight before it was
+    rounded; ``error`` that of the result.
+    """
+
+    name: str
+    nearest: float = 0.0
+    best: float = 0.0
+    error: float = 0.0
+    unexcited: int = 0  # directions of its inputs that no sample has: nothing says what they should be
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class BlockReport:
     """One block: its reconstruction loss on the first calibration samples, and the seconds it took."""
 
@@ -24,6 +41,7 @@ class BlockReport:
     loss_before: float  # rounded to nearest, its inputs quantized
     loss_after: float
     seconds: float
+    layers: tuple[LayerReport, ...] = ()  # of a method in closed form
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -20,7 +20,7 @@ from hdrq.calibrate.data import Call
 from hdrq.calibrate.progress import Step
 from hdrq.calibrate.propagate import Activations
 from hdrq.calibrate.replay import check_replay, representative
-from hdrq.calibrate.report import BlockReport
+from hdrq.calibrate.report import BlockReport, LayerReport
 from hdrq.calibrate.trace import Node, trace
 from hdrq.checkpoint.workdir import Workdir
 from hdrq.quantizers.layers import QuantizedLayer, quantized_layers
@@ -74,6 +74,7 @@ class Fitted:
 
     tensors: dict[str, torch.Tensor]  # enough for :meth:`Method.restore`
     losses: dict[str, float]  # loss_before and loss_after
+    layers: tuple[LayerReport, ...] = ()
 
 
 class Method(Protocol):
@@ -133,7 +134,8 @@ class Journal:
     def finish(self, unit: Unit, fitted: Fitted) -> None:
         """Keep a finished unit."""
         if self.workdir is not None:
-            self.workdir.save_block(unit.index, fitted.tensors, {"losses": self.losses, "report": fitted.losses})
+            facts = {"losses": self.losses, "report": fitted.losses, "layers": [asdict(one) for one in fitted.layers]}
+            self.workdir.save_block(unit.index, fitted.tensors, facts)
             self.workdir.write_losses(self.losses)
 
     def finished(self, unit: Unit) -> Fitted | None:
@@ -143,7 +145,7 @@ class Journal:
             return None
         tensors, facts = found
         self.losses = [tuple(row) for row in facts["losses"]]
-        return Fitted(tensors, facts["report"])
+        return Fitted(tensors, facts["report"], tuple(LayerReport(**one) for one in facts.get("layers", ())))
 
 
 def walk(
@@ -200,8 +202,9 @@ def walk(
             place, placed = number * len(nodes) + index, replace(node, inputs=behind_quantized.layout(index))
             rows = (quantized, inputs, target)
             unit = Unit(place, placed, module, reference, layers, activations, *rows, output=output, entry=entry)
-            before_and_after = _fit(unit, method, journal)
-            reports.append(BlockReport(node.name + part, **before_and_after, seconds=time.perf_counter() - began))
+            fitted = _fit(unit, method, journal)
+            seconds = time.perf_counter() - began
+            reports.append(BlockReport(node.name + part, **fitted.losses, seconds=seconds, layers=fitted.layers))
 
         behind_quantized.run(index, quantized)
         for activations_of in (in_full, behind_quantized):
@@ -228,15 +231,15 @@ def _reader(model: nn.Module, nodes: Sequence[Node], index: int) -> ActivationQu
     return next(iter(found.values())) if len(found) == 1 else None
 
 
-def _fit(unit: Unit, method: Method, journal: Journal) -> dict[str, float]:
-    """Fit a unit, or restore it as an earlier run fitted it; its losses before and after."""
+def _fit(unit: Unit, method: Method, journal: Journal) -> Fitted:
+    """Fit a unit, or restore it as an earlier run fitted it."""
     finished = journal.finished(unit)
     if finished is not None:
         method.restore(unit, finished.tensors)
-        return finished.losses
+        return finished
     fitted = method.fit(unit, journal)
     journal.finish(unit, fitted)
-    return fitted.losses
+    return fitted
 
 
 def _unfitted(

@@ -16,7 +16,7 @@ def quantize(
     weights: Annotated[Path | None, typer.Option(help="Its state, safetensors.")] = None,
     source: Annotated[Path | None, typer.Option(help="The state before its adaptation.")] = None,
     data: Annotated[Path | None, typer.Option(help="A folder of images, a .npy or a .safetensors file.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="rtn, brecq, qdrop or hdrq.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="rtn, gptq, awq, brecq, qdrop or hdrq.")] = None,
     preset: Annotated[str | None, typer.Option(help="paper or official.")] = None,
     bits: Annotated[str | None, typer.Option(help="Bits of weights and activations, like W4A4.")] = None,
     iterations: Annotated[int | None, typer.Option(help="Steps for each block.")] = None,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,12 +21,14 @@ from hdrq.calibrate.progress import Step, bars
 from hdrq.calibrate.ranges import attach_quantizers
 from hdrq.calibrate.replay import without_caches
 from hdrq.calibrate.report import RunReport, peak_memory, set_report
-from hdrq.calibrate.sequential import walk
+from hdrq.calibrate.sequential import Method, walk
 from hdrq.checkpoint.saving import check_storable
 from hdrq.checkpoint.workdir import Workdir, fingerprint, state_hash
 from hdrq.checks import listed
 from hdrq.errors import DivergenceError
 from hdrq.evaluate.metrics import accumulated_errors
+from hdrq.methods.awq import AWQ
+from hdrq.methods.layerwise import LayerWise
 from hdrq.methods.nearest import round_to_nearest
 from hdrq.methods.reconstruct.method import Reconstruction
 from hdrq.prepare.attention import quantized_operands
@@ -78,7 +82,9 @@ def quantize(
         model: in evaluation mode; it is left as it was. Weights in half precision are learned in float32.
         calibration: a tensor, or an iterable of batches: each a tensor, a tuple or a dict of the model's arguments.
             A batch is moved to the model's device while it runs, so the whole may be larger than a GPU.
-        recipe: ``"hdrq"``, ``"qdrop"``, ``"brecq"``, ``"rtn"`` (round to nearest), or a :class:`hdrq.recipes.Recipe`.
+        recipe: ``"hdrq"``, ``"qdrop"``, ``"brecq"``, ``"gptq"``, ``"awq"``, ``"rtn"`` (round to nearest), or a
+            :class:`hdrq.recipes.Recipe`. GPTQ and AWQ learn nothing: weights have a scale for each output channel, or
+            for each group (``group_size``), and each layer is fitted to what it reads behind the quantized prefix.
         bits: ``"W4A4"``, with 8 bits for the first and the last layer; or patterns of layer names,
             ``{"stem": "W8A8", "head": "float", "*": "W4A4"}``, of which the first that matches decides.
         blocks: the names of the units of reconstruction, blocks or single layers; None finds blocks
@@ -110,7 +116,8 @@ def quantize(
             the model.
         OSError: a disk is full; what is finished stays in ``workdir``.
 
-    Source: HDRQ (Shin et al., ICML 2025); QDrop (Wei et al., ICLR 2022); BRECQ (Li et al., ICLR 2021).
+    Source: HDRQ (Shin et al., ICML 2025); QDrop (Wei et al., ICLR 2022); BRECQ (Li et al., ICLR 2021);
+    GPTQ (Frantar et al., ICLR 2023); AWQ (Lin et al., MLSys 2024).
     """
     if iterations is not None:
         knobs["iterations"] = iterations
@@ -128,7 +135,6 @@ def quantize(
     check_call(model, batches[0])
     if checked is not None:
         check_call(model, checked[0], "held_out")
-    learns = plan.iterations > 0
     if plan.needs_source and source is None:
         raise ValueError("source must be the model before its adaptation where distance > 0, got None; or distance=0")
     folder = None
@@ -139,6 +145,61 @@ def quantize(
         check_storable(model)
         folder = Workdir(workdir, fingerprint(model, states, plan, bits, seed, blocks), resume)
 
+    def methods(quantized: nn.Module) -> list[Method]:
+        if plan.method == "awq":
+            return [AWQ(plan, quantized, seed)]
+        if plan.method == "gptq":
+            return [LayerWise(plan.damping, plan.act_order)]
+        if not plan.iterations:
+            return []
+        weights = source_weights(source, quantized, batches) if source is not None and plan.needs_source else {}
+        return [Reconstruction(part, weights, seed, graph) for part in plan.walks()]
+
+    quantized, _ = fit(
+        model,
+        batches,
+        checked,
+        plan,
+        methods,
+        bits=bits,
+        blocks=blocks,
+        seed=seed,
+        cache=cache,
+        cache_bytes=cache_bytes,
+        folder=folder,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+        facts={"fingerprints": states},
+    )
+    return quantized
+
+
+def fit(
+    model: nn.Module,
+    batches: list[Call],
+    checked: list[Call] | None,
+    plan: Recipe,
+    methods: Callable[[nn.Module], list[Method]],
+    *,
+    bits: str | Mapping[str, str],
+    blocks: Sequence[str] | None,
+    seed: int,
+    cache: str,
+    cache_bytes: int | None,
+    progress: Callable[[Step], None] | bool,
+    facts: Mapping[str, Any],
+    folder: Workdir | None = None,
+    checkpoint_every: int = 0,
+) -> tuple[nn.Module, nn.Module]:
+    """What :func:`quantize` does once its arguments are checked: prepare, attach quantizers, walk, report.
+
+    Args:
+        methods: of the walks, one after the other, for the model with its quantizers; none rounds to nearest.
+        facts: more of the manifest.
+
+    Returns:
+        The quantized model, and the model in full precision that it was made of.
+    """
     began = time.perf_counter()
     reaching = first_samples(batches, max(plan.range_samples, REACHING))
     first, example = run_all(batches[:1], "model must run on calibration"), run_all(reaching)
@@ -147,7 +208,8 @@ def quantize(
     if checked is not None:
         run_all(first_samples(checked, 1), "model must run on held_out")(full)
         check_finite(full, checked, units, "held_out")
-    check_finite(full, batches if learns else reaching, units)
+    walks = plan.iterations > 0 or plan.in_closed_form
+    check_finite(full, batches if walks else reaching, units)
     placement = attach_quantizers(quantized, reaching, bits, plan, units, ready.operands, seed)
     share = coverage(quantized, full, example, sum(call.size for call in reaching))
     warn_of_float(quantized, full, share, bits)
@@ -164,16 +226,14 @@ def quantize(
         placement=placement,
         coverage=share,
     )
-    if learns:
-        weights = source_weights(source, quantized, batches) if source is not None and plan.needs_source else {}
+    if walks:
         store = Cache(device_of(full), cache, cache_bytes, None if folder is None else folder.path)
-        walks = plan.walks()
+        found = methods(quantized)
         with without_caches(full, quantized), bars() if progress is True else nullcontext(progress or None) as show:
             try:
-                for number, part in enumerate(walks):
+                for number, method in enumerate(found):
                     for quantizer in input_quantizers(quantized).values():
-                        quantizer.mode = "float" if part.activation_walk else "round"
-                    method = Reconstruction(part, weights, seed, graph)
+                        quantizer.mode = "float" if "activations" not in method.fits else "round"
                     reports, report.losses = walk(
                         full,
                         quantized,
@@ -184,7 +244,7 @@ def quantize(
                         progress=show,
                         workdir=folder,
                         checkpoint_every=checkpoint_every,
-                        walks=(number, len(walks)),
+                        walks=(number, len(found)),
                         losses=report.losses,
                     )
                     report.blocks += reports
@@ -193,13 +253,21 @@ def quantize(
                 raise
         report.cache_peak = store.peak
     round_to_nearest(quantized)
-    report.errors = errors() if learns else report.nearest
+    warn_of_layers(report)
+    report.errors = errors() if walks else report.nearest
     report.seconds, report.peak_memory = time.perf_counter() - began, peak_memory(device_of(full))
     policy = bits if isinstance(bits, str) else dict(bits)
-    how = {"contract": CONTRACT, "recipe": asdict(plan), "bits": policy, "seed": seed, "fingerprints": states}
+    how = {"contract": CONTRACT, "recipe": asdict(plan), "bits": policy, "seed": seed, **facts}
     set_origin(quantized, {"folded": ready.folded, **how, "coverage": share.as_dict()})
     set_report(quantized, report)
-    return quantized
+    return quantized, full
+
+
+def warn_of_layers(report: RunReport) -> None:
+    """Say which layers a closed form could not serve as it serves others."""
+    odd = [f"{one.name} ({one.note})" for block in report.blocks for one in block.layers if one.note]
+    if odd:
+        warnings.warn(f"recipe {report.recipe} could not serve {listed(odd)}", stacklevel=6)
 
 
 def fold(model: nn.Module, example) -> nn.Module:

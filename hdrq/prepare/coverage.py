@@ -138,7 +138,7 @@ def warn_of_float(quantized: nn.Module, full: nn.Module, found: Coverage, bits: 
     warnings.warn(
         f"{_share(*found.parameters)} of the parameters are quantized; the largest of the others are {shown}, in no "
         'layer of a known class that calibration reaches; bits={"NAME": "float", …} says that this is meant',
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
@@ -152,7 +152,7 @@ def warn_of_products(quantized: nn.Module, found: Coverage) -> None:
         warnings.warn(
             f"{_share(sum(large.values()), found.macs[1])} of the multiply-adds are products of activations that stay "
             f"in full precision, in {shown}: attentions of an unknown structure; attention=False says that it is meant",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
