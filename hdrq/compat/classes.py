@@ -14,7 +14,8 @@ import inspect
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -30,6 +31,9 @@ NAMES = re.compile(r"quant|lsq|round", re.IGNORECASE)
 SCALES = frozenset(ROLES["scale"])
 BITS = ("bits", "bit", "n_bits", "nbits", "num_bits")
 ROUND_OFF = 1e-5  # steps; of a sigmoid, which is torch's there, and of a scale that a factor went over
+# What of a form with LSQ's factor must agree at ties, the best first: backward, torch's learnable op rounds otherwise
+# than forward, and codes that multiply a gradient by writing (s − s·f) + s·f move the scale by a last bit.
+TIES = ("values and gradients", "values", "nothing")
 LEAST = 48  # elements of a trial: both ends of a range by eighths of a step
 
 
@@ -57,8 +61,12 @@ class Form:
     quant_min: int
     quant_max: int
     lsq_factor: bool = False  # on the gradient of the scale: 1/sqrt(n·quant_max), n the elements that share one
+    settled: dict[str, Callable] = field(
+        default_factory=dict
+    )  # by role: what a pass first makes of the tensor in place
 
     def __call__(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        _settle(module, self.names, self.settled)
         given = {role: getattr(module, name) for role, name in self.names.items()}
         given["grad_factor"] = self.grad_factor(x, given["scale"])
         return self.kind(x, quant_min=self.quant_min, quant_max=self.quant_max, **given)
@@ -142,7 +150,8 @@ def judge(module: nn.Module, forward: Callable, x: torch.Tensor, around: tuple =
 
 
 def _form(module: nn.Module, forward: Callable, x: torch.Tensor, read: set[str]) -> Form:
-    _tried(_recording(module, read, x), forward, x, {})
+    with suppress(_Writes):
+        _tried(_recording(module, read, x), forward, x, {})
     names = {role: name for name in sorted(read) if (role := _role(name, getattr(module, name, None), x))}
     if "scale" not in names:
         raise Unlike("it reads no scale of its own that we know by name")
@@ -152,27 +161,37 @@ def _form(module: nn.Module, forward: Callable, x: torch.Tensor, read: set[str])
     if not isinstance(scale, torch.Tensor) or scale.ndim != 1 or scale.numel() == 1:
         names.pop("ch_axis", None)  # the scale's shape says it
     for low, high in _ranges(module):
-        cases = [
-            case for variant in _variants(module, names, low, high) for case in _cases(variant, names, x, low, high)
-        ]
-        cases.append(_Case(_recording(module, set()), x, fractional=False, ties=False))
+        settled = _settling(module, names, forward, x, low, high)
+        variants, present = list(_variants(module, names, low, high)), _recording(module, set())
+        for made in (present, *(made for made, _ in variants)):
+            _settle(made, names, settled)
+        cases = [case for variant in variants for case in _cases(variant, names, x, low, high)]
+        cases.append(_Case(present, x, fractional=False, ties=False))
         theirs = [_tried(case.module, forward, case.x, _learned(case.module, names)) for case in cases]
         kinds: list = [AdaRound(False), AdaRound(True)] if "alpha" in names else CONVENTIONS
         forms = [
-            Form(kind, names, low, high, lsq) for kind in kinds for lsq in (False, True) if not (lsq and high <= 0)
+            Form(kind, names, low, high, lsq, settled)
+            for kind in kinds
+            for lsq in (False, True)
+            if not (lsq and high <= 0)
         ]
         pairs = list(zip(cases, theirs, strict=True))
         whole, parts = ([pair for pair in pairs if pair[0].fractional == wanted] for wanted in (False, True))
-        left = (form for form in forms if _computes_all(form, whole))
+        left = (
+            form
+            for agree in TIES
+            for form in forms
+            if (agree == TIES[0] or form.lsq_factor) and _computes_all(form, whole, agree)
+        )
         first = next(left, None)
         if first is None:
             continue
-        if known := next((form for form in chain([first], left) if _computes_all(form, parts)), None):
+        if known := next((form for form in chain([first], left) if _computes_all(form, parts, TIES[-1])), None):
             return known
         # What rounds no zero point is computed where it is an integer: our op refuses others, at the call.
         if isinstance(first.kind, Convention):
             first = replace(first, kind=replace(first.kind, zero_point_rounding=None))
-        if _computes_all(first, whole):
+        if _computes_all(first, whole, TIES[-1]):
             return first
     raise Unlike("it computes otherwise than any quantizer that we know")
 
@@ -210,6 +229,14 @@ def _recording(module: nn.Module, read: set[str], x: torch.Tensor | None = None)
     return made
 
 
+class _Writes(Unlike):
+    """A pass changes tensors of its own."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__("its forward pass changes a tensor of its own")
+        self.names = names
+
+
 class _Stop(Exception):
     """A pass changes its module, or reads what nobody can follow."""
 
@@ -221,13 +248,13 @@ def _tried(module: nn.Module, forward: Callable, x: torch.Tensor, learned: dict[
         Unlike: it fails, changes the copy, or draws.
     """
     held = vars(module)  # by which nothing is noted
-    tensors = [
-        value
+    tensors = {
+        name: value
         for values in (held, held["_parameters"], held["_buffers"])
-        for value in values.values()
+        for name, value in values.items()
         if isinstance(value, torch.Tensor)
-    ]
-    before = [t.detach().clone() for t in tensors]
+    }
+    before = {name: t.detach().clone() for name, t in tensors.items()}
     drawn, python = torch.random.get_rng_state(), random.getstate()
     moved = False
 
@@ -245,9 +272,56 @@ def _tried(module: nn.Module, forward: Callable, x: torch.Tensor, learned: dict[
         raise
     if moved:
         raise Unlike("its forward pass draws random numbers")
-    if not all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True)):
-        raise Unlike("its forward pass changes a tensor of its own")
+    if changed := {name for name, t in tensors.items() if not torch.equal(before[name], t)}:
+        raise _Writes(changed)
     return found
+
+
+def _settling(
+    module: nn.Module, names: dict[str, str], forward: Callable, x: torch.Tensor, low: int, high: int
+) -> dict[str, Callable]:
+    """What a pass makes of its scale and zero point in place, by role: it raises a scale to the least it may be, and
+    clamps a zero point to the range or sets it to zero, as MQBench's quantizers do.
+
+    Raises:
+        Unlike: it changes them otherwise, or another tensor.
+    """
+    own = {
+        r: names[r]
+        for r in ("scale", "zero_point")
+        if isinstance(getattr(module, names.get(r, ""), None), torch.Tensor)
+    }
+    pairs: dict[str, list] = {role: [] for role in own}
+    for size, shift in ((2.0**-30, 3), (1.0, low - 5), (1.0, high + 5), (-1.0, 3), (1.0, None)):
+        if size < 0 and all(torch.equal(*pair) for pair in pairs.get("scale", [])):
+            continue  # it raises none, and may not take a negative one
+        made = _recording(module, set()) if shift is None else _variant(module, names, size, shift)
+        before = {role: getattr(made, name).detach().clone() for role, name in own.items()}
+        try:
+            _tried(made, forward, x, {})
+        except _Writes as writes:
+            if not writes.names <= set(own.values()):
+                raise
+        for role, name in own.items():
+            pairs[role].append((before[role], getattr(made, name).detach()))
+    found = {}
+    for role, changes in pairs.items():
+        least = min(float(after.min()) for _, after in changes)
+        ways: list[Callable] = [torch.Tensor.detach, lambda z: z.clamp(low, high), torch.zeros_like]
+        if role == "scale":
+            ways = [torch.Tensor.detach, lambda s, e=least: s.clamp(min=e), lambda s, e=least: s.abs().clamp(min=e)]
+        way = next((way for way in ways if all(torch.equal(way(before), after) for before, after in changes)), None)
+        if way is None:
+            raise _Writes({own[role]})
+        if way is not ways[0]:
+            found[role] = way
+    return found
+
+
+def _settle(module: nn.Module, names: dict[str, str], settled: dict[str, Callable]) -> None:
+    for role, way in settled.items():
+        values = getattr(module, names[role]).data
+        values.copy_(way(values))
 
 
 @dataclass(frozen=True)
@@ -262,22 +336,45 @@ def _variants(module: nn.Module, names: dict[str, str], low: int, high: int) -> 
     """Copies with other scales, zero points and α, and whether the zero point is no integer."""
     zero = getattr(module, names["zero_point"]) if "zero_point" in names else None
     floating = isinstance(zero, float) or (isinstance(zero, torch.Tensor) and zero.is_floating_point())
-    shifts: list[float] = [0] if zero is None else [3, low - 5, high + 5, *([3.3] if floating else [])]
-    for shift, size in [(shifts[0], 2.0**-30), *((shift, 1.0) for shift in shifts)]:  # a tiny scale may be raised
-        made = _recording(module, set())
-        for role, name in names.items():
-            value = getattr(module, name)
-            if role == "scale":
-                other = another(value, lambda n, size=size: size * uneven(n), torch.mul)
-            elif role == "zero_point":
-                other = another(value, lambda n, s=shift: s + 2.0 * (torch.arange(n) % 2), lambda _, by: by)
-            elif role == "alpha":
-                draws = torch.Generator().manual_seed(0)
-                other = (2 * torch.randn(value.shape, generator=draws)).to(value.device)
-            else:
-                continue
-            _put(made, name, other)
-        yield made, shift == 3.3
+    first = 0 if zero is None else 3
+    shifts: list[float] = [first] if zero is None else [first, low - 5, high + 5, *([3.3] if floating else [])]
+    size = _telling(getattr(module, names["scale"]), low - first, high - first)
+    for shift, by in [(first, 2.0**-30), *((shift, 1.0) for shift in shifts)]:  # a tiny scale may be raised
+        yield _variant(module, names, by * size, shift), shift == 3.3
+
+
+def _telling(scale: torch.Tensor | float, low: int, high: int) -> float:
+    """A factor under which x/s and x·(1/s) round some tie of a trial to different integers: of half of all scales none
+    does."""
+    for size in (1 + k / 64 for k in range(64)):
+        s = (
+            torch.as_tensor(another(scale, lambda n, by=size: by * uneven(n), torch.mul))
+            .detach()
+            .float()
+            .reshape(-1, 1)
+        )
+        x = around_ends(low, high, (LEAST,), s.device) * s
+        if not torch.equal(*((v.round().clamp(low, high)) for v in (x / s, x * (1 / s)))):
+            return size
+    return 1.0
+
+
+def _variant(module: nn.Module, names: dict[str, str], size: float, shift: float) -> nn.Module:
+    """A copy with another α, scales of so many times the size and zero points from here on."""
+    made = _recording(module, set())
+    for role, name in names.items():
+        value = getattr(module, name)
+        if role == "scale":
+            other = another(value, lambda n: size * uneven(n), torch.mul)
+        elif role == "zero_point":
+            other = another(value, lambda n: shift + 2.0 * (torch.arange(n) % 2), lambda _, by: by)
+        elif role == "alpha":
+            draws = torch.Generator().manual_seed(0)
+            other = (2 * torch.randn(value.shape, generator=draws)).to(value.device)
+        else:
+            continue
+        _put(made, name, other)
+    return made
 
 
 def _put(module: nn.Module, name: str, value: Any) -> None:
@@ -366,13 +463,16 @@ def _learned(module: nn.Module, names: dict[str, str]) -> dict[str, torch.Tensor
     return {role: value for role, value in values.items() if isinstance(value, torch.Tensor) and value.requires_grad}
 
 
-def _computes_all(form: Form, pairs: list[tuple[_Case, Outcome]]) -> bool:
-    """Whether a form gives the same in all cases: a form with a factor in those without ties, since a factor on its
-    gradient may move a scale by its last bit."""
-    return all(_computes(form, case, theirs) for case, theirs in pairs if not (case.ties and form.lsq_factor))
+def _computes_all(form: Form, pairs: list[tuple[_Case, Outcome]], agree: str) -> bool:
+    """Whether a form gives the same in all cases, those of ties as far as they must agree (:data:`TIES`)."""
+    for case, theirs in pairs:
+        ties = agree if case.ties and form.lsq_factor else TIES[0]
+        if ties != "nothing" and not _computes(form, case, theirs, gradients=ties == TIES[0]):
+            return False
+    return True
 
 
-def _computes(form: Form, case: _Case, theirs: Outcome) -> bool:
+def _computes(form: Form, case: _Case, theirs: Outcome, gradients: bool) -> bool:
     """Values first, which are the cheaper ones."""
     module, x = case.module, case.x
     try:
@@ -387,6 +487,8 @@ def _computes(form: Form, case: _Case, theirs: Outcome) -> bool:
         return False
     if not torch.allclose(y, theirs.y, rtol=0 if exact else 1e-6, atol=bound, equal_nan=True):
         return False
+    if not gradients:
+        return True
     ours = outcome(lambda x: form(module, x), {"x": x}, _learned(module, form.names))
     given = {"scale": scale, "quant_min": form.quant_min, "quant_max": form.quant_max}
     given["grad_factor"] = form.grad_factor(x, scale)

@@ -55,6 +55,11 @@ CASES = {
     "LSQ's, signed": (lambda: stepped(True), "rounding='quotient', gradient='clamp-first'"),
     "LSQ's, unsigned": (lambda: stepped(False), "rounding='quotient', gradient='clamp-first'"),
     "an observer that is off": (observed, "rounding='quotient', gradient='round-first'"),
+    "MQBench's": (modules.LearnedFakeQuantizer, "rounding='reciprocal', gradient='round-first'"),
+    "MQBench's, channels": (
+        lambda: modules.LearnedFakeQuantizer(6, symmetric=True),
+        "rounding='reciprocal', gradient='round-first'",
+    ),
 }
 
 
@@ -138,6 +143,44 @@ def test_a_verdict_holds_under_its_conditions_alone(name, monkeypatch):
     for got, want in zip(results[1], results[0], strict=True):
         assert_same_bits(got + 0.0, want + 0.0)
     assert not torch.equal(results[0][0], results[0][1])
+
+
+def test_a_quotient_and_a_reciprocal_are_told_apart_whatever_the_scale():
+    with patch("standin") as patched:
+        for scale in torch.linspace(0.1, 0.9, 12):
+            states.ReciprocalQuantizer(scale)(X)
+        (record,) = (c for c in patched.classes if c.forms)
+    assert {form.partition(",")[0] for form in record.forms} == {"rounding='reciprocal'"}
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.3, 1e-9, -1e-9])
+@pytest.mark.parametrize("options", [{}, {"flip": False}, {"channels": 6}, {"channels": 6, "symmetric": True}])
+def test_what_a_pass_makes_of_its_grid_in_place_is_made_of_it(options, scale):
+    results = []
+    for replaced in (False, True):
+        module = modules.LearnedFakeQuantizer(**options)
+        patched = patch("standin") if replaced else None
+        module(X)
+        module.scale.data[-1], module.zero_point.data[0] = scale, 40.0
+        results.append((*gradients(module, X), module.state_dict()))
+    patched.undo()
+    (record,) = (c for c in patched.classes if c.forms)
+    assert record.forms.total() == 2 and not record.passed_on
+    (want, expected, theirs), (got, found, ours) = results
+    assert_same_bits(got + 0.0, want + 0.0)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_other_changes_in_place_are_the_originals():
+    module = modules.QuantizerThatDoublesItsScale()
+    with patch("standin") as patched:
+        for _ in range(2):
+            module(X)
+            module.scale.data.fill_(1e-4)
+        (record,) = (c for c in patched.classes if c.original is type(module))
+    assert set(record.passed_on) == {"its forward pass changes a tensor of its own"} and not record.forms
 
 
 def test_gradients_may_be_switched_off():

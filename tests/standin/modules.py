@@ -82,6 +82,47 @@ class ObservingQuantizer(nn.Module):
         return (q - self.zero_point) * self.scale
 
 
+class LearnedFakeQuantizer(nn.Module):
+    """As MQBench's: raises its scale and clamps its zero point in place, and calls torch's learnable ops."""
+
+    def __init__(self, channels=None, symmetric=False, flip=True):
+        super().__init__()
+        self.quant_min, self.quant_max = (-8, 7) if symmetric else (0, 15)
+        self.symmetric, self.flip, self.ch_axis = symmetric, flip, -1 if channels is None else 0
+        self.scale = nn.Parameter(torch.linspace(0.2, 0.4, channels or 1))
+        self.zero_point = nn.Parameter(torch.full_like(self.scale, 5.3))
+        self.register_buffer("eps", torch.tensor([1e-4]))
+        self.register_buffer("observer_enabled", torch.zeros(1, dtype=torch.uint8))
+        self.activation_post_process = nn.Identity()
+
+    def forward(self, x):
+        if self.observer_enabled[0] == 1:
+            self.activation_post_process(x.detach())
+        else:
+            if self.flip:
+                self.scale.data.abs_()
+            self.scale.data.clamp_(min=self.eps.item())
+        if self.symmetric:
+            self.zero_point.data.zero_()
+        else:
+            self.zero_point.data.clamp_(self.quant_min, self.quant_max)
+        factor = (x.numel() / self.scale.numel() * self.quant_max) ** -0.5
+        if self.ch_axis == -1:
+            return torch._fake_quantize_learnable_per_tensor_affine(
+                x, self.scale, self.zero_point, self.quant_min, self.quant_max, factor
+            )
+        return torch._fake_quantize_learnable_per_channel_affine(
+            x, self.scale, self.zero_point, self.ch_axis, self.quant_min, self.quant_max, factor
+        )
+
+
+class QuantizerThatDoublesItsScale(LearnedFakeQuantizer):
+    def forward(self, x):
+        if self.scale.max() < 1e-3:
+            self.scale.data.mul_(2)
+        return super().forward(x)
+
+
 class QuantizerOfFloors(UniformAffineQuantizer):
     """A fork that rounds down."""
 
