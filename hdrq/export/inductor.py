@@ -104,7 +104,8 @@ def opened(program: ExportedProgram | str | os.PathLike) -> ExportedProgram:
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise ValueError(
-            f"program must be a file of torch.export.save, got {os.fspath(program)}: {reason[0] if reason else error!r}"
+            f"program must be a file of torch.export.save, got {os.fspath(program)}: {reason[0] if reason else error!r}; "
+            "classes that the model returns must be imported before"
         ) from error
 
 
