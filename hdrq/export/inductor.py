@@ -102,9 +102,9 @@ def opened(program: ExportedProgram | str | os.PathLike) -> ExportedProgram:
     except FileNotFoundError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
-            f"program must be a file of torch.export.save, got {os.fspath(program)}: {reason[0] if reason else error!r}; "
+            f"program must be a file of torch.export.save, got {os.fspath(program)}: {reason}; "
             "classes that the model returns must be imported before"
         ) from error
 
