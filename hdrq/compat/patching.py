@@ -359,7 +359,7 @@ def _call(
     """What is called in a function's place."""
     order = tuple(roles.values())
     positional = all(p.kind is not p.KEYWORD_ONLY for p in signature.parameters.values())
-    as_form = itemgetter(*((*order, *DEFAULTS).index(role) for role in FORM))
+    as_form, rest = itemgetter(*((*order, *DEFAULTS).index(role) for role in FORM)), tuple(DEFAULTS.values())
     level = 3 if isinstance(record.original, type) else 2  # of the line that called, for warnings
     verdicts: dict[tuple, Convention | Noise | str] = {}  # by the kind of call: ours, or why it is the original
 
@@ -379,7 +379,7 @@ def _call(
                 verdicts[kind] = _compared(record.form, by_role, dict(zip(order, values, strict=True)))
             verdict = verdicts[kind]
             if not isinstance(verdict, str):
-                y = verdict(*as_form((*values, *DEFAULTS.values())))
+                y = verdict(*as_form((*values, *rest)))
                 record.calls += 1
                 return y
         except Refused as refused:  # a kind that our op never takes, else values that it does not take
