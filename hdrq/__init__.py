@@ -9,6 +9,7 @@ from hdrq.errors import BackendError, DivergenceError
 from hdrq.merging.adding import add
 from hdrq.merging.changes import Change
 from hdrq.merging.models import merge
+from hdrq.methods.post_merge import post_merge
 from hdrq.methods.post_training import quantize
 from hdrq.methods.reconstruct.memory import keep_freed_memory
 from hdrq.rng import rng_state
@@ -25,6 +26,7 @@ __all__ = [
     "load",
     "merge",
     "ops",
+    "post_merge",
     "quantize",
     "recipes",
     "report",

@@ -9,7 +9,20 @@ from hdrq._version import __version__
 try:
     import typer
 
-    from hdrq.cli import bench, demo, evaluate, export, import_, info, inspect, merge, parity, quantize, reproduce
+    from hdrq.cli import (
+        bench,
+        demo,
+        evaluate,
+        export,
+        import_,
+        info,
+        inspect,
+        merge,
+        parity,
+        post_merge,
+        quantize,
+        reproduce,
+    )
     from hdrq.cli.terminal import Commands
 except ImportError as error:
     sys.exit(f'hdrq: the command line needs {error.name}; pip install "hdrq[cli]"')
@@ -18,6 +31,7 @@ app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pret
 app.command()(info.info)
 app.command()(quantize.quantize)
 app.command()(merge.merge)
+app.command("post-merge")(post_merge.post_merge)
 app.command()(inspect.inspect)
 app.command()(evaluate.evaluate)
 app.command()(export.export)

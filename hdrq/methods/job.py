@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from hdrq.calibrate.report import RunReport, report_of
 from hdrq.checkpoint.files import check_room, output_path
 from hdrq.checkpoint.loading import float_dtype, load_float
 from hdrq.checkpoint.saving import check_storable, save
+from hdrq.methods.post_merge import METHODS, post_merge
 from hdrq.methods.post_training import quantize
 from hdrq.quantizers.provenance import origin, set_origin
 
@@ -167,6 +168,53 @@ def execute(run: Run, progress: Callable[[Step], None] | bool = True) -> nn.Modu
     if run.out is not None:
         _save(quantized, run.out)
     return quantized
+
+
+def post_merge_files(
+    paths: Sequence[str | os.PathLike],
+    data: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    model: str,
+    model_args: Mapping[str, Any] | None = None,
+    base: str | os.PathLike | None = None,
+    samples: int | None = 256,
+    resize: int = 256,
+    crop: int = 224,
+    method: str = "epmq",
+    **options: Any,
+) -> nn.Module:
+    """:func:`post_merge` of experts in files, into a file that :func:`hdrq.load` reads.
+
+    Args:
+        paths: the experts' states, each a path that :func:`hdrq.checkpoint.loading.read_state` reads.
+        data: for each expert, a path that :func:`hdrq.calibrate.images.load_data` reads.
+        out: the quantized model.
+        model: the architecture, ``"module:factory"``; ``model_args`` are the factory's.
+        base: the state that the experts were trained from.
+        samples: of each task, at most; None for all. ``resize`` and ``crop`` are for images.
+        method, options: of :func:`post_merge`, but ``"regmean"``, whose result is not quantized.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: "X must be …, got …".
+        OSError: ``out`` cannot be written.
+    """
+    checks.choice("method", method, tuple(name for name in METHODS if name != "regmean"))
+    output_path(out)
+    if len(data) != len(paths):
+        raise ValueError(f"data must be as many as the experts, {len(paths)}, got {len(data)}")
+    arguments = dict(model_args or {})
+    experts = [load_float(model, arguments, os.fspath(path)) for path in paths]
+    origin_model = None if base is None else load_float(model, arguments, os.fspath(base))
+    if experts:
+        check_storable(experts[0])
+    calibration = [load_data(path, resize=resize, crop=crop, limit=samples) for path in data]
+    calibration = [x.to(float_dtype(expert)) for x, expert in zip(calibration, experts, strict=True)]
+    result = post_merge(experts, calibration, origin_model, method=method, **options)
+    run = {"samples": samples, "resize": resize, "crop": crop}
+    set_origin(result, {**origin(result), "architecture": {"factory": model, "arguments": arguments}, "run": run})
+    _save(result, os.fspath(out))
+    return result
 
 
 def _save(model: nn.Module, path: str) -> None:

@@ -47,7 +47,7 @@ class LayerWise:
         lam: see :func:`hdrq.calibrate.least_squares.anchored`.
         weighting: a_t: ``"count"``, 1 over the task's rows, or ``"norm"``, 1 over the Frobenius norm of its moments.
         solve_bias: whether biases are solved for with the weights, as the weight of an input that is always 1.
-        moments: where they come from elsewhere than the unit's own inputs: a layer's of each task, by name.
+        moments: where they come from elsewhere than the unit's own inputs: of each task, of a unit's layer by name.
         search: gives a weight's quantizer the scale for what it now is; not called where nothing has moved it.
         rounds: whether weights are rounded at all.
     """
@@ -59,11 +59,14 @@ class LayerWise:
     lam: float = 0.0
     weighting: str = "count"
     solve_bias: bool = False
-    moments: Callable[[str], list[Moments] | None] | None = None
+    moments: Callable[[Unit, str], list[Moments] | None] | None = None
     search: Callable[[WeightQuantizer, torch.Tensor], None] | None = None
     rounds: bool = True
 
-    fits = PARTS
+    @property
+    def fits(self) -> tuple[str, ...]:
+        """Weights, and where they are rounded the activations too, whose scales stay."""
+        return PARTS if self.rounds else ("weights",)
 
     @torch.no_grad()
     def fit(self, unit: Unit, journal: Journal) -> Fitted:
@@ -143,7 +146,7 @@ class LayerWise:
     def _moments(self, unit: Unit, layers: Sequence[QuantizedLayer]) -> list[Moments] | None:
         """The moments of what a weight reads, of each task; of several layers that share it, their sum."""
         if self.moments is not None:
-            parts = [self.moments(layer.name) for layer in layers]
+            parts = [self.moments(unit, layer.name) for layer in layers]
         else:
             parts = [unit_moments(unit, layer.name, self.tasks or [(0, unit.count)]) for layer in layers]
         if not all(parts):

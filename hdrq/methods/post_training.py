@@ -190,18 +190,22 @@ def fit(
     facts: Mapping[str, Any],
     folder: Workdir | None = None,
     checkpoint_every: int = 0,
+    reaching: list[Call] | None = None,
+    rounds: bool = True,
 ) -> tuple[nn.Module, nn.Module]:
     """What :func:`quantize` does once its arguments are checked: prepare, attach quantizers, walk, report.
 
     Args:
         methods: of the walks, one after the other, for the model with its quantizers; none rounds to nearest.
         facts: more of the manifest.
+        reaching: samples that scales of activations are searched on; None for the first.
+        rounds: whether weights are rounded at the end, and inputs quantized; else the methods fit weights in float.
 
     Returns:
         The quantized model, and the model in full precision that it was made of.
     """
     began = time.perf_counter()
-    reaching = first_samples(batches, max(plan.range_samples, REACHING))
+    reaching = reaching or first_samples(batches, max(plan.range_samples, REACHING))
     first, example = run_all(batches[:1], "model must run on calibration"), run_all(reaching)
     ready = prepare(model, first, example, bits, blocks=blocks, attention=plan.attention)
     full, quantized, units = ready.full, ready.quantized, ready.units
@@ -212,7 +216,8 @@ def fit(
     check_finite(full, batches if walks else reaching, units)
     placement = attach_quantizers(quantized, reaching, bits, plan, units, ready.operands, seed)
     share = coverage(quantized, full, example, sum(call.size for call in reaching))
-    warn_of_float(quantized, full, share, bits)
+    if rounds:
+        warn_of_float(quantized, full, share, bits)
     if plan.attention:
         warn_of_products(quantized, share)
 
@@ -252,7 +257,8 @@ def fit(
                 error.model = round_to_nearest(quantized)
                 raise
         report.cache_peak = store.peak
-    round_to_nearest(quantized)
+    if rounds:
+        round_to_nearest(quantized)
     warn_of_layers(report)
     report.errors = errors() if walks else report.nearest
     report.seconds, report.peak_memory = time.perf_counter() - began, peak_memory(device_of(full))

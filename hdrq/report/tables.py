@@ -114,6 +114,19 @@ def added_table(report: AddReport):
     return result
 
 
+def layers_table(report: RunReport):
+    """The layers of a run in closed form as a :class:`rich.table.Table`: what their objective came to."""
+    result = Table(title=f"{report.recipe}: the objective, layer by layer", box=None)
+    result.add_column("layer")
+    for name in ("to nearest", "before rounding", "result", "unexcited"):
+        result.add_column(name, justify="right")
+    result.add_column("note")
+    for layer in (layer for block in report.blocks for layer in block.layers):
+        errors = (f"{value:.4g}" for value in (layer.nearest, layer.best, layer.error))
+        result.add_row(shown(layer.name), *errors, f"{layer.unexcited:,}", shown(layer.note))
+    return result
+
+
 def write_rows(rows: Sequence[Row], folder: Path, facts: dict, name: str = "table") -> None:
     """``table.csv``, and ``table.json`` with ``facts`` (settings, versions) beside the rows."""
     text = io.StringIO(newline="")

@@ -1,0 +1,64 @@
+"""``hdrq post-merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hdrq.cli.terminal import console
+
+
+def post_merge(
+    files: Annotated[list[Path], typer.Argument(help="The experts' states in full precision.")],
+    model: Annotated[str, typer.Option(help="Their architecture: module:factory.")],
+    data: Annotated[list[Path], typer.Option(help="Images, .npy or .safetensors of an expert's task. Once for each.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The quantized model, safetensors.")],
+    base: Annotated[Path | None, typer.Option(help="The state that the experts were trained from.")] = None,
+    merge: Annotated[str, typer.Option(help="average, task-arithmetic or ties.")] = "average",
+    method: Annotated[str, typer.Option(help="epmq, gptq, awq or rtn.")] = "epmq",
+    bits: Annotated[str, typer.Option(help="Bits of weights and activations.")] = "W4A16",
+    group_size: Annotated[
+        int, typer.Option(help="Inputs of a linear layer that share a scale; 0: each channel.")
+    ] = 128,
+    lam: Annotated[float | None, typer.Option(help="Pull towards the merge, relative; 0.01 for epmq.")] = None,
+    weighting: Annotated[str, typer.Option(help="Of tasks: count or norm.")] = "count",
+    stream: Annotated[str | None, typer.Option(help="Inputs of the merged model or of the experts; merged.")] = None,
+    bias: Annotated[str | None, typer.Option(help="solve, or keep the merge's; solve for epmq.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Of the task vectors; 0.3, with ties 1.")] = None,
+    keep: Annotated[float, typer.Option(help="TIES: the share of each task vector that is kept.")] = 0.2,
+    aggregate: Annotated[str, typer.Option(help="TIES: mean or sum.")] = "mean",
+    trim: Annotated[str, typer.Option(help="TIES: of the whole vector, or of each tensor.")] = "whole",
+    samples: Annotated[int, typer.Option(help="How many samples of each task are read.")] = 256,
+    resize: Annotated[int, typer.Option(help="The shorter side of an image, pixels.")] = 256,
+    crop: Annotated[int, typer.Option(help="The sides of its middle, pixels.")] = 224,
+    seed: Annotated[int, typer.Option(help="Of the elements that ranges are searched on.")] = 0,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any field of the recipe: name=value.")] = None,
+) -> None:
+    """Merge experts in full precision and quantize the merge, guided by the experts on a few samples of each."""
+    from hdrq.calibrate.report import report_of
+    from hdrq.methods.job import parse_setting, post_merge_files
+    from hdrq.report.tables import layers_table
+
+    options: dict[str, Any] = {
+        "base": base,
+        "merge": merge,
+        "method": method,
+        "bits": bits,
+        "group_size": group_size or None,
+        "lam": lam,
+        "weighting": weighting,
+        "stream": stream,
+        "bias": bias,
+        "merge_options": {"scale": scale, "keep": keep, "aggregate": aggregate, "trim": trim},
+        "samples": samples,
+        "resize": resize,
+        "crop": crop,
+        "seed": seed,
+    }
+    options |= dict(parse_setting(text) for text in set_ or [])
+    result = post_merge_files(files, data, out, model=model, **options)
+    report = report_of(result)
+    console.print(layers_table(report))
+    console.print(f"quantized: {report.coverage}", highlight=False, soft_wrap=True)
