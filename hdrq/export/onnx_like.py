@@ -178,8 +178,8 @@ class _Filled:
     def fill(self, source: Reader | OnnxWriter) -> None:
         """Take every number from a file that fits."""
         graph = self.graph
-        for name in set(graph.plain) - set(graph.stored):
-            self._digests[name] = ()  # it stays, and no quantizer may have it
+        for name in set(graph.plain) - set(graph.stored):  # they stay, and a quantizer that differs gets its own
+            self._digests[name] = () if graph.kind(name) == "STRING" else self._now(name).digest
         for name in graph.stored:
             value = source.tensor(name)
             data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -205,7 +205,7 @@ class _Filled:
     def apply(self, location: str) -> None:
         """Put the numbers into the graph; ``location`` is the name of the file beside it."""
         for name in sorted(self._external - self._places.keys()):
-            self._put(name, Raw.of(self.graph.array(name), self.graph.kind(name)))
+            self._put(name, self._now(name))
         graph = self.graph.proto.graph
         declared = {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.input)}
         for name, raw in self._data.items():
@@ -273,14 +273,14 @@ class _Filled:
         return WeightForm(kind.name, values, np.where(turned, -scale.numpy(), scale.numpy()), zeros, None)
 
     def _fill_grid(self, name: str, grid: Grid, bounds: Sequence[int], scale: np.ndarray) -> None:
-        """The range in the graph's type; the zero point stays where it can."""
+        """The range in the graph's type: a zero point of 0 stays where it can, else bounds stay where they can."""
         low, high, kind = *bounds, grid.type
         first, last = max(kind.low - low, kind.low), min(kind.high - high, kind.high)  # of the zero points that hold it
         if first > last or (high - low < kind.high - kind.low and not grid.clips):
             levels = "" if grid.clips else f"{kind.high - kind.low + 1} integers and "
             raise ValueError(f"range of {name} must have {levels}a zero point in {kind.name}, got [{low}, {high}]")
         now = int(self.graph.array(grid.zero_point).reshape(())) if grid.zero_point else 0
-        zero = min(max(now, first), last)
+        zero = min(max(0 if now == 0 else grid.low - low, first), last)
         self._steps[id(grid)] = self._set_scale(name, grid, scale.reshape(self.graph.dims(grid.scale)))
         self._set_zero_point(
             grid, np.full(self.graph.dims(grid.zero_point) if grid.zero_point else (), zero), kind.name
@@ -345,8 +345,11 @@ class _Filled:
                 self._beside.write(raw.data)
             self._places[name] = start, len(raw.data)
             self._data[name] = raw._replace(data=b"")
-        elif raw.digest != Raw.of(self.graph.array(name), self.graph.kind(name)).digest:
+        elif raw.digest != self._now(name).digest:
             self._data[name] = raw
+
+    def _now(self, name: str) -> Raw:
+        return Raw.of(self.graph.array(name), self.graph.kind(name))
 
 
 def _values(source: Reader | OnnxWriter, name: str, facts: dict[str, Any]) -> tuple:

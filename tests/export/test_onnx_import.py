@@ -272,6 +272,16 @@ def test_a_bias_with_a_zero_point_and_steps_of_its_own_keeps_them(tmp_path):
     assert np.abs((result["a.bias_quantized"] - 500) * 1e-4 - mean).max() <= 0.5001e-4
 
 
+def test_steps_of_a_bias_that_are_nearly_a_product_stay(tmp_path):
+    path = quantize_static(tmp_path / "a.onnx", 1)
+    model = onnx.load(path)
+    step = next(t for t in model.graph.initializer if t.name == "a.bias_quantized_scale")
+    near = np.nextafter(numpy_helper.to_array(step), np.float32(1))
+    step.CopyFrom(numpy_helper.from_array(near, step.name))
+    onnx.save(model, path)
+    assert onnx.load(merged([path, path], tmp_path)).graph == onnx.load(path).graph
+
+
 def test_a_bias_that_int32_cannot_hold_is_named(tmp_path):
     path = quantize_static(tmp_path / "a.onnx", 1)
     read_onnx(path, tmp_path / "a.safetensors")
@@ -340,7 +350,7 @@ def adapted(seed, bits, **options):
 
 OURS = [
     ("W3A3", "onnxruntime", {"per_channel": True}),
-    ("W4A8", "standard", {"affine_weights": True, "per_channel": True}),
+    ("W4A8", "standard", {"affine_weights": True}),  # in types that differ between the two
     ({"stem": "W8A8", "*": "W4A8"}, "openvino", {"affine_weights": True, "group_size": 4}),
 ]
 
@@ -357,6 +367,8 @@ def test_files_of_ours_have_the_codes_that_hdrq_had(bits, runtime, options, tmp_
         assert _agree(tmp_path / f"{k}.safetensors", tmp_path / f"{k}.read") == 4
         write_like(tmp_path / f"{k}.read", tmp_path / f"{k}.onnx", tmp_path / "again.onnx")
         assert onnx.load(tmp_path / "again.onnx").graph == onnx.load(tmp_path / f"{k}.onnx").graph
+    kinds = [{t.name: t.data_type for t in onnx.load(tmp_path / f"{k}.onnx").graph.initializer} for k in range(2)]
+    assert (kinds[0] == kinds[1]) == (runtime != "standard")
     merge_files([tmp_path / "0.safetensors", tmp_path / "1.safetensors"], tmp_path / "m.safetensors")
     merge_files([tmp_path / "0.read", tmp_path / "1.read"], tmp_path / "m.read")
     assert _agree(tmp_path / "m.safetensors", tmp_path / "m.read") == 4
@@ -596,15 +608,46 @@ def test_one_constant_of_two_quantizers_becomes_two_where_they_differ(tmp_path):
     assert (constants["x_zero"], constants["x_zero.1"]) == (127, 110)
 
 
-def test_ranges_that_a_clip_narrows(tmp_path):
+@pytest.mark.parametrize(("low", "zeros", "merged_zero"), [(0, (3, 0), 1), (10, (13, 10), 11), (None, (3, 0), 1)])
+def test_ranges_that_a_clip_narrows(low, zeros, merged_zero, tmp_path):
+    """Its bounds stay and the zero point moves; a Clip without a lower bound gets none that it does not need."""
     paths = []
-    for k, (zero, low) in enumerate([(3, 0), (0, 0)]):
+    for k, zero in enumerate(zeros):
         held = {"x_scale": np.float32(0.1 + 0.2 * k), "x_zero": np.uint8(zero)}
-        held |= {"low": np.uint8(low), "high": np.uint8(low + 7)}
+        held |= {"low": np.uint8(low or 0), "high": np.uint8((low or 0) + 7)}
+        clip = helper.make_node("Clip", ["xq", "" if low is None else "low", "high"], ["xc"])
+        nodes = [clip, node("DequantizeLinear", "xc x_scale x_zero", "xd")]
+        paths.append(linear(tmp_path / f"{k}.onnx", k, nodes=nodes, constants=held))
+    result, manifest, _ = round_trip(paths, tmp_path)
+    assert manifest["inputs"] == {"x": [-1, 6]} and arrays(result)["x_zero"] == merged_zero
+
+
+def test_a_constant_that_others_read_too_stays_for_them(tmp_path):
+    """A type that no tensor of a file has is part of the graph, and a zero point moves."""
+    paths = []
+    for k, scale in enumerate((0.02, 0.1)):
+        held = {"w": helper.make_tensor("w", TensorProto.UINT4, W4, np.random.default_rng(k).integers(0, 16, 24))}
+        held |= {"w_zero": helper.make_tensor("w_zero", TensorProto.UINT4, (6,), [3, 4, 5, 6, 7, 8])}
+        held |= {
+            "w_scale": np.full(6, scale, np.float32),
+            "same": helper.make_tensor("same", TensorProto.UINT4, (6,), [k] * 6),
+        }
+        nodes = [node("DequantizeLinear", "w w_scale w_zero", "wd", axis=1)]
+        nodes += [node("MatMul", "xd wd", "y1"), node("Cast", "w_zero", "wz", to=1), node("Add", "y1 wz", "y")]
+        paths.append(linear(tmp_path / f"{k}.onnx", k, nodes=nodes, constants=held))
+    result, _, _ = round_trip(paths, tmp_path)
+    assert arrays(result)["w_zero"].astype(int).tolist() == [3, 4, 5, 6, 7, 8]
+
+
+def test_a_range_without_zero_point_has_none_after_the_merge(tmp_path):
+    """As TensorRT asks for it: int8, whose Clip moves."""
+    paths = []
+    for k, low in enumerate((-8, -4)):
+        held = {"x_scale": np.float32(0.1), "x_zero": np.int8(0), "low": np.int8(low), "high": np.int8(low + 15)}
         nodes = [node("Clip", "xq low high", "xc"), node("DequantizeLinear", "xc x_scale x_zero", "xd")]
         paths.append(linear(tmp_path / f"{k}.onnx", k, nodes=nodes, constants=held))
-    _, manifest, _ = round_trip(paths, tmp_path)
-    assert manifest["inputs"] == {"x": [-1, 6]}
+    constants = arrays(round_trip(paths, tmp_path)[0])
+    assert [int(constants[name]) for name in ("x_zero", "low", "high")] == [0, -6, 9]
 
 
 def test_a_weight_that_is_read_twice_is_stored_once(tmp_path):
