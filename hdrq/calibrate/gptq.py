@@ -77,7 +77,7 @@ def gptq(
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
     h = hessian.double() if order is None else hessian.double()[order][:, order]
     feedback = _feedback(h, dead if order is None else dead[order], damping)
-    w = weight.T.to(torch.float64, memory_format=torch.contiguous_format, copy=True)  # a column is a row here
+    w = weight.T.contiguous().to(torch.float64, copy=True)  # a column is a row here
     if zero_dead:
         w[dead] = 0.0
     places = range(columns) if order is None else order.tolist()

@@ -70,8 +70,8 @@ def post_merge(
     with that objective's own Hessian. Methods:
 
     - ``"epmq"``: that. It is written from E-PMQ's abstract, in its style; ``docs/post-merge.md`` says what is unknown.
-    - ``"gptq"``: every target is W_m itself: the same Hessian, rounding alone. With equal ``lam`` and ``bias``, the first
-      control.
+    - ``"gptq"``: every target is W_m itself: the same Hessian, rounding alone. With the ``lam`` and ``bias`` of
+      ``"epmq"``, the first control.
     - ``"regmean"``: W* without rounding, in full precision: RegMean, with λ = 0. With ``lam``, ``stream`` and
       ``bias`` of ``"epmq"``, the second control. It returns a plain model, BatchNorm folded.
     - ``"awq"``, ``"rtn"``: the merge, quantized by :class:`hdrq.methods.awq.AWQ`, or rounded to nearest.
