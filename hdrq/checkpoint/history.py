@@ -44,14 +44,18 @@ def history(manifest: Mapping[str, Any], sha256: Any = None, depth: int = 0) -> 
 
 def _what(manifest: Mapping[str, Any]) -> str:
     merge, added, recipe, origin = (manifest.get(key) for key in ("merge", "added", "recipe", "origin"))
+    calibrated, guided = (manifest.get(key) for key in ("calibrated", "post_merge"))
     if isinstance(merge, Mapping):
-        return _said("merged", merge)
+        own = calibrated if isinstance(calibrated, Mapping) else {}
+        return _said("merged", {key: fact for key, fact in merge.items() if not own or key == "weights"} | dict(own))
     if isinstance(added, Mapping):
         changes = added.get("changes")
         count = f"{len(changes)} change{'s' * (len(changes) != 1)}" if isinstance(changes, list) else "a change"
         return _said(f"{count} added", {key: fact for key, fact in added.items() if key != "changes"})
     if isinstance(recipe, Mapping):
         facts = {"recipe": recipe.get("name"), "bits": manifest.get("bits"), "seed": manifest.get("seed")}
+        if isinstance(guided, Mapping):
+            return _said("merged in float and quantized", {"merge": guided.get("merge"), **facts})
         return _said("quantized", facts)
     if isinstance(origin, Mapping):
         return _said("read", {key: fact for key, fact in origin.items() if key != "sha256"})

@@ -56,10 +56,20 @@ def merge(
     ] = None,
     scale: Annotated[list[float] | None, typer.Option(help="A factor on a change; 1. Once for each --add.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Of adapters without adapter_config.json.")] = None,
-    model: Annotated[str | None, typer.Option(help="With --add, the architecture: module:factory.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --add or --calibrate, the architecture: module:factory.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="With --add and --model: images, .npy or .safetensors, for rule calibrated.")
     ] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Images, .npy or .safetensors of a model's task: round for its inputs. Once for each model."),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="With --calibrate: the models' outputs (experts), or their mean weights (mean).")
+    ] = None,
+    lam: Annotated[float | None, typer.Option(help="With --calibrate: the pull towards the mean weights.")] = None,
     samples: Annotated[int, typer.Option(help="How many samples of the data are read.")] = 256,
     resize: Annotated[int, typer.Option(help="The shorter side of an image, pixels.")] = 256,
     crop: Annotated[int, typer.Option(help="The sides of its middle, pixels.")] = 224,
@@ -95,7 +105,21 @@ def merge(
         settings |= {"samples": samples, "resize": resize, "crop": crop}
         add_to_file(files, add, out, settings, report, as_json)
         return
-    _none_given({"minus": minus, "scale": scale, "alpha": alpha, "model": model, "data": data}, "without --add")
+    _none_given({"minus": minus, "scale": scale, "alpha": alpha, "data": data}, "without --add")
+    guided = {"target": target, "lam": lam}
+    if calibrate:
+        own: dict[str, Any] = {name: options.pop(name) for name in ("weights", "bits") if name in options}
+        _none_given(
+            {**options, "rule": rule, "report": report, "dry_run": dry_run or None, "json": as_json or None},
+            "with --calibrate",
+        )
+        if model is None:
+            raise ValueError("model must be given with --calibrate: layers must be run, got none")
+        settings = {"model": model, "seed": seed, "samples": samples, "resize": resize, "crop": crop, **own}
+        settings |= {name: value for name, value in guided.items() if value is not None}
+        merge_for_data(files, calibrate, out, settings)
+        return
+    _none_given({**guided, "model": model}, "without --calibrate")
     with progress_bar("merging") as show:
         options |= {**common, "progress": show}
         if out is None:
@@ -115,6 +139,16 @@ def merge(
         console.print(plain(found.verdict), highlight=False, markup=False, soft_wrap=True)
     if dry_run and found.verdict.startswith("not ready"):
         raise typer.Exit(1)
+
+
+def merge_for_data(files: list[Path], data: list[Path], out: Path | None, settings: dict[str, Any]) -> None:
+    """``hdrq merge --calibrate``."""
+    from hdrq.calibrate.report import report_of
+    from hdrq.methods.calibrated_merge import merge_calibrated_files
+    from hdrq.report.tables import layers_table
+
+    assert out is not None
+    console.print(layers_table(report_of(merge_calibrated_files(files, data, out, **settings))))
 
 
 def _none_given(options: dict[str, Any], when: str) -> None:

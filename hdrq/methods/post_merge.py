@@ -122,7 +122,7 @@ def post_merge(
     experts = list(experts)
     for k, expert in enumerate(experts):
         check_module(f"experts[{k}]", expert, bits)
-    by_task = _calls_of_tasks(experts, calibration)
+    by_task = calls_of_tasks(experts, calibration)
     checked = None if held_out is None else calibration_calls(held_out, "held_out")
     merged = _merged(experts, base, settings)
     rounds = method != "regmean"
@@ -141,7 +141,7 @@ def post_merge(
         search = partial(search_weight_scale, plan=plan)
         options: dict[str, Any] = {"lam": lam, "weighting": weighting, "solve_bias": bias == "solve"}
         return [
-            LayerWise(plan.damping, plan.act_order, _spans(by_task), targets, **options, moments=moments,
+            LayerWise(plan.damping, plan.act_order, spans(by_task), targets, **options, moments=moments,
                       search=search, rounds=rounds)
         ]  # fmt: skip
 
@@ -188,12 +188,14 @@ def _plan(method: str, group_size: int | None, knobs: Mapping[str, Any]) -> Reci
     return replace(make_recipe(named, **knobs), name=method)
 
 
-def _calls_of_tasks(experts: Sequence[nn.Module], calibration: Any) -> list[list[Call]]:
+def calls_of_tasks(experts: Sequence[nn.Module], calibration: Any, what: str = "experts") -> list[list[Call]]:
     """The calls of each task; samples have one shape in all of them."""
     if isinstance(calibration, torch.Tensor | str) or not isinstance(calibration, Sequence):
-        raise TypeError(f"calibration must be a list of data, one for each expert, got {type(calibration).__name__}")
+        raise TypeError(
+            f"calibration must be a list of data, one for each of the {what}, got {type(calibration).__name__}"
+        )
     if len(calibration) != len(experts):
-        raise ValueError(f"calibration must be as many data as the experts, {len(experts)}, got {len(calibration)}")
+        raise ValueError(f"calibration must be as many data as the {what}, {len(experts)}, got {len(calibration)}")
     found = []
     for k, (expert, data) in enumerate(zip(experts, calibration, strict=True)):
         found.append(calibration_calls(data, f"calibration[{k}]"))
@@ -207,7 +209,7 @@ def _calls_of_tasks(experts: Sequence[nn.Module], calibration: Any) -> list[list
     return found
 
 
-def _spans(by_task: Sequence[Sequence[Call]]) -> list[tuple[int, int]]:
+def spans(by_task: Sequence[Sequence[Call]]) -> list[tuple[int, int]]:
     """The first sample of each task, and the one after its last."""
     sizes = [sum(call.size for call in calls) for calls in by_task]
     return [(sum(sizes[:k]), sum(sizes[: k + 1])) for k in range(len(sizes))]

@@ -199,3 +199,32 @@ def test_inspect_says_which_values_are_broken(files, tmp_path, name, value, prob
     assert table.exit_code == found.exit_code == 1 and problem in table.stdout
     assert json.loads(found.stdout)["problems"] == [problem]
     assert json.loads(call("inspect", files[0], "--json").stdout)["problems"] == []
+
+
+def test_a_merge_is_calibrated_by_data_of_each_model(files, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    from hdrq.methods.calibrated_merge import merge_calibrated
+
+    monkeypatch.setattr("networks.factory", lambda: mergeable(9), raising=False)
+    tasks = [SAMPLES + k for k in range(3)]
+    for k, x in enumerate(tasks):
+        save_file({"x": x}, tmp_path / f"data{k}.safetensors")
+    data = [word for k in range(3) for word in ("--calibrate", tmp_path / f"data{k}.safetensors")]
+    line = (*files, *data, "-o", tmp_path / "out", "--target", "mean", "--weights", "0.5,0.25,0.25")
+    result = call("merge", *line, "--model", "networks:factory")
+    assert result.exit_code == 0 and "merge towards mean" in result.output
+    models = [hdrq.load(path, mergeable(5)) for path in files]
+    again = merge_calibrated(models, tasks, target="mean", weights=(0.5, 0.25, 0.25), progress=False)
+    assert torch.equal(hdrq.load(tmp_path / "out", mergeable(5))(SAMPLES), again(SAMPLES))
+    for options, message in (
+        (line, "model must be given with --calibrate"),
+        (
+            (*line, "--rule", "noise", "--model", "networks:factory"),
+            "rule must be left out with --calibrate, got noise",
+        ),
+        ((*files, "-o", tmp_path / "no", "--lam", 1), "lam must be left out without --calibrate, got 1.0"),
+        ((*line, *data[:2], "--model", "networks:factory"), "calibrate must be given as often as there are models, 3"),
+    ):
+        result = call("merge", *options)
+        assert result.exit_code and message in " ".join(result.output.split())

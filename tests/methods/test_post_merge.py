@@ -186,7 +186,7 @@ def test_bad_arguments_are_refused(change, message):
         return
     with pytest.raises(ValueError, match=message):
         merged(**change)
-    with pytest.raises(TypeError, match="calibration must be a list of data, one for each expert, got Tensor"):
+    with pytest.raises(TypeError, match="calibration must be a list of data, one for each of the experts, got Tensor"):
         merged(tasks=CALIBRATION)
 
 
