@@ -158,6 +158,26 @@ def test_what_awq_folds_leaves_the_float_network_as_it_was():
     assert moved and (model(TOKENS) - want).norm() < 2e-3 * want.norm()
 
 
+def test_scales_of_activations_follow_what_awq_folds():
+    model, before = (
+        awq(bits={"*": "W3A8"}),
+        hdrq.quantize(transformer(), TOKENS, "rtn", bits={"*": "W3A8"}, attention=False),
+    )
+    read = {}
+    for name in ("1.q", "1.gate", "1.down", "2.gate"):
+        model.get_submodule(name).input_quantizer.register_forward_pre_hook(
+            lambda _, args, name=name: read.setdefault(name, args[0])
+        )
+    model(TOKENS)
+    moved = 0
+    for name, x in read.items():
+        quantizer, old = (m.get_submodule(name).input_quantizer for m in (model, before))
+        moved += abs(float(quantizer.scale / old.scale) - 1) > 0.2
+        used = float(x.max() - x.min()) / float(quantizer.scale * (quantizer.qmax - quantizer.qmin))
+        assert 0.45 < used < 1.5, name
+    assert moved > 1
+
+
 def test_awq_leaves_alone_what_more_than_one_thing_reads():
     class Shared(nn.Module):
         def __init__(self):

@@ -8,6 +8,7 @@ from torch import nn
 
 import hdrq
 from hdrq.calibrate.data import calibration_calls
+from hdrq.calibrate.gptq import gptq
 from hdrq.calibrate.least_squares import anchored
 from hdrq.calibrate.moments import second_moments
 from hdrq.evaluate.averaging import average
@@ -99,6 +100,27 @@ def test_solved_biases_are_the_best_that_the_weights_allow(guided, folded):
     merge = average(folded).get_submodule(name).bias
     pull = 0.01 * (layer.bias - merge).double()  # of the anchor, at most of this order
     assert (sum(errors).abs().mean() - pull.abs().mean()) < 0.1 * size
+
+
+def test_with_biases_solved_weights_are_rounded_for_what_a_bias_cannot_make_up(guided, folded):
+    own = [second_moments(guided, calibration_calls(x), ["3"])["3"] for x in TASKS]
+    merge = merged(method="regmean", lam=1e12)[3]
+    layers = (merge, *(model[3] for model in folded))
+    merge, *experts = (torch.cat([own[0].matrices(m.weight)[0], m.bias[:, None]], 1) for m in layers)
+    found = anchored(merge, experts, [m.with_ones()[0] for m in own], [1 / m.rows for m in own], 0.01)
+    h = found.hessian
+    rest = h[:-1, :-1] - torch.outer(h[:-1, -1], h[-1, :-1]) / h[-1, -1]
+    layer = quantized_layers(guided)["3"]
+    quantizer, weight = layer.weight_quantizer, found.weight[:, :-1]
+    codes, joint = (gptq(weight, each, quantizer.scale, -8, 7).codes for each in (rest, h[:-1, :-1]))
+    got = own[0].matrices(quantizer.codes(layer.latent))[0]
+    assert (got != codes).float().mean() < 0.01 < (got != joint).float().mean()
+
+
+def test_scales_of_activations_are_searched_on_every_task():
+    tasks = [TASKS[0], TASKS[0], TASKS[0] * 8]
+    for quantizer in (merged(tasks=tasks, bits={"*": "W8A8"}, method=m)[0].input_quantizer for m in ("epmq", "rtn")):
+        assert float(quantizer.scale) * quantizer.qmax > 0.5 * tasks[2].max()
 
 
 def test_equal_experts_are_quantized_as_one_model_is():
