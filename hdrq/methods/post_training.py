@@ -219,7 +219,7 @@ def fit(
     if rounds:
         warn_of_float(quantized, full, share, bits)
     if plan.attention:
-        warn_of_products(quantized, share)
+        warn_of_products(quantized, share, bits)
 
     def errors() -> dict[str, float]:
         return {} if checked is None else accumulated_errors(quantized, full, checked, units)

@@ -125,7 +125,7 @@ def _macs(quantized: nn.Module, full: nn.Module, run: Callable) -> tuple[int, in
 def warn_of_float(quantized: nn.Module, full: nn.Module, found: Coverage, bits: str | Mapping[str, str]) -> None:
     """Warn where much stays in full precision that no pattern ``"float"`` of ``bits`` asks for; name the largest."""
     weights = _weights(quantized, full)
-    kept = [pattern for pattern, text in bits.items() if text == "float"] if isinstance(bits, Mapping) else []
+    kept = _kept_float(bits)
     left = {
         name: p.numel()
         for name, p in full.named_parameters()
@@ -142,18 +142,29 @@ def warn_of_float(quantized: nn.Module, full: nn.Module, found: Coverage, bits: 
     )
 
 
-def warn_of_products(quantized: nn.Module, found: Coverage) -> None:
-    """Warn of products of activations whose operands nothing quantizes, in a model that quantizes activations."""
+def warn_of_products(quantized: nn.Module, found: Coverage, bits: str | Mapping[str, str]) -> None:
+    """Warn of products of activations whose operands nothing quantizes, in a model that quantizes activations.
+
+    Those in modules that a pattern ``"float"`` of ``bits`` asks for are left out. So is a module that holds a matrix
+    itself: the counter does not tell its products of activations from those of the matrix.
+    """
     if found.macs is None or not input_quantizers(quantized):
         return
-    large = {name: n for name, n in found.products.items() if n >= SOME * found.macs[1]}
+    kept, least = _kept_float(bits), SOME * found.macs[1]
+    large = {name: n for name, n in found.products.items() if n >= least and not any(matches(name, k) for k in kept)}
     if large:
         shown = checks.listed(repr(name or "the model itself") for name in sorted(large, key=lambda name: -large[name]))
         warnings.warn(
             f"{_share(sum(large.values()), found.macs[1])} of the multiply-adds are products of activations that stay "
-            f"in full precision, in {shown}: attentions of an unknown structure; attention=False says that it is meant",
+            f"in full precision, in {shown}: attentions of an unknown structure; attention=False, or the pattern "
+            '"float", says that it is meant',
             stacklevel=6,
         )
+
+
+def _kept_float(bits: str | Mapping[str, str]) -> list[str]:
+    """The patterns that ask for full precision."""
+    return [pattern for pattern, text in bits.items() if text == "float"] if isinstance(bits, Mapping) else []
 
 
 def _share(part: int, whole: int) -> str:

@@ -100,6 +100,7 @@ def test_products_that_no_attention_of_a_known_structure_has_are_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         covered(model, 3, 5, 8, attention=False)  # as it is meant
+        covered(model, 3, 5, 8, bits={"1": "float", "*": "W4A4"})
         covered(nn.Sequential(nn.Linear(8, 8), Sdpa()), 3, 5, 8)  # a known one
 
 
