@@ -38,7 +38,7 @@ def _tables(results: Results) -> list[str]:
     named = {0: "single models, mean over targets", 1: "pairs, mean over pairs", max(counts): "all targets"}
     tables = []
     for count in counts:
-        for rule in ["", *RULES] if count == 0 else RULES:
+        for rule in [""] if count == 0 else RULES:
             lines = _by_bits(results, TABLE, kinds[count], rule)
             if lines:
                 title = f"{named.get(count, f'{count + 1} targets')}{f', merged: {rule}' if rule else ''}"
