@@ -48,8 +48,11 @@ def _tables(results: Results) -> list[str]:
     most = kinds[max(counts)]
     if lines := _by_bits(results, INCREMENTS, most, "systematic"):
         tables.append(_titled("One part after another, all targets, merged: systematic", lines))
-    if lines := _rules(results, most):
-        tables.append(_titled("Rules of the merge, less nearest, all targets, mean over learned methods", lines))
+    for count in counts[1:]:
+        if lines := _rules(results, kinds[count]):
+            of = named.get(count, f"{count + 1} targets")
+            title = f"Rules of the merge, less nearest, {of}, mean over methods that learn"
+            tables.append(_titled(title, lines))
     return tables
 
 
