@@ -71,8 +71,12 @@ def test_architectures_are_exported_whole(name):
         torch.testing.assert_close(output(program.module(), part), output(model, part), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("bits", ["W8A8", "W3A3", "W2A5"])
-@pytest.mark.parametrize("options", [{}, {"per_channel": True}, {"per_channel": True, "affine_weights": True}])
+AFFINE = {"per_channel": True, "affine_weights": True}
+
+
+@pytest.mark.parametrize(
+    ("bits", "options"), [("W8A8", {"per_channel": True}), ("W8A8", AFFINE), ("W3A3", {}), ("W2A5", AFFINE)]
+)
 def test_answers_and_weights_are_hdrqs(bits, options):
     """A weight's codes less their zero points fit int8, but for 8 bits, where they go to float and keep their bits."""
     model = quantized({"*": bits}, **options)
@@ -93,7 +97,7 @@ def test_answers_and_weights_are_hdrqs(bits, options):
         torch.testing.assert_close(answers(program, X), model(X), atol=1e-6, rtol=0)
 
 
-RANGES = [(0, 255), (-128, 127), (-129, 126), (0, 7), (-4, 3), (3, 18), (-5, 250), (-20, -5)]
+RANGES = [(0, 255), (-129, 126), (0, 7), (3, 18), (-20, -5)]
 
 
 @pytest.mark.parametrize(("qmin", "qmax"), RANGES)
