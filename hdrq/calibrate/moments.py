@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +41,7 @@ class Moments:
 
     def with_ones(self) -> torch.Tensor:
         """H of the inputs and one more that is always 1, as a bias has it: (groups, K + 1, K + 1)."""
-        assert self.sums is not None
-        sums, count = self.sums[..., None], self.hessian.new_full((len(self.hessian), 1, 1), float(self.rows))
+        sums, count = cast(torch.Tensor, self.sums)[..., None], self.hessian.new_full((len(self.hessian), 1, 1), float(self.rows))
         return torch.cat([torch.cat([self.hessian, sums], 2), torch.cat([sums.mT, count], 2)], 1)
 
     def weight(self, matrices: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

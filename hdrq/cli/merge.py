@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -117,7 +117,7 @@ def merge(
             raise ValueError("model must be given with --calibrate: layers must be run, got none")
         settings = {"model": model, "seed": seed, "samples": samples, "resize": resize, "crop": crop, **own}
         settings |= {name: value for name, value in guided.items() if value is not None}
-        merge_for_data(files, calibrate, out, settings)
+        merge_for_data(files, calibrate, cast(Path, out), settings)  # without it there is --dry-run, refused above
         return
     _none_given({**guided, "model": model}, "without --calibrate")
     with progress_bar("merging") as show:
@@ -141,13 +141,12 @@ def merge(
         raise typer.Exit(1)
 
 
-def merge_for_data(files: list[Path], data: list[Path], out: Path | None, settings: dict[str, Any]) -> None:
+def merge_for_data(files: list[Path], data: list[Path], out: Path, settings: dict[str, Any]) -> None:
     """``hdrq merge --calibrate``."""
     from hdrq.calibrate.report import report_of
     from hdrq.methods.calibrated_merge import merge_calibrated_files
     from hdrq.report.tables import layers_table
 
-    assert out is not None
     console.print(layers_table(report_of(merge_calibrated_files(files, data, out, **settings))))
 
 

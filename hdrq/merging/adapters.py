@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -111,21 +110,6 @@ def adapter_changes(
         if has.bias is not None:
             changes[f"{module}.bias"] = Plain(has.bias.double() * scale)
     return changes
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A config.
-
-    Raises:
-        ValueError: it is no JSON, or no table.
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON, got {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must be a table of settings, got {type(config).__name__}")
-    return config
 
 
 def _settings(config: Mapping[str, Any] | None, alpha: float | None, label: str) -> Mapping[str, Any]:

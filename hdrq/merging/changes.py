@@ -19,7 +19,7 @@ from hdrq.checkpoint.loading import IN_FOLDER, read_state
 from hdrq.checkpoint.workdir import state_hash
 from hdrq.export.folders import Folder, is_folder
 from hdrq.export.folders.reading import read_json
-from hdrq.merging.adapters import adapter_changes, adapter_files, is_adapter, read_config
+from hdrq.merging.adapters import adapter_changes, adapter_files, is_adapter
 from hdrq.merging.sources import hash_of
 from hdrq.merging.sources import opened as open_source
 from hdrq.merging.weights import Difference, Named, Rows, Tensors, Weights
@@ -192,7 +192,7 @@ def _adapter(path: Path) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]
     tensors = read_state(files[0])
     if path.is_file() and not is_adapter(tensors):
         return None, None, {}
-    config = None if files[1] is None else read_config(files[1])
+    config = None if files[1] is None else read_json(files[1], "a table of settings")
     return tensors, config, {"add": [file_hash(file) for file in files if file is not None]}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -107,8 +107,7 @@ class AWQ:
 
     def _scale(self, layers: Sequence[QuantizedLayer], moments: Moments) -> torch.Tensor | None:
         """s of the inputs of layers, float32; None for 1 in all of them."""
-        assert moments.magnitudes is not None
-        mean = (moments.magnitudes[0] / moments.rows).float()
+        mean = (cast(torch.Tensor, moments.magnitudes)[0] / moments.rows).float()
         h, best, found = moments.hessian[0].float(), float("inf"), None
         for step in range(STEPS):
             scale = (mean ** (step / STEPS)).clamp(min=SMALLEST)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -269,7 +269,6 @@ class Awq(Form):
         return from_awq(unpack_words(read(self.tensors["zeros"]), self.bits, self.shape[0])).t()
 
     def of_grid(self, scale: torch.Tensor, zeros: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        assert zeros is not None
         rows = (self.shape[0], -1)
-        words = pack_words(to_awq(zeros.view(rows).t()), self.bits)
+        words = pack_words(to_awq(cast(torch.Tensor, zeros).view(rows).t()), self.bits)
         return {self.tensors["scale"]: scale.view(rows).t().contiguous(), self.tensors["zeros"]: words}

@@ -171,7 +171,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, section
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, what: str = "an object") -> dict[str, Any]:
     """A JSON file that is an object.
 
     Raises:
@@ -186,7 +186,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON, got {str(error)[:200]}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must be an object, got {type(value).__name__}")
+        raise ValueError(f"{path} must be {what}, got {type(value).__name__}")
     return value
 
 
