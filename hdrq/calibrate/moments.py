@@ -41,7 +41,10 @@ class Moments:
 
     def with_ones(self) -> torch.Tensor:
         """H of the inputs and one more that is always 1, as a bias has it: (groups, K + 1, K + 1)."""
-        sums, count = cast(torch.Tensor, self.sums)[..., None], self.hessian.new_full((len(self.hessian), 1, 1), float(self.rows))
+        sums, count = (
+            cast(torch.Tensor, self.sums)[..., None],
+            self.hessian.new_full((len(self.hessian), 1, 1), float(self.rows)),
+        )
         return torch.cat([torch.cat([self.hessian, sums], 2), torch.cat([sums.mT, count], 2)], 1)
 
     def weight(self, matrices: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
