@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hdrq.cli.terminal import console
-
-QUICK = {"methods": ("full precision", "RTN", "QDrop", "HDRQ, paper"), "bits": ("W3A3",)}
 
 
 def reproduce(
@@ -19,7 +18,10 @@ def reproduce(
     ),
     task: Annotated[str, typer.Option(help="digits or digits-vit.")] = "digits",
     seeds: Annotated[int, typer.Option(help="How many, each with networks of its own.")] = 5,
-    bits: Annotated[str | None, typer.Option(help="Like W4A4,W3A3; those of the protocol.")] = None,
+    study: Annotated[
+        str, typer.Option(help="table, increments, distance, noise or longer; or several, with commas.")
+    ] = "table",
+    bits: Annotated[str | None, typer.Option(help="Like W4A4,W3A3; those of the study.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One seed, W3A3, four methods, their own rates.")] = False,
     rows: Annotated[Path | None, typer.Option(help="The CSV to render; that of --out.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Of networks in full precision; in --out.")] = None,
@@ -30,7 +32,7 @@ def reproduce(
     from hdrq import checks
     from hdrq.checkpoint.files import output_folder, write_atomically
     from hdrq.reproduce.jobs import collected, grid, run
-    from hdrq.reproduce.protocol import BITS
+    from hdrq.reproduce.protocol import QUICK, STUDIES
     from hdrq.reproduce.render import render
     from hdrq.reproduce.tasks import task_of
 
@@ -38,10 +40,12 @@ def reproduce(
     output_folder(out)
     if what == "run":
         task_of(task)
-        widths = BITS if bits is None else tuple(bits.split(","))
+        studies = [STUDIES[checks.choice("study", name, tuple(STUDIES))] for name in study.split(",")]
+        if bits is not None:
+            studies = [replace(each, bits=tuple(bits.split(","))) for each in studies]
         checks.integer("seeds", seeds, 1, 1000)
         checks.integer("jobs", jobs, 1, 1024)
-        plan = grid(task, [0], **QUICK) if quick else grid(task, range(seeds), bits=widths)
+        plan = grid(task, [0], QUICK) if quick else [job for each in studies for job in grid(task, range(seeds), each)]
         run(plan, out, cache or out / "networks", processes=jobs, shard=_shard(shard), choose=not quick)
         write_atomically(out / "rows.csv", collected(out))
     elif rows is None and not (out / "rows.csv").is_file():

@@ -38,7 +38,6 @@ from hdrq.methods.reconstruct.memory import keep_freed_memory
 from hdrq.recipes import recipe
 from hdrq.reproduce.networks import networks
 from hdrq.reproduce.protocol import (
-    BITS,
     FACTORS,
     HELD_OUT,
     ITERATIONS,
@@ -46,8 +45,9 @@ from hdrq.reproduce.protocol import (
     RATE_BITS,
     RATE_SEED,
     RULES,
-    TABLE,
+    STUDIES,
     Method,
+    Study,
 )
 from hdrq.reproduce.tasks import CALIBRATION, Task, task_of
 from hdrq.rng import CONTRACT
@@ -82,13 +82,15 @@ class Job:
         return f"{self.task}-{plain}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
-def grid(task: str, seeds: Iterable[int], methods: Sequence[str] = TABLE, bits: Sequence[str] = BITS) -> list[Job]:
-    """The jobs of a table: every method at every bit width, seed after seed."""
+def grid(task: str, seeds: Iterable[int], study: Study = STUDIES["table"]) -> list[Job]:
+    """The jobs of a study, seed after seed."""
     found = []
     for seed in seeds:
-        for method in methods:
-            widths = ("float",) if method == "full precision" else bits
-            found += [Job(task, seed, method, each) for each in widths]
+        for method in study.methods:
+            widths = ("float",) if method == "full precision" else study.bits
+            found += [
+                Job(task, seed, method, each, study.iterations, knobs) for each in widths for knobs in study.knobs
+            ]
     return found
 
 
@@ -116,10 +118,11 @@ def run(
         (folder / name).mkdir(parents=True, exist_ok=True)
     _same_protocol(folder, {"rates": "chosen" if choose else "the recipes' own"})
     mine = [job for job in list(jobs)[shard[0] :: shard[1]] if not _rows_path(folder, job).is_file()]
-    methods = dict.fromkeys((job.task, job.method) for job in mine if METHODS[job.method].learned and choose)
-    choices = [
-        (task, method, folder, cache) for task, method in methods if not _rate_path(folder, task, method).is_file()
-    ]
+    ways = dict.fromkeys(
+        (job.task, job.method, job.iterations) for job in mine if METHODS[job.method].learned and choose
+    )
+    choices = [(*way, folder, cache) for way in ways if not _rate_path(folder, *way).is_file()]
+    choices.sort(key=lambda choice: choice[2] != ITERATIONS)  # others begin from what is chosen for so many
     seeds = dict.fromkeys([(task, RATE_SEED) for task, *_ in choices] + [(job.task, job.network) for job in mine])
     _in_processes(prepared, [(task, seed, cache) for task, seed in seeds], processes)
     _in_processes(choose_rate, choices, processes)
@@ -153,24 +156,29 @@ def prepared(task: str, seed: int, cache: Path) -> None:
 # --- the rate of each method
 
 
-def choose_rate(task_name: str, name: str, folder: Path, cache: Path) -> float:
+def choose_rate(task_name: str, name: str, iterations: int, folder: Path, cache: Path) -> float:
     """The rate of a method by the rule of :mod:`hdrq.reproduce.protocol`, and a file of all that were tried.
 
-    Where the best is the smallest or the largest that was tried, one more is tried beyond it.
+    The first that are tried lie around the recipe's own rate, or, for another number of iterations than the
+    protocol's, below the rate chosen for that. Where the best is the smallest or the largest that was tried, one more
+    is tried beyond it.
     """
-    path = _rate_path(folder, task_name, name)
+    path = _rate_path(folder, task_name, name, iterations)
     if path.is_file():
         return float(json.loads(path.read_text())["chosen"])
     task, method = task_of(task_name), METHODS[name]
     models = networks(task, RATE_SEED, cache)
-    start = recipe(method.recipe, method.preset, **method.knobs).weight_lr
+    if iterations == ITERATIONS:
+        start = recipe(method.recipe, method.preset, **method.knobs).weight_lr
+    else:
+        start = choose_rate(task_name, name, ITERATIONS, folder, cache) / max(FACTORS)
     errors: dict[float, float] = {}
     rates = [start * factor for factor in FACTORS]
     while rates:
         for rate in rates:
             found = [
                 quantized_one(
-                    task, models, domain, method, RATE_BITS, ITERATIONS, {"weight_lr": rate}, RATE_SEED, held_out=True
+                    task, models, domain, method, RATE_BITS, iterations, {"weight_lr": rate}, RATE_SEED, held_out=True
                 )
                 for domain in task.targets
             ]
@@ -178,7 +186,11 @@ def choose_rate(task_name: str, name: str, folder: Path, cache: Path) -> float:
         best, ends = min(errors, key=errors.__getitem__), (min(errors), max(errors))
         beyond = {ends[0]: ends[0] / 3, ends[1]: ends[1] * 3}
         rates = [beyond[best]] if best in ends and len(errors) < MOST_RATES else []
-    facts = {"task": task_name, "method": name, "bits": RATE_BITS, "chosen": best, "errors": errors, **_facts()}
+    facts = {
+        **{"task": task_name, "method": name, "bits": RATE_BITS, "iterations": iterations},
+        **{"chosen": best, "errors": errors},
+        **_facts(),
+    }
     write_atomically(path, json.dumps(facts, indent=1, sort_keys=True) + "\n")
     return best
 
@@ -197,7 +209,7 @@ def carry_out(job: Job, folder: Path, cache: Path, choose: bool = True) -> None:
         models = networks(task, job.network, cache)
         knobs = dict(job.knobs)
         if method.learned and choose and "weight_lr" not in knobs:
-            knobs["weight_lr"] = choose_rate(job.task, job.method, folder, cache)
+            knobs["weight_lr"] = choose_rate(job.task, job.method, job.iterations, folder, cache)
         quantized = {
             domain: quantized_one(task, models, domain, method, job.bits, job.iterations, knobs, job.network)
             for domain in task.targets
@@ -316,8 +328,9 @@ def _rows_path(folder: Path, job: Job) -> Path:
     return folder / "rows" / f"{job.id}.csv"
 
 
-def _rate_path(folder: Path, task: str, method: str) -> Path:
-    return folder / "rates" / f"{task}-{''.join(c if c.isalnum() else '-' for c in method)}.json"
+def _rate_path(folder: Path, task: str, method: str, iterations: int) -> Path:
+    longer = "" if iterations == ITERATIONS else f"-{iterations}"
+    return folder / "rates" / f"{task}-{''.join(c if c.isalnum() else '-' for c in method)}{longer}.json"
 
 
 def _facts() -> dict[str, Any]:

@@ -53,6 +53,30 @@ METHODS = {
 }
 TABLE = ("full precision", "RTN", "BRECQ", "QDrop", "HDRQ, paper", "HDRQ, official")
 INCREMENTS = ("QDrop", "weights", "weights, noise", "weights, distance", "HDRQ, paper")
-DISTANCES = (0.0, 1e-2, 1e-1, 5e-1)  # λ, beside the 5e-2 of the table
-NOISES = {"empirical": {"noise": "empirical"}, "on activations too": {"noise_activations": True}}
-LONGER = 2000  # iterations, of one bit width
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question: what is varied, and at which bit widths. Every combination is a job.
+
+    Args:
+        knobs: of the recipe, one set for each job.
+        iterations: other numbers have their own rates.
+    """
+
+    methods: tuple[str, ...]
+    bits: tuple[str, ...] = BITS
+    knobs: tuple[dict[str, Any], ...] = ({},)
+    iterations: int = ITERATIONS
+
+
+STUDIES = {
+    "table": Study(TABLE),
+    "increments": Study(INCREMENTS[1:-1], ("W3A3", "W2A4")),
+    "distance": Study(
+        ("HDRQ, paper",), ("W3A3",), tuple({"distance": value} for value in (0.0, 1e-2, 1e-1, 5e-1, 2.0))
+    ),
+    "noise": Study(("HDRQ, paper",), ("W3A3",), ({"noise": "empirical"}, {"noise_activations": True})),
+    "longer": Study(("QDrop", "HDRQ, paper"), ("W3A3",), iterations=2000),
+}
+QUICK = Study(("full precision", "RTN", "QDrop", "HDRQ, paper"), ("W3A3",))  # with the recipes' own rates

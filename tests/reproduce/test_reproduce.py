@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from hdrq.cli import app
 from hdrq.reproduce import jobs, protocol, tasks
-from hdrq.reproduce.jobs import Job, collected, decoded, encoded, run
+from hdrq.reproduce.jobs import Job, collected, decoded, encoded, grid, run
+from hdrq.reproduce.protocol import ITERATIONS, STUDIES
 from hdrq.reproduce.render import render
 from hdrq.reproduce.statistics import Way, estimate, holm, read
 from hdrq.reproduce.tasks import Task
@@ -82,6 +83,13 @@ def test_shards_part_the_jobs(small, tmp_path, monkeypatch):
     assert sorted(job.network for job in done[:3]) == [0, 2, 4] and sorted(job.network for job in done[3:]) == [1, 3]
 
 
+def test_a_study_is_every_combination():
+    table = grid("digits", [0, 1], STUDIES["table"])
+    assert len(table) == len({job.id for job in table}) == 2 * (1 + 5 * 3)  # full precision has one width
+    distances = grid("digits", [0], STUDIES["distance"])
+    assert [job.knobs["distance"] for job in distances] == [0.0, 0.01, 0.1, 0.5, 2.0]
+
+
 @pytest.mark.parametrize(("best", "tried"), [(1.0, 3), (9.0, 5), (1 / 9, 5), (1e9, jobs.MOST_RATES)])
 def test_a_rate_is_chosen_inside_what_was_tried(best, tried, small, tmp_path, monkeypatch):
     """The error is least at ``best`` times the recipe's own rate; the search goes on while the least is at an end."""
@@ -101,11 +109,32 @@ def test_a_rate_is_chosen_inside_what_was_tried(best, tried, small, tmp_path, mo
     monkeypatch.setattr(jobs, "report_of", lambda model: Report())
     monkeypatch.setattr(jobs, "networks", lambda *given: {})
     (tmp_path / "rates").mkdir()
-    chosen = jobs.choose_rate("small", "QDrop", tmp_path, tmp_path)
+    chosen = jobs.choose_rate("small", "QDrop", ITERATIONS, tmp_path, tmp_path)
     assert len(set(rates)) == tried
     if best < 1e9:
         assert chosen == pytest.approx(1e-3 * best)
-    assert jobs.choose_rate("small", "QDrop", tmp_path, tmp_path) == chosen and len(set(rates)) == tried  # it is kept
+    assert jobs.choose_rate("small", "QDrop", ITERATIONS, tmp_path, tmp_path) == chosen  # it is kept
+    assert len(set(rates)) == tried
+
+
+def test_rates_of_more_iterations_begin_below_those_of_few(small, tmp_path, monkeypatch):
+    tried = []
+
+    def quantized(task, models, domain, method, bits, iterations, knobs, seed, held_out):
+        assert iterations == 2000
+        tried.append(knobs["weight_lr"])
+        return nn.Identity()
+
+    class Report:
+        errors = property(lambda self: {"output": abs(np.log(tried[-1] / 0.009))})
+
+    monkeypatch.setattr(jobs, "quantized_one", quantized)
+    monkeypatch.setattr(jobs, "report_of", lambda model: Report())
+    monkeypatch.setattr(jobs, "networks", lambda *given: {})
+    (tmp_path / "rates").mkdir()
+    jobs.write_atomically(jobs._rate_path(tmp_path, "small", "QDrop", ITERATIONS), json.dumps({"chosen": 0.027}))
+    assert jobs.choose_rate("small", "QDrop", 2000, tmp_path, tmp_path) == pytest.approx(0.009)
+    assert sorted({round(rate, 4) for rate in tried}) == [0.003, 0.009, 0.027]
 
 
 def test_networks_are_kept_and_are_one_seeds(small, tmp_path):
