@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from hdrq.checkpoint.files import write_atomically
-from hdrq.demo import train
 from hdrq.reproduce.tasks import Task
 
 
@@ -46,10 +45,10 @@ def _trained(task: Task, seed: int) -> dict[str, nn.Module]:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             images, labels = task.load(task.source, "train")
-            source = train.train_source(task.network(), images, labels, task.source_epochs, task.source_rate)
+            source = task.training.train_source(task.network(), images, labels, task.source_epochs, task.source_rate)
             adapted = {}
             for domain in task.targets:
-                adapted[domain] = train.adapt(source, task.load(domain, "train")[0], task.epochs, task.rate)
+                adapted[domain] = task.training.adapt(source, task.load(domain, "train")[0], task.epochs, task.rate)
         return {task.source: source.eval(), **adapted}
     finally:
         torch.set_num_threads(threads)
@@ -67,6 +66,6 @@ def _from(task: Task, state: dict[str, torch.Tensor], names: tuple[str, ...]) ->
 
 def _fingerprint(task: Task, seed: int) -> str:
     facts = (task.source_epochs, task.source_rate, task.epochs, task.rate, task.targets, seed, torch.__version__)
-    parts: tuple[Any, ...] = (train, inspect.getmodule(task.network), task.load)
+    parts: tuple[Any, ...] = (task.training, inspect.getmodule(task.network), task.load)
     code = "".join(inspect.getsource(part) for part in parts)
-    return hashlib.sha256(f"{facts}{code}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{facts}{code}{task.facts}".encode()).hexdigest()[:12]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 from torch import Tensor, nn
+
+from hdrq.demo import train
 
 CALIBRATION = 1000  # images of each target, without their labels, which adaptation and quantization read
 
@@ -15,10 +18,14 @@ class Task:
     """What is quantized and merged, and how it comes to be.
 
     Args:
-        load: images (N, …) and labels (N,) of a domain's split, "train" or "test"; the two share no image.
-        network: a freshly initialised one, with ``features`` and a linear ``head`` that SHOT freezes.
+        load: images (N, …) and labels of a domain's split, "train" or "test"; the two share no image. Labels are (N,),
+            or (N, H, W) with 255 where there is none; the first tell accuracy, the others mIoU.
+        network: a freshly initialised one; ``training`` says what it must have.
         source_epochs, source_rate: of supervised training on the source.
         epochs, rate: of adaptation to each target.
+        training: a module with ``train_source`` and ``adapt``, as :mod:`hdrq.demo.train` has them.
+        facts: what else makes the networks, such as the text of the module that makes the images; kept networks are
+            those of the same facts.
     """
 
     name: str
@@ -30,3 +37,5 @@ class Task:
     source_rate: float = 2e-3
     epochs: int = 30
     rate: float = 1e-3
+    training: ModuleType = train
+    facts: str = ""
