@@ -52,7 +52,6 @@ METHODS = {
     "weights, distance": Method("hdrq", knobs={"fake_quant_fraction": 1.0}),
 }
 TABLE = ("full precision", "RTN", "BRECQ", "QDrop", "HDRQ, paper", "HDRQ, official")
-INCREMENTS = ("QDrop", "weights", "weights, noise", "weights, distance", "HDRQ, paper")
 
 
 @dataclass(frozen=True)
@@ -60,23 +59,39 @@ class Study:
     """One question: what is varied, and at which bit widths. Every combination is a job.
 
     Args:
+        question: the title of its tables.
         knobs: of the recipe, one set for each job.
         iterations: other numbers have their own rates.
+        beside: methods of the table that it is compared with, the first of them by differences.
     """
 
+    question: str
     methods: tuple[str, ...]
     bits: tuple[str, ...] = BITS
     knobs: tuple[dict[str, Any], ...] = ({},)
     iterations: int = ITERATIONS
+    beside: tuple[str, ...] = ()
 
 
+_ONE = ("HDRQ, paper",)
 STUDIES = {
-    "table": Study(TABLE),
-    "increments": Study(INCREMENTS[1:-1], ("W3A3", "W2A4")),
-    "distance": Study(
-        ("HDRQ, paper",), ("W3A3",), tuple({"distance": value} for value in (0.0, 1e-2, 1e-1, 5e-1, 2.0))
+    "table": Study("How methods compare", TABLE),
+    "increments": Study(
+        "One part after another",
+        ("weights", "weights, noise", "weights, distance"),
+        ("W3A3", "W2A4"),
+        beside=("QDrop", *_ONE),
     ),
-    "noise": Study(("HDRQ, paper",), ("W3A3",), ({"noise": "empirical"}, {"noise_activations": True})),
-    "longer": Study(("QDrop", "HDRQ, paper"), ("W3A3",), iterations=2000),
+    "distance": Study(
+        "The pull towards the source (λ, 0.05 by itself)",
+        *(_ONE, ("W3A3",), tuple({"distance": value} for value in (0.0, 1e-2, 1e-1, 5e-1, 2.0))),
+        beside=_ONE,
+    ),
+    "noise": Study(
+        "Which noise, and where",
+        *(_ONE, ("W3A3",), ({"noise": "empirical"}, {"noise_activations": True})),
+        beside=_ONE,
+    ),
+    "longer": Study("More iterations", ("QDrop", *_ONE), ("W3A3",), iterations=2000, beside=("QDrop", *_ONE)),
 }
-QUICK = Study(("full precision", "RTN", "QDrop", "HDRQ, paper"), ("W3A3",))  # with the recipes' own rates
+QUICK = Study("In minutes", ("full precision", "RTN", "QDrop", "HDRQ, paper"), ("W3A3",))  # with the recipes' own rates

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from hdrq.checkpoint.files import write_atomically
-from hdrq.reproduce.protocol import BITS, INCREMENTS, ITERATIONS, RULES, TABLE
+from hdrq.reproduce.protocol import BITS, ITERATIONS, RULES, STUDIES, TABLE, Study
 from hdrq.reproduce.statistics import Estimate, Results, Way, estimate, holm, read
 
 BASELINE = "QDrop"
+SHOWN = ("nearest", "noise, best of 30", "systematic")  # rules of the merge, in the tables of studies
 
 
 def render(rows: Path, folder: Path) -> str:
@@ -45,14 +47,15 @@ def _tables(results: Results) -> list[str]:
                 tables.append(_titled(f"Harmonic mean of accuracies (%), {title}", lines))
         if lines := _differences(results, kinds[count], "systematic" if count else ""):
             tables.append(_titled(f"Less {BASELINE}, in points; p corrected by Holm; {named.get(count, '')}", lines))
-    most = kinds[max(counts)]
-    if lines := _by_bits(results, INCREMENTS, most, "systematic"):
-        tables.append(_titled("One part after another, all targets, merged: systematic", lines))
     for count in counts[1:]:
         if lines := _rules(results, kinds[count]):
             of = named.get(count, f"{count + 1} targets")
             title = f"Rules of the merge, less nearest, {of}, mean over methods that learn"
             tables.append(_titled(title, lines))
+    for study in STUDIES.values():
+        for bits in study.bits if study.beside else ():
+            if lines := _study(results, study, bits, kinds):
+                tables.append(_titled(f"{study.question}: {bits}", lines))
     return tables
 
 
@@ -60,14 +63,22 @@ def _titled(title: str, lines: Sequence[str]) -> str:
     return f"**{title}**\n\n" + "\n".join(lines)
 
 
-def _found(results: Results, method: str, bits: str, domains: Iterable[str], rule: str) -> list[dict]:
-    """The rows of a method at the usual number of iterations, for each set of domains; empty if one has none."""
+def _found(
+    results: Results,
+    method: str,
+    bits: str,
+    domains: Iterable[str],
+    rule: str,
+    iterations: int = ITERATIONS,
+    knobs: str = "{}",
+) -> list[dict]:
+    """The rows of a method for each set of domains; empty if one has none."""
     found = []
     for names in domains:
         full = method == "full precision"
         own = "" if "+" not in names else "average" if full else rule
         task = next(iter(results)).task
-        way = Way(task, method, "float" if full else bits, str(ITERATIONS), "{}", own, names)
+        way = Way(task, method, "float" if full else bits, str(iterations), knobs, own, names)
         if way not in results:
             return []
         found.append(results[way])
@@ -98,7 +109,7 @@ def _by_bits(results: Results, methods: Sequence[str], domains: Sequence[str], r
 def _differences(results: Results, domains: Sequence[str], rule: str) -> list[str]:
     """Each method less the baseline, at every bit width, paired by seeds and images."""
     found: dict[tuple[str, str], Estimate] = {}
-    for method in (m for m in (*TABLE, *INCREMENTS) if m not in ("full precision", BASELINE)):
+    for method in (m for m in TABLE if m not in ("full precision", BASELINE)):
         for bits in BITS:
             ours, theirs = (_found(results, name, bits, domains, rule) for name in (method, BASELINE))
             shared = _paired(ours, theirs)
@@ -115,6 +126,50 @@ def _differences(results: Results, domains: Sequence[str], rule: str) -> list[st
         ]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return lines
+
+
+def _study(results: Results, study: Study, bits: str, kinds: dict[int, list[str]]) -> list[str]:
+    """A row for each way of a study: harmonic means of single models and of merges, and what it gains over the first.
+
+    All have the seeds alone that every row has.
+    """
+    beside = [(method, method, ITERATIONS, "{}") for method in study.beside]
+    own = [
+        (_label(method, knobs, study), method, study.iterations, json.dumps(knobs, sort_keys=True))
+        for method in study.methods
+        for knobs in study.knobs
+    ]
+    columns = [(0, "")] + [(count, rule) for count in sorted({1, max(kinds)}) if count for rule in SHOWN]
+    found: dict[str, list[list[dict]]] = {}
+    for label, method, iterations, knobs in (*beside, *own):
+        each = [_found(results, method, bits, kinds[count], rule, iterations, knobs) for count, rule in columns]
+        if all(each):
+            found[label] = each
+    if len(found) < 2 or beside[0][0] not in found or set(found) <= {label for label, *_ in beside}:
+        return []
+    seeds = set.intersection(*(set(one) for each in found.values() for ways in each for one in ways))
+    if not seeds:
+        return []
+    cut = {
+        label: [[{seed: one[seed] for seed in seeds} for one in ways] for ways in each] for label, each in found.items()
+    }
+    first = next(iter(cut.values()))
+    named = {0: "single", 1: "pairs", max(kinds): "all"}
+    heads = [f"{named[count]}{f', {rule}' if rule else ''}" for count, rule in columns]
+    compared = [k for k, (count, rule) in enumerate(columns) if count and rule == SHOWN[-1]]
+    heads += [f"{named[columns[k][0]]}, {SHOWN[-1]}, less the first" for k in compared]
+    lines = [f"| seeds: {', '.join(map(str, sorted(seeds)))} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for label, each in cut.items():
+        cells = [f"{estimate(ways).mean:.1f}" for ways in each]
+        cells += ["" if each is first else str(estimate(each[k], first[k])) for k in compared]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def _label(method: str, knobs: dict, study: Study) -> str:
+    parts = [f"{name}={value}" for name, value in knobs.items()]
+    parts += [f"{study.iterations} iterations"] if study.iterations != ITERATIONS else []
+    return ", ".join([method, *parts])
 
 
 def _rules(results: Results, domains: Sequence[str]) -> list[str]:

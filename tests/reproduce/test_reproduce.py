@@ -218,6 +218,36 @@ def test_from_the_command_line_to_tables(small, tmp_path, monkeypatch):
     assert f"{estimate([found[way]])}" in render(tmp_path / "out" / "rows.csv", tmp_path / "c")
 
 
+def test_a_study_is_set_beside_the_table(tmp_path):
+    """Shares are exact: λ = 0 is right on 60% of the images, λ = 0.05, the table's, on 50%."""
+
+    def row(network, knobs, domains, rule, share):
+        right = encoded(np.arange(1000) % 100 < share)
+        known = {"method": "HDRQ, paper", "bits": "W3A3", "iterations": 400, "knobs": knobs, "rule": rule}
+        right = json.dumps(dict.fromkeys(domains.split("+"), right))
+        return {"task": "x", "network": network, **known, "domains": domains, "correct": right}
+
+    merges = [
+        ("a", ""),
+        ("b", ""),
+        ("c", ""),
+        *((d, r) for d in ("a+b", "a+c", "b+c", "a+b+c") for r in protocol.RULES),
+    ]
+    rows = [
+        row(network, knobs, domains, rule, share)
+        for knobs, share in (("{}", 50), ('{"distance": 0.0}', 60))
+        for network in (0, 1, *((2,) if share == 50 else ()))
+        for domains, rule in merges
+    ]
+    (tmp_path / "rows.csv").write_text(jobs.written(rows))
+    text = render(tmp_path / "rows.csv", tmp_path)
+    table = text[text.index("**The pull towards the source") :].splitlines()
+    assert table[2].startswith("| seeds: 0, 1 | single | pairs, nearest |")  # the third has no row without distance
+    assert table[4].startswith("| HDRQ, paper | 50.0 | 50.0 |") and table[4].endswith("|  |  |")
+    assert table[5].startswith("| HDRQ, paper, distance=0.0 | 60.0 |") and " | 10.0 [" in table[5]
+    assert "Which noise" not in text  # no rows of that study
+
+
 def _fast(quantized_one):
     def quick(task, models, domain, method, bits, iterations, knobs, seed, held_out=False):
         return quantized_one(task, models, domain, method, bits, 4, knobs, seed, held_out)
