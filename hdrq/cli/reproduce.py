@@ -19,7 +19,7 @@ def reproduce(
     task: Annotated[str, typer.Option(help="digits or digits-vit.")] = "digits",
     seeds: Annotated[int, typer.Option(help="How many, each with networks of its own.")] = 5,
     study: Annotated[
-        str, typer.Option(help="table, increments, distance, noise or longer; or several, with commas.")
+        str, typer.Option(help="table, increments, distance, noise, tau or longer; or several, with commas.")
     ] = "table",
     bits: Annotated[str | None, typer.Option(help="Like W4A4,W3A3; those of the study.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One seed, W3A3, four methods, their own rates.")] = False,

@@ -14,7 +14,7 @@ import json
 import platform
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
@@ -44,6 +44,7 @@ from hdrq.reproduce.protocol import (
     METHODS,
     RATE_BITS,
     RATE_SEED,
+    RULE_SETS,
     RULES,
     STUDIES,
     Method,
@@ -65,6 +66,7 @@ class Job:
 
     Args:
         knobs: beside those of the method.
+        rules: that merge the models: a name in :data:`hdrq.reproduce.protocol.RULE_SETS`.
     """
 
     task: str
@@ -73,11 +75,15 @@ class Job:
     bits: str
     iterations: int = ITERATIONS
     knobs: dict[str, Any] = field(default_factory=dict)
+    rules: str = "table"
 
     @property
     def id(self) -> str:
         """A name for files: what can be read of it, and a hash of all."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        facts = asdict(self)
+        if self.rules == "table":
+            del facts["rules"]  # as in names of files from before there were others
+        text = json.dumps(facts, sort_keys=True)
         plain = "".join(c if c.isalnum() else "-" for c in f"{self.method} {self.bits} {self.network}")
         return f"{self.task}-{plain}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
@@ -219,13 +225,13 @@ def carry_out(job: Job, folder: Path, cache: Path, choose: bool = True) -> None:
         for count in range(1, len(task.targets) + 1):
             for domains in combinations(task.targets, count):
                 chosen = [quantized[domain] for domain in domains]
-                for rule, model in merges(chosen, method, job.network).items():
+                for rule, model in merges(chosen, method, job.network, RULE_SETS[job.rules]).items():
                     right = {domain: correct(model, *tests[domain]) for domain in domains}
                     rows.append(
                         {"rule": rule, "domains": "+".join(domains), **_judged(right), **_apart(chosen, method)}
                     )
     facts = {
-        **asdict(job),
+        **{name: value for name, value in asdict(job).items() if name in COLUMNS},
         "knobs": json.dumps(job.knobs, sort_keys=True),
         "weight_lr": knobs.get("weight_lr", ""),
         **_facts(),
@@ -259,13 +265,15 @@ def quantized_one(
     return quantize(models[domain], images, method.recipe, progress=False, **options)
 
 
-def merges(models: list[nn.Module], method: Method, seed: int) -> dict[str, nn.Module]:
+def merges(
+    models: list[nn.Module], method: Method, seed: int, rules: Mapping[str, Mapping[str, Any]] = RULES
+) -> dict[str, nn.Module]:
     """What several models become by each rule; one model is what it is."""
     if len(models) == 1:
         return {"": models[0]}
     if method.recipe == "full precision":
         return {"average": average(models)}
-    return {name: merge(models, seed=seed, **options) for name, options in RULES.items()}
+    return {name: merge(models, seed=seed, **options) for name, options in rules.items()}
 
 
 @torch.no_grad()

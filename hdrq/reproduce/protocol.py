@@ -25,6 +25,9 @@ RULES: dict[str, dict[str, Any]] = {
     "systematic": {"rule": "systematic"},
 }
 
+TAUS = {f"systematic, tau {tau}": {"rule": "systematic", "tau": tau} for tau in (0.0, 0.05, 0.25, 0.5)}  # beside 0.1
+RULE_SETS = {"table": RULES, "tau": TAUS}
+
 
 @dataclass(frozen=True)
 class Method:
@@ -62,6 +65,7 @@ class Study:
         question: the title of its tables.
         knobs: of the recipe, one set for each job.
         iterations: other numbers have their own rates.
+        rules: the name of those that models are merged by.
         beside: methods of the table that it is compared with, the first of them by differences.
     """
 
@@ -70,6 +74,7 @@ class Study:
     bits: tuple[str, ...] = BITS
     knobs: tuple[dict[str, Any], ...] = ({},)
     iterations: int = ITERATIONS
+    rules: str = "table"
     beside: tuple[str, ...] = ()
 
 
@@ -92,6 +97,7 @@ STUDIES = {
         *(_ONE, ("W3A3",), ({"noise": "empirical"}, {"noise_activations": True})),
         beside=_ONE,
     ),
+    "tau": Study("How near to a tie coins are drawn", ("QDrop", *_ONE), ("W3A3",), rules="tau"),
     "longer": Study("More iterations", ("QDrop", *_ONE), ("W3A3",), iterations=2000, beside=("QDrop", *_ONE)),
 }
 QUICK = Study("In minutes", ("full precision", "RTN", "QDrop", "HDRQ, paper"), ("W3A3",))  # with the recipes' own rates

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from hdrq.checkpoint.files import write_atomically
-from hdrq.reproduce.protocol import BITS, ITERATIONS, RULES, STUDIES, TABLE, Study
+from hdrq.reproduce.protocol import BITS, ITERATIONS, METHODS, RULE_SETS, RULES, STUDIES, TABLE, Study
 from hdrq.reproduce.statistics import Estimate, Results, Way, estimate, holm, read
 
 BASELINE = "QDrop"
@@ -47,11 +47,19 @@ def _tables(results: Results) -> list[str]:
                 tables.append(_titled(f"Harmonic mean of accuracies (%), {title}", lines))
         if lines := _differences(results, kinds[count], "systematic" if count else ""):
             tables.append(_titled(f"Less {BASELINE}, in points; p corrected by Holm; {named.get(count, '')}", lines))
-    for count in counts[1:]:
-        if lines := _rules(results, kinds[count]):
-            of = named.get(count, f"{count + 1} targets")
-            title = f"Rules of the merge, less nearest, {of}, mean over methods that learn"
-            tables.append(_titled(title, lines))
+    learned = [(method, bits) for method in TABLE if METHODS[method].learned for bits in BITS]
+    compared = [("Rules of the merge, less nearest", "methods that learn", learned, RULES, "nearest")]
+    for study in STUDIES.values():
+        if study.rules != "table":
+            ways = [(method, bits) for method in study.methods for bits in study.bits]
+            of = f"{' and '.join(study.methods)} at {', '.join(study.bits)}"
+            compared.append(
+                (f"{study.question}, less systematic, tau 0.1", of, ways, RULE_SETS[study.rules], "systematic")
+            )
+    for what, over, ways, rules, first in compared:
+        for count in counts[1:]:
+            if lines := _rules(results, kinds[count], ways, rules, first):
+                tables.append(_titled(f"{what}, {named.get(count, f'{count + 1} targets')}, mean over {over}", lines))
     for study in STUDIES.values():
         for bits in study.bits if study.beside else ():
             if lines := _study(results, study, bits, kinds):
@@ -172,18 +180,18 @@ def _label(method: str, knobs: dict, study: Study) -> str:
     return ", ".join([method, *parts])
 
 
-def _rules(results: Results, domains: Sequence[str]) -> list[str]:
-    """Each rule less rounding to nearest, over all learned methods and bit widths together."""
-    learned = [method for method in TABLE if method not in ("full precision", "RTN")]
+def _rules(
+    results: Results, domains: Sequence[str], ways: Sequence[tuple[str, str]], rules: Iterable[str], first: str
+) -> list[str]:
+    """Each rule less the first, over all ways, of a method and a bit width each, together."""
     lines = []
-    for rule in RULES:
+    for rule in rules:
         ours, theirs = [], []
-        for method in learned:
-            for bits in BITS:
-                ours += _found(results, method, bits, domains, rule)
-                theirs += _found(results, method, bits, domains, "nearest")
+        for method, bits in ways:
+            ours += _found(results, method, bits, domains, rule)
+            theirs += _found(results, method, bits, domains, first)
         shared = _paired(ours, theirs)
-        if rule != "nearest" and shared:
+        if rule != first and shared:
             lines.append(f"| {rule} | {estimate(*shared)} |")
     return ["| rule | |", "|---|---|", *lines] if lines else []
 

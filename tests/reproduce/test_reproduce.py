@@ -74,6 +74,14 @@ def test_jobs_write_every_row_and_go_on(small, tmp_path, monkeypatch):
         run(plan, tmp_path, tmp_path / "cache", choose=True)
 
 
+def test_a_study_may_merge_by_rules_of_its_own(small, tmp_path):
+    job = Job("small", 0, "RTN", "W3A3", rules="tau")
+    run([job], tmp_path, tmp_path / "cache", choose=False)
+    rows = list(csv.DictReader(collected(tmp_path).splitlines()))
+    assert [row["rule"] for row in rows if "+" in row["domains"]] == list(protocol.TAUS)
+    assert job.id != Job("small", 0, "RTN", "W3A3").id == "small-RTN-W3A3-0-8b283b73ab"
+
+
 def test_shards_part_the_jobs(small, tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(jobs, "carry_out", lambda job, *rest: done.append(job))
