@@ -1,6 +1,6 @@
 """Fused quantizers for reconstruction loops, and a merge of quantized models that works on their integers."""
 
-from hdrq import evaluate, ops, recipes, report
+from hdrq import evaluate, ops, qat, recipes, report
 from hdrq._version import __version__
 from hdrq.backends import available_backends, use_backend
 from hdrq.checkpoint.loading import load
@@ -27,6 +27,7 @@ __all__ = [
     "merge",
     "ops",
     "post_merge",
+    "qat",
     "quantize",
     "recipes",
     "report",

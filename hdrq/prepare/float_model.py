@@ -113,10 +113,13 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def prepare_float(model: nn.Module, run: Callable, name: str = "model") -> tuple[nn.Module, dict[str, str]]:
+def prepare_float(
+    model: nn.Module, run: Callable, name: str = "model", fold: bool = True
+) -> tuple[nn.Module, dict[str, str]]:
     """A copy of a model with BatchNorm folded, its packed attentions replaced and no gradients; what was folded.
 
     ``run(model)`` executes the model on an example, and returns its outputs. ``name`` is the model's in messages.
+    Without ``fold`` BatchNorm stays.
 
     Raises:
         TypeError: the model cannot be copied.
@@ -125,4 +128,4 @@ def prepare_float(model: nn.Module, run: Callable, name: str = "model") -> tuple
     full = copy_model(name, model).requires_grad_(False)
     check_repeatable(name, full, run)
     replace_attention(full, run)
-    return full, fold_batchnorm(full, run)
+    return full, fold_batchnorm(full, run) if fold else {}

@@ -33,6 +33,7 @@ def prepare(
     *,
     blocks: Sequence[str] | None = None,
     attention: bool = True,
+    fold: bool = True,
 ) -> Prepared:
     """Fold, open attentions, find units, and refuse what would silently stay in float. The model is left as it is.
 
@@ -42,11 +43,12 @@ def prepare(
         bits: patterns of it may keep a layer in float (:func:`hdrq.quantizers.bits.bit_policy`).
         blocks: the names of the units; None finds them.
         attention: whether the operands of attentions are to be quantized.
+        fold: whether BatchNorm is folded.
 
     Raises:
         ValueError: folding or replacing changed the outputs, or a weight is read without a call of its layer.
     """
-    full, folded = prepare_float(model, run_batch)
+    full, folded = prepare_float(model, run_batch, fold=fold)
     quantized = copy.deepcopy(full)
     units = find_blocks(full, run_sample, blocks)
     refuse_uncalled(quantized, run_sample, bits, model)

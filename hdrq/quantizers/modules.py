@@ -16,6 +16,7 @@ from hdrq.rng import rng_state
 
 WIDEST = (-(2**15), 2**15 - 1)  # the widest range of integers
 MODES = ("float", "noise", "round")  # pass through; noise in place of rounding; fake-quantize
+COUNTS = ("tensor", "channel", "sample")  # whose elements LSQ's factor counts: all, those of one scale, of one sample
 
 
 def mean_range(
@@ -49,7 +50,10 @@ class Quantizer(nn.Module):
     """
 
     keep = 1.0  # the probability that an element is quantized
+    gradient = "round-first"  # of hdrq.ops.fake_quantize
+    counts = "tensor"  # one of COUNTS
     zero_point: torch.Tensor | None
+    floor: torch.Tensor | None  # what the scale is raised to before it is used, where an optimizer may go below it
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class Quantizer(nn.Module):
         checks.quant_range(qmin, qmax)
         self.scale = nn.Parameter(scale)
         self.register_buffer("zero_point", zero_point)
+        self.register_buffer("floor", None, persistent=False)
         self.qmin, self.qmax, self.axis, self.group_size = qmin, qmax, axis, group_size
         self.mode = "round"
         self.noise = "uniform"
@@ -73,12 +78,18 @@ class Quantizer(nn.Module):
         checks.choice("mode", self.mode, MODES)
         if self.mode == "float":
             return x
+        self.raise_scale()
         grid = (x, self.scale, self.qmin, self.qmax)
         where: Any = {**self.where, "grad_scale": self._gradient_factor(x), "keep": self.keep}
         if self.mode == "noise":
             return ops.noise_quantize(*grid, self.rng, noise=self.noise, **where)
         rng = self.rng if self.keep < 1 else None  # it lies where a learner put it, not where the module went
-        return ops.fake_quantize(*grid, zero_point=self.zero_point, rng=rng, **where)
+        return ops.fake_quantize(*grid, zero_point=self.zero_point, rng=rng, gradient=self.gradient, **where)
+
+    def raise_scale(self) -> None:
+        """Raise the scale to its floor, in place. Where that changes it, no backward pass waits for what it was."""
+        if self.floor is not None:
+            self.scale.data.clamp_(min=self.floor)
 
     @property
     def where(self) -> dict[str, Any]:
@@ -92,11 +103,14 @@ class Quantizer(nn.Module):
         return values.reshape(*x.shape[:-1], x.shape[-1] // self.group_size).repeat_interleave(self.group_size, -1)
 
     def _gradient_factor(self, x: torch.Tensor) -> float:
-        """LSQ's ``1/sqrt(numel·Q_P)``; 1 where no gradient reaches the scale, so that a compiler sees no size there."""
+        """LSQ's ``1/sqrt(n·Q_P)``; 1 where no gradient reaches the scale, so that a compiler sees no size there."""
         if not (self.scale.requires_grad and torch.is_grad_enabled()):
             return 1.0
+        count = x.numel()
+        if self.counts != "tensor":
+            count //= self.scale.numel() if self.counts == "channel" else max(len(x), 1) if x.ndim else 1
         largest = self.qmax if self.qmin >= -self.qmax - 1 else -self.qmin  # Q_P; of a range with a zero point
-        return 1 / math.sqrt(max(x.numel(), 1) * largest)
+        return 1 / math.sqrt(max(count, 1) * largest)
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """The integers that ``x`` rounds to."""

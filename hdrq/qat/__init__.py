@@ -1,0 +1,6 @@
+"""Quantization-aware training: LSQ, sharpness-aware steps, and freezing by the disorder of scales' gradients."""
+
+from hdrq.qat import lsq
+from hdrq.qat.lsq import convert, prepare, quantizers
+
+__all__ = ["convert", "lsq", "prepare", "quantizers"]
