@@ -51,8 +51,8 @@ def load_data(
     if path.is_file():
         samples = _tensor(path)
         return samples[_spread(len(samples), limit)]
-    files = _files(path)
-    load = _loader(resize, crop, mean, std)
+    files = image_files(path)
+    load = image_reader(resize, crop, mean, std)
     return load([files[i] for i in _spread(len(files), limit)])
 
 
@@ -76,7 +76,7 @@ def load_labelled(
     if not path.is_dir():
         raise FileNotFoundError(f"data must be a folder with a folder for each class, got {path}, which is none")
     checks.integer("batch_size", batch_size, 1, 2**31)
-    load, files = _loader(resize, crop, mean, std), _files(path)
+    load, files = image_reader(resize, crop, mean, std), image_files(path)
     empty = sorted({*class_names(path)} - {file.relative_to(path).parts[0] for file in files})
     if empty:
         raise ValueError(f"data must have images of every class, got none in folders of {path}: {checks.listed(empty)}")
@@ -97,7 +97,7 @@ def class_names(path: str | os.PathLike) -> list[str]:
     return sorted(name for name in folders if not name.startswith("."))
 
 
-def _files(path: Path) -> list[Path]:
+def image_files(path: Path) -> list[Path]:
     """The visible images in a folder and below it. Linked folders are read too, unless the link leads back up."""
     files: list[Path] = []
 
@@ -119,7 +119,10 @@ def _files(path: Path) -> list[Path]:
     return sorted(files)
 
 
-def _loader(resize, crop, mean, std) -> Callable[[Sequence[Path]], torch.Tensor]:
+def image_reader(
+    resize: int, crop: int, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Sequence[Path]], torch.Tensor]:
+    """A function that makes of files what :func:`load_data` makes of a folder; arguments and errors are the same."""
     checks.integer("crop", crop, 1, checks.integer("resize", resize, 1, 2**15))
     try:
         means, stds = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
