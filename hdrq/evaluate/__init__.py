@@ -1,4 +1,4 @@
-"""What a model is worth: accuracies, their harmonic mean, the loss between and around models, and its curvature."""
+"""What a model is worth: accuracies, mIoU, their harmonic mean, the loss between and around models, its curvature."""
 
 from hdrq.evaluate.averaging import average
 from hdrq.evaluate.curvature import TopEigenvalue, Trace, hessian_top_eigenvalue, hessian_trace
@@ -7,6 +7,7 @@ from hdrq.evaluate.distances import Distance, distances
 from hdrq.evaluate.landscape import Barrier, Surface, error_barrier, loss_surface
 from hdrq.evaluate.metrics import accumulated_errors, accuracy, accuracy_of, harmonic_mean
 from hdrq.evaluate.noise import NoisyBarrier, noisy_error_barrier
+from hdrq.evaluate.segmentation import class_counts, class_iou, mean_iou
 
 __all__ = [
     "Barrier",
@@ -19,6 +20,8 @@ __all__ = [
     "accuracy",
     "accuracy_of",
     "average",
+    "class_counts",
+    "class_iou",
     "direction_surface",
     "distances",
     "error_barrier",
@@ -26,5 +29,6 @@ __all__ = [
     "hessian_top_eigenvalue",
     "hessian_trace",
     "loss_surface",
+    "mean_iou",
     "noisy_error_barrier",
 ]

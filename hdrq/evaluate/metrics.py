@@ -58,13 +58,20 @@ def accuracy_of(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Te
     """:func:`accuracy` over batches of images and labels, moved to where the model is.
 
     The logits are what the output names so, else the first floating-point tensor that the model returns.
+
+    Raises:
+        ValueError: the model's output is no class for each label.
     """
     parameter = next(model.parameters(), None)
     right = total = 0
     for x, y in batches:
         if parameter is not None:
             x, y = x.to(parameter.device), y.to(parameter.device)
-        right += int((_first(model(x), "output of the model").argmax(dim=1) == y).sum())
+        predicted = first_tensor(model(x), "output of the model").argmax(dim=1)
+        if predicted.shape != y.shape:
+            got = f"{tuple(y.shape)} for {tuple(predicted.shape)}; label maps are measured by mean_iou"
+            raise ValueError(f"labels must be one for each class that the model tells, got {got}")
+        right += int((predicted == y).sum())
         total += len(y)
     return 100 * right / total
 
@@ -99,13 +106,13 @@ def _outputs(model: nn.Module, call: Call, blocks: Sequence[str]) -> dict[str, t
 
     def keep(name, module, args, kwargs, output) -> None:
         if name not in seen:
-            seen[name] = _first(output, f"output of block {name}").clone()  # what follows may work in place
+            seen[name] = first_tensor(output, f"output of block {name}").clone()  # what follows may work in place
 
-    seen["output"] = _first(observe(model, call, after=keep, names=blocks), "output of the model on held_out")
+    seen["output"] = first_tensor(observe(model, call, after=keep, names=blocks), "output of the model on held_out")
     return seen
 
 
-def _first(tree: Any, what: str) -> torch.Tensor:
+def first_tensor(tree: Any, what: str) -> torch.Tensor:
     """The logits where an output names them, as it does beside a loss; else its first floating-point tensor."""
     named = tree.get("logits") if isinstance(tree, Mapping) else getattr(tree, "logits", None)
     for value in (named, *tree_leaves(tree)):
