@@ -14,7 +14,7 @@ import json
 import platform
 import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
@@ -108,6 +108,8 @@ def run(
     processes: int = 1,
     shard: tuple[int, int] = (0, 1),
     choose: bool = True,
+    work: Callable[[Job, Path, Path, bool], None] | None = None,
+    rows: str = "rows",
 ) -> None:
     """Carry out every job whose rows are not there yet.
 
@@ -116,14 +118,16 @@ def run(
         cache: of networks in full precision.
         shard: (i, n): every n-th job from the i-th on.
         choose: whether each method's rate is chosen first; else it is the recipe's own.
+        work: what is done for a job, and writes its rows; :func:`carry_out` without.
+        rows: the folder in ``folder`` where that writes them.
 
     Raises:
         ValueError: the folder has rows whose rates were chosen otherwise.
     """
-    for name in ("rates", "rows"):
+    for name in ("rates", rows):
         (folder / name).mkdir(parents=True, exist_ok=True)
     _same_protocol(folder, {"rates": "chosen" if choose else "the recipes' own"})
-    mine = [job for job in list(jobs)[shard[0] :: shard[1]] if not _rows_path(folder, job).is_file()]
+    mine = [job for job in list(jobs)[shard[0] :: shard[1]] if not rows_path(folder, job, rows).is_file()]
     ways = dict.fromkeys(
         (job.task, job.method, job.iterations) for job in mine if METHODS[job.method].learned and choose
     )
@@ -132,7 +136,7 @@ def run(
     seeds = dict.fromkeys([(task, RATE_SEED) for task, *_ in choices] + [(job.task, job.network) for job in mine])
     _in_processes(prepared, [(task, seed, cache) for task, seed in seeds], processes)
     _in_processes(choose_rate, choices, processes)
-    _in_processes(carry_out, [(job, folder, cache, choose) for job in mine], processes)
+    _in_processes(work or carry_out, [(job, folder, cache, choose) for job in mine], processes)
 
 
 def _same_protocol(folder: Path, protocol: dict[str, str]) -> None:
@@ -195,7 +199,7 @@ def choose_rate(task_name: str, name: str, iterations: int, folder: Path, cache:
     facts = {
         **{"task": task_name, "method": name, "bits": RATE_BITS, "iterations": iterations},
         **{"chosen": best, "errors": errors},
-        **_facts(),
+        **software(),
     }
     write_atomically(path, json.dumps(facts, indent=1, sort_keys=True) + "\n")
     return best
@@ -206,16 +210,14 @@ def choose_rate(task_name: str, name: str, iterations: int, folder: Path, cache:
 
 def carry_out(job: Job, folder: Path, cache: Path, choose: bool = True) -> None:
     """Quantize, merge every pair and all, judge on test images, and write the rows."""
-    path = _rows_path(folder, job)
+    path = rows_path(folder, job)
     if path.is_file():
         return
     task, method, start = task_of(job.task), METHODS[job.method], time.perf_counter()
     torch.set_num_threads(1)
     with keep_freed_memory():
         models = networks(task, job.network, cache)
-        knobs = dict(job.knobs)
-        if method.learned and choose and "weight_lr" not in knobs:
-            knobs["weight_lr"] = choose_rate(job.task, job.method, job.iterations, folder, cache)
+        knobs = knobs_of(job, folder, cache, choose)
         quantized = {
             domain: quantized_one(task, models, domain, method, job.bits, job.iterations, knobs, job.network)
             for domain in task.targets
@@ -230,14 +232,26 @@ def carry_out(job: Job, folder: Path, cache: Path, choose: bool = True) -> None:
                     rows.append(
                         {"rule": rule, "domains": "+".join(domains), **_judged(right), **_apart(chosen, method)}
                     )
-    facts = {
+    facts = facts_of(job, knobs)
+    seconds = round(time.perf_counter() - start, 1)
+    write_atomically(path, written([{**facts, "seconds": seconds, **row} for row in rows]))
+
+
+def knobs_of(job: Job, folder: Path, cache: Path, choose: bool) -> dict[str, Any]:
+    """A job's knobs, and the rate chosen for its method."""
+    if METHODS[job.method].learned and choose and "weight_lr" not in job.knobs:
+        return {**job.knobs, "weight_lr": choose_rate(job.task, job.method, job.iterations, folder, cache)}
+    return dict(job.knobs)
+
+
+def facts_of(job: Job, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """What every row of a job begins with, and what made it."""
+    return {
         **{name: value for name, value in asdict(job).items() if name in COLUMNS},
         "knobs": json.dumps(job.knobs, sort_keys=True),
         "weight_lr": knobs.get("weight_lr", ""),
-        **_facts(),
+        **software(),
     }
-    seconds = round(time.perf_counter() - start, 1)
-    write_atomically(path, written([{**facts, "seconds": seconds, **row} for row in rows]))
 
 
 def quantized_one(
@@ -309,22 +323,22 @@ def decoded(text: str) -> np.ndarray:
     return np.unpackbits(np.frombuffer(zlib.decompress(base64.b85decode(data)), np.uint8))[: int(count)].astype(bool)
 
 
-def written(rows: Sequence[dict[str, Any]]) -> str:
+def written(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
     """Rows as CSV."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-def collected(folder: Path) -> str:
+def collected(folder: Path, rows: str = "rows", columns: Sequence[str] = COLUMNS) -> str:
     """The rows of all jobs of a folder as one CSV."""
-    rows: list[dict[str, Any]] = []
-    for path in sorted((folder / "rows").glob("*.csv")):
+    found: list[dict[str, Any]] = []
+    for path in sorted((folder / rows).glob("*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
-            rows += csv.DictReader(file)
-    return written(rows)
+            found += csv.DictReader(file)
+    return written(found, columns)
 
 
 def rates(folder: Path) -> list[dict[str, Any]]:
@@ -332,8 +346,9 @@ def rates(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((folder / "rates").glob("*.json"))]
 
 
-def _rows_path(folder: Path, job: Job) -> Path:
-    return folder / "rows" / f"{job.id}.csv"
+def rows_path(folder: Path, job: Job, rows: str = "rows") -> Path:
+    """Where a job's rows lie."""
+    return folder / rows / f"{job.id}.csv"
 
 
 def _rate_path(folder: Path, task: str, method: str, iterations: int) -> Path:
@@ -341,7 +356,8 @@ def _rate_path(folder: Path, task: str, method: str, iterations: int) -> Path:
     return folder / "rates" / f"{task}-{''.join(c if c.isalnum() else '-' for c in method)}{longer}.json"
 
 
-def _facts() -> dict[str, Any]:
+def software() -> dict[str, Any]:
+    """What rows hold of what made them."""
     return {
         "hdrq": __version__,
         "torch": torch.__version__,
