@@ -1,6 +1,7 @@
 """Quantization-aware training: LSQ, sharpness-aware steps, and freezing by the disorder of scales' gradients."""
 
 from hdrq.qat import lsq
+from hdrq.qat.flatness import ASAM, SAGM, SAM
 from hdrq.qat.lsq import convert, prepare, quantizers
 
-__all__ = ["convert", "lsq", "prepare", "quantizers"]
+__all__ = ["ASAM", "SAGM", "SAM", "convert", "lsq", "prepare", "quantizers"]
