@@ -1,4 +1,4 @@
-"""Architectures by name: ``"module:factory"``."""
+"""Architectures by name: ``"module:factory"``, and ``"timm:NAME"`` or ``"torchvision:NAME"`` as these libraries name them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,28 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 
+def _timm(library: Any, name: str) -> Callable[..., nn.Module] | None:
+    return partial(library.create_model, name) if library.is_model(name) else None
+
+
+def _torchvision(library: Any, name: str) -> Callable[..., nn.Module] | None:
+    return library.models.get_model_builder(name) if name in library.models.list_models() else None
+
+
+LIBRARIES = {"timm": _timm, "torchvision": _torchvision}
+
+
 def factory(text: str) -> Callable[..., nn.Module]:
     """``"module:factory"`` as the function it names; modules are looked for in the working folder too.
+
+    ``"timm:resnet50"`` and ``"torchvision:resnet50"`` name models of these libraries, made with the libraries' defaults.
 
     Raises:
         ValueError: the text is not of that form, there is no such module, or it has no function of that name.
@@ -23,7 +38,10 @@ def factory(text: str) -> Callable[..., nn.Module]:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        library = importlib.import_module(module)
+        found = getattr(library, name, None)
+        if found is None and module in LIBRARIES:
+            found = LIBRARIES[module](library, name)
     except (Exception, SystemExit) as error:  # the module is the user's, and may do anything
         raise ValueError(f"model must be in a module that can be imported, got {text!r}: {_said(error)}") from error
     if not callable(found):

@@ -16,7 +16,7 @@ def reproduce(
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for rows, tables and figures.")] = Path(
         "reproduce"
     ),
-    task: Annotated[str, typer.Option(help="digits or digits-vit.")] = "digits",
+    task: Annotated[str, typer.Option(help="digits, digits-vit or emoji; or a YAML file of your own.")] = "digits",
     seeds: Annotated[int, typer.Option(help="How many, each with networks of its own.")] = 5,
     study: Annotated[
         str, typer.Option(help="table, increments, distance, noise, tau or longer; or several, with commas.")
@@ -39,7 +39,7 @@ def reproduce(
     checks.choice("what", what, ("run", "render"))
     output_folder(out)
     if what == "run":
-        task_of(task)
+        task = task_of(task).name
         studies = [STUDIES[checks.choice("study", name, tuple(STUDIES))] for name in study.split(",")]
         if bits is not None:
             studies = [replace(each, bits=tuple(bits.split(","))) for each in studies]

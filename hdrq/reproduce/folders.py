@@ -37,6 +37,10 @@ class Pictures:
         chosen = range(len(self))[index] if isinstance(index, slice) else index.tolist()
         return self.reader([self.files[i] for i in chosen])
 
+    def first(self, count: int | None) -> Pictures:
+        """The first of them; None for all."""
+        return Pictures(self.files[:count], self.reader)
+
     def split(self, size: int) -> Iterator[Tensor]:
         """Parts of ``size`` images and a last one of the rest, each read when its turn comes."""
         return (self[start : start + size] for start in range(0, len(self), size))

@@ -50,7 +50,7 @@ from hdrq.reproduce.protocol import (
     Method,
     Study,
 )
-from hdrq.reproduce.tasks import CALIBRATION, Task, task_of
+from hdrq.reproduce.tasks import CALIBRATION, Task, files, remember, task_of
 from hdrq.rng import CONTRACT
 
 COLUMNS = (
@@ -132,6 +132,10 @@ def run(
         (job.task, job.method, job.iterations) for job in mine if METHODS[job.method].learned and choose
     )
     choices = [(*way, folder, cache) for way in ways if not _rate_path(folder, *way).is_file()]
+    for task in map(task_of, dict.fromkeys(job.task for job in mine)):
+        if task.check is not None:
+            _same_protocol(folder, {"facts": hashlib.sha256(task.facts.encode()).hexdigest()}, f"{task.name}.json")
+            task.check(cache)
     choices.sort(key=lambda choice: choice[2] != ITERATIONS)  # others begin from what is chosen for so many
     seeds = dict.fromkeys([(task, RATE_SEED) for task, *_ in choices] + [(job.task, job.network) for job in mine])
     _in_processes(prepared, [(task, seed, cache) for task, seed in seeds], processes)
@@ -139,9 +143,9 @@ def run(
     _in_processes(work or carry_out, [(job, folder, cache, choose) for job in mine], processes)
 
 
-def _same_protocol(folder: Path, protocol: dict[str, str]) -> None:
+def _same_protocol(folder: Path, protocol: dict[str, str], name: str = "protocol.json") -> None:
     """Note how a folder's rows are made, or refuse one whose are made otherwise."""
-    path = folder / "protocol.json"
+    path = folder / name
     text = json.dumps(protocol) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"out must be a folder of runs with {protocol}, got {folder} with {path.read_text().strip()}")
@@ -153,7 +157,7 @@ def _in_processes(function, arguments: Iterable[tuple], processes: int) -> None:
         for each in arguments:
             function(*each)
         return
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), remember, (files(),)) as pool:
         for future in [pool.submit(function, *each) for each in arguments]:
             future.result()
 
