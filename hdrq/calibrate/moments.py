@@ -39,6 +39,14 @@ class Moments:
         flat = weight.flatten(1).T if self.transposed else weight.flatten(1)
         return flat.reshape(len(self.hessian), -1, self.hessian.shape[-1])
 
+    def add(self, other: Moments) -> None:
+        """Count what another layer with the same weight reads, too."""
+        self.hessian += other.hessian
+        self.rows += other.rows
+        for mine, more in ((self.sums, other.sums), (self.magnitudes, other.magnitudes)):
+            if mine is not None and more is not None:
+                mine += more
+
     def with_ones(self) -> torch.Tensor:
         """H of the inputs and one more that is always 1, as a bias has it: (groups, K + 1, K + 1)."""
         sums, count = (

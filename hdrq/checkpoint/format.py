@@ -34,7 +34,7 @@ from hdrq.prepare.attention import OPERANDS
 FORMAT = 3
 FORMATS = {2: {"contract": 1}, FORMAT: {}}  # that are read, and what a manifest of each leaves unsaid
 # The keys of a manifest that say what the file holds; the rest says how the model was made.
-TABLES = ("format", "hdrq", "weights", "tied", "inputs", "shared", "attention", "sha256")
+TABLES = ("format", "hdrq", "weights", "tied", "inputs", "shared", "attention", "statistics", "sha256")
 
 
 def packs(qmin: int, qmax: int) -> bool:
@@ -59,6 +59,20 @@ def scales_shape(name: str, facts: Mapping[str, Any]) -> tuple[int, ...]:
     return (1 if axis is None else shape[checks.integer(f"axis of {name}", axis, -len(shape), len(shape) - 1)],)
 
 
+def statistics_specs(manifest: Mapping[str, Any]) -> dict[str, Spec]:
+    """The dtype and shape of every tensor of a manifest's ``statistics``: what layers read, no part of the model."""
+    specs: dict[str, Spec] = {}
+    for name, facts in manifest.get("statistics", {}).items():
+        groups, inputs, rank = facts["groups"], facts["inputs"], facts.get("rank")
+        shapes: dict[str, tuple[int, ...]] = {"sums": (groups, inputs)}
+        if rank is None:
+            shapes["scatter"] = (groups, inputs * (inputs + 1) // 2)
+        else:
+            shapes |= {"factor": (groups, inputs, rank), "diagonal": (groups, inputs)}
+        specs |= {f"{name}.statistics.{part}": (torch.float32, shape) for part, shape in shapes.items()}
+    return specs
+
+
 class Reader:
     """A file to read from, in a ``with`` block.
 
@@ -70,7 +84,9 @@ class Reader:
     (:func:`hdrq.prepare.attention.operand_table`) and ``sha256``, and says how the model was made: ``recipe``,
     ``bits``, ``seed``, ``fingerprints``, ``architecture`` and ``coverage`` (:class:`hdrq.prepare.coverage.Coverage`:
     what share of parameters and multiply-adds is quantized), or ``merge`` and ``models``. Files of earlier versions
-    lack some of these. ``specs`` has the dtype and shape of every tensor.
+    lack some of these. ``specs`` has the dtype and shape of every tensor of the model, ``statistics_specs`` those of
+    what its layers read, where the table ``statistics`` (by layer: rows, groups, inputs, transposed, and the rank of a
+    sketch) names any: :class:`hdrq.quantizers.provenance.Statistics`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -88,9 +104,10 @@ class Reader:
         with ExitStack() as stack, _refusing(self.path):
             self._file = TensorFile(path)
             stack.callback(self._file.close)
-            self.specs = self._file.specs
             self.manifest = _manifest(self._file.metadata.get("hdrq"), self._file.metadata.get("sha256"))
-            _check(self.manifest, self.specs)
+            _check(self.manifest, self._file.specs)
+            self.statistics_specs = statistics_specs(self.manifest)
+            self.specs = {n: spec for n, spec in self._file.specs.items() if n not in self.statistics_specs}
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Reader:
@@ -263,6 +280,30 @@ def _check(manifest: dict[str, Any], specs: Mapping[str, Spec]) -> None:
     for name, bounds in inputs.items():
         _range(name, bounds)
         _expect(specs, f"{name}.input.scale", torch.float32, (1,))
+    _check_statistics(manifest, specs)
+
+
+def _check_statistics(manifest: dict[str, Any], specs: Mapping[str, Spec]) -> None:
+    table = manifest.get("statistics", {})
+    if not isinstance(table, dict) or not table.keys() <= manifest["weights"].keys():
+        raise ValueError(f"manifest must have statistics of layers with a weight, got {str(table)[:200]}")
+    for name, facts in table.items():
+        known = {"rows", "groups", "inputs", "transposed"}
+        if not (isinstance(facts, dict) and facts.keys() - {"rank"} == known and type(facts["transposed"]) is bool):
+            raise ValueError(f"statistics of {name} must have {', '.join(sorted(known))}, got {facts!r}")
+        for key in facts.keys() - {"transposed"}:
+            checks.integer(f"{key} of the statistics of {name}", facts[key], 1, 2**48)
+        if facts["groups"] * facts["inputs"] * _outputs(manifest["weights"][name], facts) != prod(
+            manifest["weights"][name]["shape"]
+        ):
+            raise ValueError(f"statistics of {name} must fit its weight, got {facts!r}")
+    for name, (dtype, shape) in statistics_specs(manifest).items():
+        _expect(specs, name, dtype, shape)
+
+
+def _outputs(weight: Mapping[str, Any], facts: Mapping[str, Any]) -> int:
+    """The outputs of each group of a weight."""
+    return weight["shape"][-1 if facts["transposed"] else 0] // facts["groups"]
 
 
 def _range(name: str, bounds: Any) -> tuple[int, int]:

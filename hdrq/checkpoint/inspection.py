@@ -60,7 +60,8 @@ def contents(path: str | os.PathLike) -> Contents:
     with Reader(path) as file:
         sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in file.specs.items()}
         manifest = file.manifest
-        problems = tuple(filter(None, (_problem(manifest, name, file.tensor(name)) for name in file.specs)))
+        kept = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in file.statistics_specs.items()}
+        problems = tuple(filter(None, (_problem(manifest, name, file.tensor(name)) for name in [*file.specs, *kept])))
         inputs = {**manifest["inputs"], **{n: manifest["inputs"][o] for n, o in manifest["shared"].items()}}
         layers = []
         for name, facts in manifest["weights"].items():
@@ -76,6 +77,8 @@ def contents(path: str | os.PathLike) -> Contents:
                 )
             )
         found = Contents(tuple(layers), file.size, sum(sizes.values()), _facts(manifest), history(manifest), problems)
+        if kept:
+            found.facts["statistics"] = f"of {len(manifest['statistics'])} layers, {sum(kept.values()):,} bytes"
         found.facts["size"] = f"{found.size:,} bytes, {found.size / max(found.full, 1):.1%} of float32"
         return found
 

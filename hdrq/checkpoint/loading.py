@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from hdrq import checks
 from hdrq.checkpoint.architecture import build
-from hdrq.checkpoint.format import TABLES, Reader, packs, scales_shape
+from hdrq.checkpoint.format import TABLES, Reader, packs, scales_shape, statistics_specs
 from hdrq.checkpoint.states import plain_state, state_differences, tensors_of
 from hdrq.checks import listed
 from hdrq.ops.packing import unpack
@@ -37,7 +37,7 @@ from hdrq.quantizers.layers import (
     replace_module,
 )
 from hdrq.quantizers.modules import ActivationQuantizer, WeightQuantizer
-from hdrq.quantizers.provenance import set_origin
+from hdrq.quantizers.provenance import Statistics, set_origin, set_statistics
 
 FOLDABLE = tuple(kind for kind in WEIGHTED if kind is not nn.Embedding)
 
@@ -71,6 +71,7 @@ def load(
         result = copy.deepcopy(model)
         attach(result, file.manifest)
         assign(result, file.manifest, file.specs, file.tensor)
+        set_statistics(result, {name: statistics(file, name) for name in file.manifest.get("statistics", {})})
     return result
 
 
@@ -160,6 +161,16 @@ def assign(model: nn.Module, manifest: Mapping[str, Any], names, take: Callable[
         raise ValueError(f"checkpoint must fit the model, got {listed(differences)}")
     model.load_state_dict(tensors, strict=False)
     set_origin(model, {key: value for key, value in manifest.items() if key not in TABLES})
+    set_statistics(model, {})
+
+
+def statistics(source: Any, name: str) -> Statistics:
+    """What a layer reads, of a source with a ``manifest`` that has it and a ``tensor`` of any name."""
+    facts = source.manifest["statistics"][name]
+    tensors = {each: source.tensor(each) for each in statistics_specs({"statistics": {name: facts}})}
+    for each, value in tensors.items():
+        checks.finite(each, value)
+    return Statistics(facts, {each.rpartition(".")[2]: value for each, value in tensors.items()})
 
 
 def _check_modules(model: nn.Module, manifest: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from hdrq.checkpoint.states import plain_state
 from hdrq.ops.packing import pack
 from hdrq.prepare.attention import operand_table
 from hdrq.quantizers.layers import input_quantizers, input_readers, quantized_layers
-from hdrq.quantizers.provenance import origin
+from hdrq.quantizers.provenance import origin, statistics_of
 
 
 def save(model: nn.Module, path: str | os.PathLike, *, architecture: str | None = None) -> None:
@@ -100,5 +100,9 @@ def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         inputs[name] = [activation.qmin, activation.qmax]
         owners[id(activation)] = name
     shared = {n: owners[id(q)] for n, q in input_readers(model).items() if owners[id(q)] != n}
-    layers = {"weights": weights, "tied": tied, "inputs": inputs, "shared": shared, "attention": operand_table(model)}
+    for name, (_, parts) in statistics_of(model).items():
+        tensors |= {f"{name}.statistics.{part}": value for part, value in parts.items()}
+    layers: dict[str, Any] = {"statistics": {name: facts for name, (facts, _) in statistics_of(model).items()}}
+    layers = layers if layers["statistics"] else {}
+    layers |= {"weights": weights, "tied": tied, "inputs": inputs, "shared": shared, "attention": operand_table(model)}
     return {"format": FORMAT, "hdrq": __version__, **layers, **origin(model)}, tensors

@@ -22,8 +22,8 @@ def merge(
     rule: Annotated[
         str | None,
         typer.Option(
-            help="systematic (the default), noise, half-even, half-up, half-away or requantize; with --add systematic, "
-            "nearest, noise or calibrated."
+            help="systematic (the default), noise, half-even, half-up, half-away, requantize, or calibrated, by what "
+            "files keep of their inputs (quantize --statistics); with --add systematic, nearest, noise or calibrated."
         ),
     ] = None,
     preset: Annotated[str | None, typer.Option(help="paper or official: what HDRQ's paper or its code does.")] = None,
@@ -67,9 +67,9 @@ def merge(
         typer.Option(help="Images, .npy or .safetensors of a model's task: round for its inputs. Once for each model."),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="With --calibrate: the models' outputs (experts), or their mean weights (mean).")
+        str | None, typer.Option(help="Calibrated merges: the models' outputs (experts), or their mean weights (mean).")
     ] = None,
-    lam: Annotated[float | None, typer.Option(help="With --calibrate: the pull towards the mean weights.")] = None,
+    lam: Annotated[float | None, typer.Option(help="Calibrated merges: the pull towards the mean weights.")] = None,
     samples: Annotated[int, typer.Option(help="How many samples of the data are read.")] = 256,
     resize: Annotated[int, typer.Option(help="The shorter side of an image, pixels.")] = 256,
     crop: Annotated[int, typer.Option(help="The sides of its middle, pixels.")] = 224,
@@ -107,17 +107,16 @@ def merge(
         return
     _none_given({"minus": minus, "scale": scale, "alpha": alpha, "data": data}, "without --add")
     guided = {"target": target, "lam": lam}
-    if calibrate:
+    if calibrate or rule == "calibrated":
         own: dict[str, Any] = {name: options.pop(name) for name in ("weights", "bits") if name in options}
-        _none_given(
-            {**options, "rule": rule, "report": report, "dry_run": dry_run or None, "json": as_json or None},
-            "with --calibrate",
-        )
-        if model is None:
+        own |= {name: value for name, value in guided.items() if value is not None}
+        unused = {**options, "report": report, "dry_run": dry_run or None, "json": as_json or None}
+        _none_given({**unused, "rule": rule} if calibrate else {**unused, "model": model}, "in a calibrated merge")
+        if calibrate and model is None:
             raise ValueError("model must be given with --calibrate: layers must be run, got none")
-        settings = {"model": model, "seed": seed, "samples": samples, "resize": resize, "crop": crop, **own}
-        settings |= {name: value for name, value in guided.items() if value is not None}
-        merge_for_data(files, calibrate, cast(Path, out), settings)  # without it there is --dry-run, refused above
+        run = {"model": model, "samples": samples, "resize": resize, "crop": crop} if calibrate else {}
+        # Without out there is --dry-run, refused above.
+        merge_calibrated(files, calibrate, cast(Path, out), {"seed": seed, **run, **own})
         return
     _none_given({**guided, "model": model}, "without --calibrate")
     with progress_bar("merging") as show:
@@ -141,13 +140,19 @@ def merge(
         raise typer.Exit(1)
 
 
-def merge_for_data(files: list[Path], data: list[Path], out: Path, settings: dict[str, Any]) -> None:
-    """``hdrq merge --calibrate``."""
+def merge_calibrated(files: list[Path], data: list[Path] | None, out: Path, settings: dict[str, Any]) -> None:
+    """``hdrq merge --calibrate``, or, where the files have statistics in the place of data, ``--rule calibrated``."""
     from hdrq.calibrate.report import report_of
     from hdrq.methods.calibrated_merge import merge_calibrated_files
+    from hdrq.methods.statistics_merge import merge_files_by_statistics
     from hdrq.report.tables import layers_table
 
-    console.print(layers_table(report_of(merge_calibrated_files(files, data, out, **settings))))
+    if data:
+        report = report_of(merge_calibrated_files(files, data, out, **settings))
+    else:
+        with progress_bar("merging") as show:
+            report = merge_files_by_statistics(files, out, progress=show, **settings)
+    console.print(layers_table(report))
 
 
 def _none_given(options: dict[str, Any], when: str) -> None:

@@ -25,6 +25,10 @@ def quantize(
     out: Annotated[Path | None, typer.Option(help="The quantized model, safetensors.")] = None,
     workdir: Annotated[Path | None, typer.Option(help="Checkpoints, losses and their plot.")] = None,
     resume: Annotated[bool | None, typer.Option("--resume", help="Go on with the run in workdir.")] = None,
+    statistics: Annotated[
+        str | None,
+        typer.Option(help="Keep what layers read, for merges without data (--rule calibrated): all, or a rank."),
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: name=value.")] = None,
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Also without distance, and without noise: a table.")
@@ -51,6 +55,7 @@ def quantize(
         "out": out,
         "workdir": workdir,
         "resume": resume,
+        "statistics": None if statistics is None else _statistics(statistics),
     }
     options = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
     settings = {} if config is None else job.read_settings(config)
@@ -67,3 +72,9 @@ def quantize(
     console.print(f"{report.seconds:.0f} s; peak memory: {memory or 'unknown'}", highlight=False)
     if plan.workdir is not None and report.losses:
         write_losses(report.losses, Path(plan.workdir) / "losses.png")
+
+
+def _statistics(text: str) -> bool | int:
+    if text != "all" and not text.isdigit():
+        raise ValueError(f"statistics must be all, or the rank of a sketch, got {text!r}")
+    return True if text == "all" else int(text)

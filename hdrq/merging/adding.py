@@ -251,6 +251,7 @@ def added_manifest(parent: Mapping[str, Any], facts: Mapping[str, Any], digest: 
     history |= {} if digest is None else {"sha256": digest}
     kept = {key: parent[key] for key in (*TABLES, "folded", "architecture", "coverage") if key in parent}
     kept.pop("sha256", None)  # the hashes of the parent's tensors
+    kept.pop("statistics", None)  # what its layers read
     return {**kept, "hdrq": __version__, "contract": CONTRACT, "added": dict(facts), "parent": history}
 
 

@@ -30,7 +30,9 @@ def merged_manifest(inputs: Inputs, settings: MergeSettings) -> dict[str, Any]:
     for key in ("architecture", "coverage"):
         if all(key in facts and facts[key] == origins[0][key] for facts in origins):
             origin[key] = origins[0][key]
-    tables = {key: first[key] for key in TABLES if key in first and key != "sha256"} | {"hdrq": __version__}
+    tables = {key: first[key] for key in TABLES if key in first and key not in ("sha256", "statistics")} | {
+        "hdrq": __version__
+    }
     tables["weights"] = {
         name: {**facts, "range": list(inputs.ranges[name])} for name, facts in first["weights"].items()
     }

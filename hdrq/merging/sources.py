@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hdrq.checkpoint.files import file_hash, output_folder, output_path
-from hdrq.checkpoint.format import Reader, Spec, Writer
+from hdrq.checkpoint.format import Reader, Spec, Writer, statistics_specs
 from hdrq.export.folders import Folder, FolderWriter, is_folder
 from hdrq.export.onnx_import import OnnxModel, is_onnx
 
@@ -25,8 +25,9 @@ class State:
 
     @property
     def specs(self) -> dict[str, Spec]:
-        """The dtype and shape of every tensor."""
-        return {name: (value.dtype, tuple(value.shape)) for name, value in self.tensors.items()}
+        """The dtype and shape of every tensor of the model."""
+        apart = statistics_specs(self.manifest)
+        return {name: (t.dtype, tuple(t.shape)) for name, t in self.tensors.items() if name not in apart}
 
     def tensor(self, name: str) -> torch.Tensor:
         return self.tensors[name]

@@ -14,6 +14,7 @@ from hdrq.merging.settings import MergeSettings
 from hdrq.ops import MergedTensor
 
 Progress = Callable[[int, int, str], None]  # layers done, of how many, and the name of the next
+Refine = Callable[[str, MergedTensor], tuple[MergedTensor, dict[str, torch.Tensor]]]
 
 
 def no_progress(done: int, total: int, name: str) -> None:
@@ -25,24 +26,30 @@ def merged_tensors(
     settings: MergeSettings,
     progress: Progress = no_progress,
     report: list[LayerReadiness] | None = None,
+    refine: Refine | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the merged model, with its name.
 
     Args:
         progress: is called before every layer.
         report: a list that gets the readiness of every layer.
+        refine: has the last word on a layer; of the rest it may give those tensors that it has another value for.
     """
     rest = dict.fromkeys(inputs.specs)
+    replaced: dict[str, torch.Tensor] = {}
     for number, name in enumerate(inputs.layers):
         progress(number, len(inputs.layers), name)
         merged = _merged_layer(inputs, settings, name, report)
+        if refine is not None:
+            merged, more = refine(name, merged)
+            replaced |= more
         parts = {"codes": merged.codes, "scale": merged.scale, "zero_point": merged.zero_point.to(torch.int32)}
         for part, value in parts.items():
             if f"{name}.weight.{part}" in rest:  # not every layer has zero points
                 del rest[f"{name}.weight.{part}"]
                 yield f"{name}.weight.{part}", value.view(inputs.specs[f"{name}.weight.{part}"][1])
     for name in rest:
-        yield name, inputs.mean(name)
+        yield name, replaced.get(name, inputs.mean(name))
 
 
 def _merged_layer(

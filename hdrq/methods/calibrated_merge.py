@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from hdrq import checks
 from hdrq.calibrate.cache import Cache
 from hdrq.calibrate.data import data_hash, run_all
 from hdrq.calibrate.finite import check_finite
-from hdrq.calibrate.gptq import DAMPING
 from hdrq.calibrate.progress import Step, bars
 from hdrq.calibrate.replay import without_caches
 from hdrq.calibrate.report import RunReport, set_report
@@ -25,18 +25,15 @@ from hdrq.checkpoint.loading import float_dtype, load
 from hdrq.checkpoint.saving import save
 from hdrq.evaluate.averaging import weighted_mean
 from hdrq.merging.models import merge
-from hdrq.methods.layerwise import WEIGHTINGS, LayerWise, Target
+from hdrq.methods.layerwise import Guidance, Target
 from hdrq.methods.nearest import round_to_nearest
-from hdrq.methods.post_merge import BIASES, calls_of_tasks, spans
+from hdrq.methods.post_merge import calls_of_tasks, spans
 from hdrq.methods.post_training import warn_of_layers
 from hdrq.prepare.float_model import device_of
 from hdrq.prepare.units import find_blocks
 from hdrq.quantizers.layers import quantized_layers
 from hdrq.quantizers.modules import Quantizer
 from hdrq.quantizers.provenance import origin, set_origin
-
-TARGETS = ("mean", "experts")
-LAM = {"mean": 0.0, "experts": 0.01}
 
 
 @torch.inference_mode(False)
@@ -45,17 +42,12 @@ def merge_calibrated(
     models: Sequence[nn.Module],
     calibration: Sequence[Any],
     *,
-    target: str = "experts",
     weights: Sequence[float] | None = None,
     bits: str | None = None,
-    lam: float | None = None,
-    weighting: str = "count",
-    bias: str | None = None,
-    damping: float = DAMPING,
-    act_order: bool = False,
     blocks: Sequence[str] | None = None,
     seed: int = 0,
     progress: Callable[[Step], None] | bool = True,
+    **guidance: Any,
 ) -> nn.Module:
     """:func:`hdrq.merge` of quantized models, its integers chosen for a few samples of each model's task.
 
@@ -67,23 +59,15 @@ def merge_calibrated(
     Args:
         models: two or more results of :func:`hdrq.quantize`, of one architecture; left as they are.
         calibration: for each model, data of its task as for :func:`hdrq.quantize`.
-        target: ``"experts"`` or ``"mean"``.
         weights, bits: of :func:`hdrq.merge`.
-        lam: None for 0.01 with ``"experts"``, else 0.
-        weighting, bias: of :func:`hdrq.methods.post_merge.post_merge`; None solves for biases with ``"experts"``.
-        damping, act_order: of :func:`hdrq.calibrate.gptq.gptq`.
         blocks, progress: of :func:`hdrq.quantize`.
         seed: of the merge.
+        guidance: fields of :class:`hdrq.methods.layerwise.Guidance`, such as ``target``.
 
     Raises:
         TypeError, ValueError: "X must be …, got …"; what differs between the models.
     """
-    checks.choice("target", target, TARGETS)
-    checks.choice("weighting", weighting, WEIGHTINGS)
-    bias = checks.choice("bias", bias or ("solve" if target == "experts" else "keep"), BIASES)
-    lam = checks.real("lam", LAM[target] if lam is None else lam, 0.0)
-    checks.real("damping", damping, 0.0)
-    checks.choice("act_order", act_order, (False, True))
+    guided = Guidance(**guidance)
     models = list(models)
     by_task = calls_of_tasks(models, calibration, "models")
     batches = [call for calls in by_task for call in calls]
@@ -100,23 +84,14 @@ def merge_calibrated(
     units = find_blocks(full, run_all(batches[:1], "models must run on calibration"), blocks)
     check_finite(full, batches, units)
     targets = [{n: Target(layer.latent, layer.module.bias) for n, layer in each.items()} for each in own]
-    method = LayerWise(
-        damping,
-        act_order,
-        spans(by_task),
-        targets if target == "experts" else None,
-        lam,
-        weighting,
-        bias == "solve",
-    )
-    report = RunReport(f"merge towards {target}")
+    method = guided.method(targets, spans(by_task))
+    report = RunReport(f"merge towards {guided.target}")
     with without_caches(full, merged), bars() if progress is True else nullcontext(progress or None) as show:
         report.blocks, report.losses = walk(full, merged, units, batches, method, Cache(device_of(full)), progress=show)
     round_to_nearest(merged)
     warn_of_layers(report)
     set_report(merged, report)
-    how = {"target": target, "lam": lam, "weighting": weighting, "bias": bias, "damping": damping}
-    how |= {"act_order": act_order, "calibration": data_hash(batches)}
+    how = {**asdict(guided), "calibration": data_hash(batches)}
     set_origin(merged, {**origin(merged), "calibrated": how})
     return merged
 

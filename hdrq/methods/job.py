@@ -63,6 +63,7 @@ class Run:
     workdir: str | None = None  # checkpoints, losses, their plot
     resume: bool = False
     checkpoint_every: int = 1000
+    statistics: bool | int = False  # keep what layers read beside the codes: all of it, or a sketch of this rank
     knobs: dict = field(default_factory=dict)  # any field of hdrq.recipes.Recipe
 
     @classmethod
@@ -160,6 +161,7 @@ def execute(run: Run, progress: Callable[[Step], None] | bool = True) -> nn.Modu
         workdir=run.workdir,
         resume=run.resume,
         checkpoint_every=run.checkpoint_every,
+        statistics=run.statistics,
         progress=progress,
     )
     architecture = {"factory": run.model, "arguments": run.model_args}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from hdrq import checks
 from hdrq.calibrate.cache import Rows
-from hdrq.calibrate.gptq import gptq
+from hdrq.calibrate.gptq import DAMPING, gptq
 from hdrq.calibrate.least_squares import anchored, energy
 from hdrq.calibrate.moments import Moments, moments_of_run
 from hdrq.calibrate.report import LayerReport
@@ -22,6 +22,8 @@ from hdrq.quantizers.layers import QuantizedLayer
 from hdrq.quantizers.modules import WeightQuantizer
 
 WEIGHTINGS = ("count", "norm")
+TARGETS = ("mean", "experts")  # of a merge: the mean of the weights, or what has the outputs of every model
+BIASES = ("keep", "solve")
 KINDS = "a linear layer or a convolution with the forward of its class"
 
 
@@ -75,7 +77,7 @@ class LayerWise:
         before = loss.measured(first, AT_ONCE)
         reports = []
         for number, layers in enumerate(order := _in_order(unit)):
-            reports.append(self._fit_layer(unit, layers))
+            reports.append(self.fit_layer(layers, self._moments(unit, layers)))
             journal.note(unit, number + 1, len(order), reports[-1].error)
         if self.experts is not None:
             losses = {"loss_before": sum(r.nearest for r in reports), "loss_after": sum(r.error for r in reports)}
@@ -88,10 +90,9 @@ class LayerWise:
         """Put back what :meth:`fit` left."""
         restore(unit, tensors)
 
-    def _fit_layer(self, unit: Unit, layers: Sequence[QuantizedLayer]) -> LayerReport:
-        """Finish a weight, which several layers may share."""
+    def fit_layer(self, layers: Sequence[QuantizedLayer], by_task: Sequence[Moments] | None) -> LayerReport:
+        """Finish a weight, which several layers may share, for the moments of what they read on each task."""
         layer, name = layers[0], layers[0].name
-        by_task = self._moments(unit, layers)
         if by_task is None:
             if self.rounds:
                 layer.settle()
@@ -154,8 +155,7 @@ class LayerWise:
         total, *others = (part for part in parts if part is not None)
         for other in others:
             for mine, more in zip(total, other, strict=True):
-                mine.hessian += more.hessian
-                mine.rows += more.rows
+                mine.add(more)
         return total
 
     def _share(self, moments: Moments, hessian: torch.Tensor) -> float:
@@ -187,6 +187,49 @@ class LayerWise:
         codes = like.weight(torch.stack([one.codes for one in found]), layer.latent.shape)
         layer.latent.copy_(quantizer.values(codes.contiguous()))
         return any(one.fell_back for one in found)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Where the integers of a merge go: to what several models compute, each on its own inputs.
+
+    Args:
+        target: ``"experts"`` rounds what has the models' outputs, ``"mean"`` the mean W_m of their weights.
+        lam: the pull towards W_m (:func:`hdrq.calibrate.least_squares.anchored`); None for 0.01 with ``"experts"``,
+            else 0.
+        weighting, bias: of :func:`hdrq.methods.post_merge.post_merge`; None solves for biases with ``"experts"``.
+        damping, act_order: of :func:`hdrq.calibrate.gptq.gptq`.
+
+    Raises:
+        TypeError, ValueError: "X must be …, got …".
+    """
+
+    target: str = "experts"
+    lam: float | None = None
+    weighting: str = "count"
+    bias: str | None = None
+    damping: float = DAMPING
+    act_order: bool = False
+
+    def __post_init__(self) -> None:
+        guided = checks.choice("target", self.target, TARGETS) == "experts"
+        bias, lam = (
+            self.bias or ("solve" if guided else "keep"),
+            (0.01 if guided else 0.0) if self.lam is None else self.lam,
+        )
+        object.__setattr__(self, "bias", checks.choice("bias", bias, BIASES))
+        object.__setattr__(self, "lam", checks.real("lam", lam, 0.0))
+        checks.choice("weighting", self.weighting, WEIGHTINGS)
+        checks.real("damping", self.damping, 0.0)
+        checks.choice("act_order", self.act_order, (False, True))
+
+    def method(
+        self, models: Sequence[Mapping[str, Target]], tasks: Sequence[tuple[int, int]] | None = None
+    ) -> LayerWise:
+        """What fits a merge of models with these layers."""
+        experts = models if self.target == "experts" else None
+        solves = self.bias == "solve"
+        return LayerWise(self.damping, self.act_order, tasks, experts, cast(float, self.lam), self.weighting, solves)
 
 
 def state_of(unit: Unit) -> dict[str, torch.Tensor]:

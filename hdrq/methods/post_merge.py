@@ -22,7 +22,7 @@ from hdrq.checkpoint.workdir import state_hash
 from hdrq.checks import listed
 from hdrq.merging.float_merges import FloatMerge, merge_float
 from hdrq.methods.awq import AWQ
-from hdrq.methods.layerwise import WEIGHTINGS, LayerWise, Target
+from hdrq.methods.layerwise import BIASES, WEIGHTINGS, LayerWise, Target
 from hdrq.methods.post_training import REACHING, fit
 from hdrq.prepare.float_model import check_module, prepare_float
 from hdrq.quantizers.layers import quantized_layers
@@ -31,7 +31,7 @@ from hdrq.recipes import recipe as make_recipe
 
 METHODS = ("epmq", "gptq", "awq", "rtn", "regmean")
 LAM = {"epmq": 0.01, "gptq": 0.0, "regmean": 0.0}
-STREAMS, BIASES = ("merged", "experts"), ("keep", "solve")
+STREAMS = ("merged", "experts")
 
 
 @torch.inference_mode(False)

@@ -22,6 +22,7 @@ from hdrq.calibrate.ranges import attach_quantizers
 from hdrq.calibrate.replay import without_caches
 from hdrq.calibrate.report import RunReport, peak_memory, set_report
 from hdrq.calibrate.sequential import Method, walk
+from hdrq.calibrate.statistics import check_rank, collect
 from hdrq.checkpoint.saving import check_storable
 from hdrq.checkpoint.workdir import Workdir, fingerprint, state_hash
 from hdrq.checks import listed
@@ -36,7 +37,7 @@ from hdrq.prepare.coverage import coverage, warn_of_float, warn_of_products
 from hdrq.prepare.float_model import check_module, device_of, prepare_float
 from hdrq.prepare.prepared import prepare
 from hdrq.quantizers.layers import input_quantizers, quantized_layers
-from hdrq.quantizers.provenance import set_origin
+from hdrq.quantizers.provenance import set_origin, set_statistics
 from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
 from hdrq.rng import CONTRACT
@@ -64,6 +65,7 @@ def quantize(
     workdir: str | os.PathLike | None = None,
     resume: bool = False,
     checkpoint_every: int = 0,
+    statistics: bool | int = False,
     progress: Callable[[Step], None] | bool = True,
     **knobs,
 ) -> nn.Module:
@@ -103,6 +105,9 @@ def quantize(
         workdir: a folder for checkpoints and losses, from which ``resume=True`` goes on; None for none.
         resume: go on with the run in ``workdir``, if there is one; it ends with the bits of a run that was not stopped.
         checkpoint_every: iterations between checkpoints inside a block; 0 for none but after each block.
+        statistics: keep with the model, and in its file, the second moments of what each layer reads, for merges that
+            are rounded for them with no data (:class:`hdrq.methods.statistics_merge.StatisticsMerge`): True for all of
+            them, 2·K² bytes for a weight of K inputs, or the rank r of a sketch, 4·K·(r + 2) bytes.
         progress: called with a :class:`Step` from time to time; True for bars if standard error is a terminal.
         knobs: any other field of the recipe.
 
@@ -125,6 +130,7 @@ def quantize(
     seed = checks.integer("seed", seed, 0, 2**63 - 1)
     checks.integer("checkpoint_every", checkpoint_every, 0, 2**31)
     checks.choice("graph", graph, ("auto", True, False))
+    rank = None if statistics is False else check_rank(statistics)
     if resume and workdir is None:
         raise ValueError("workdir must be the folder of the run to resume, got None")
     check_module("model", model, bits)
@@ -171,6 +177,8 @@ def quantize(
         progress=progress,
         facts={"fingerprints": states},
     )
+    if statistics is not False:
+        set_statistics(quantized, collect(quantized, batches, rank))
     return quantized
 
 

@@ -221,7 +221,7 @@ def test_a_merge_is_calibrated_by_data_of_each_model(files, tmp_path, monkeypatc
         (line, "model must be given with --calibrate"),
         (
             (*line, "--rule", "noise", "--model", "networks:factory"),
-            "rule must be left out with --calibrate, got noise",
+            "rule must be left out in a calibrated merge, got noise",
         ),
         ((*files, "-o", tmp_path / "no", "--lam", 1), "lam must be left out without --calibrate, got 1.0"),
         ((*line, *data[:2], "--model", "networks:factory"), "calibrate must be given as often as there are models, 3"),
