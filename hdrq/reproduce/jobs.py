@@ -6,14 +6,12 @@ several machines in one folder are one run.
 
 from __future__ import annotations
 
-import base64
 import csv
 import hashlib
 import io
 import json
 import platform
 import time
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -36,6 +34,7 @@ from hdrq.merging.models import merge
 from hdrq.methods.post_training import fold, quantize
 from hdrq.methods.reconstruct.memory import keep_freed_memory
 from hdrq.recipes import recipe
+from hdrq.reproduce.measures import contributions, encoded, score
 from hdrq.reproduce.networks import networks
 from hdrq.reproduce.protocol import (
     FACTORS,
@@ -132,11 +131,11 @@ def run(
         (job.task, job.method, job.iterations) for job in mine if METHODS[job.method].learned and choose
     )
     choices = [(*way, folder, cache) for way in ways if not _rate_path(folder, *way).is_file()]
+    choices.sort(key=lambda choice: choice[2] != ITERATIONS)  # others begin from what is chosen for so many
     for task in map(task_of, dict.fromkeys(job.task for job in mine)):
         if task.check is not None:
             _same_protocol(folder, {"facts": hashlib.sha256(task.facts.encode()).hexdigest()}, f"{task.name}.json")
             task.check(cache)
-    choices.sort(key=lambda choice: choice[2] != ITERATIONS)  # others begin from what is chosen for so many
     seeds = dict.fromkeys([(task, RATE_SEED) for task, *_ in choices] + [(job.task, job.network) for job in mine])
     _in_processes(prepared, [(task, seed, cache) for task, seed in seeds], processes)
     _in_processes(choose_rate, choices, processes)
@@ -232,9 +231,9 @@ def carry_out(job: Job, folder: Path, cache: Path, choose: bool = True) -> None:
             for domains in combinations(task.targets, count):
                 chosen = [quantized[domain] for domain in domains]
                 for rule, model in merges(chosen, method, job.network, RULE_SETS[job.rules]).items():
-                    right = {domain: correct(model, *tests[domain]) for domain in domains}
+                    found = {domain: contributions(model, *tests[domain]) for domain in domains}
                     rows.append(
-                        {"rule": rule, "domains": "+".join(domains), **_judged(right), **_apart(chosen, method)}
+                        {"rule": rule, "domains": "+".join(domains), **_judged(found), **_apart(chosen, method)}
                     )
     facts = facts_of(job, knobs)
     seconds = round(time.perf_counter() - start, 1)
@@ -294,16 +293,9 @@ def merges(
     return {name: merge(models, seed=seed, **options) for name, options in rules.items()}
 
 
-@torch.no_grad()
-def correct(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
-    """Which test images a model classifies rightly."""
-    parts = [model(x).argmax(1) == y for x, y in zip(images.split(500), labels.split(500), strict=True)]
-    return torch.cat(parts).numpy()
-
-
-def _judged(right: dict[str, np.ndarray]) -> dict[str, Any]:
-    accuracies = {domain: 100 * float(values.mean()) for domain, values in right.items()}
-    packed = {domain: encoded(values) for domain, values in right.items()}
+def _judged(found: dict[str, np.ndarray]) -> dict[str, Any]:
+    accuracies = {domain: 100 * float(score(values)) for domain, values in found.items()}
+    packed = {domain: encoded(values) for domain, values in found.items()}
     rounded = {domain: round(value, 4) for domain, value in accuracies.items()}
     mean = round(harmonic_mean(accuracies.values()), 4)
     return {"accuracies": json.dumps(rounded), "harmonic_mean": mean, "correct": json.dumps(packed)}
@@ -314,17 +306,6 @@ def _apart(models: list[nn.Module], method: Method) -> dict[str, Any]:
     if len(models) == 1 or method.recipe == "full precision":
         return {"distance": ""}
     return {"distance": round(readiness(models, rule="half-even").total.distance, 4)}
-
-
-def encoded(right: np.ndarray) -> str:
-    """Booleans as text: their number, and their bits, compressed."""
-    return f"{len(right)}:{base64.b85encode(zlib.compress(np.packbits(right).tobytes(), 9)).decode()}"
-
-
-def decoded(text: str) -> np.ndarray:
-    """The inverse of :func:`encoded`."""
-    count, _, data = text.partition(":")
-    return np.unpackbits(np.frombuffer(zlib.decompress(base64.b85decode(data)), np.uint8))[: int(count)].astype(bool)
 
 
 def written(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from hdrq.checkpoint.files import write_atomically
+from hdrq.reproduce.measures import measures_of
 from hdrq.reproduce.protocol import BITS, ITERATIONS, METHODS, RULE_SETS, RULES, STUDIES, TABLE, Study
 from hdrq.reproduce.statistics import Estimate, Results, Way, estimate, holm, read
 
@@ -38,13 +39,13 @@ def _tables(results: Results) -> list[str]:
     counts = sorted({names.count("+") for names in domains})
     kinds = {count: [names for names in domains if names.count("+") == count] for count in counts}
     named = {0: "single models, mean over targets", 1: "pairs, mean over pairs", max(counts): "all targets"}
-    tables = []
+    tables, of = [], _measured(results)
     for count in counts:
         for rule in [""] if count == 0 else RULES:
             lines = _by_bits(results, TABLE, kinds[count], rule)
             if lines:
                 title = f"{named.get(count, f'{count + 1} targets')}{f', merged: {rule}' if rule else ''}"
-                tables.append(_titled(f"Harmonic mean of accuracies (%), {title}", lines))
+                tables.append(_titled(f"Harmonic mean of {of} (%), {title}", lines))
         if lines := _differences(results, kinds[count], "systematic" if count else ""):
             tables.append(_titled(f"Less {BASELINE}, in points; p corrected by Holm; {named.get(count, '')}", lines))
     learned = [(method, bits) for method in TABLE if METHODS[method].learned for bits in BITS]
@@ -65,6 +66,12 @@ def _tables(results: Results) -> list[str]:
             if lines := _study(results, study, bits, kinds):
                 tables.append(_titled(f"{study.question}: {bits}", lines))
     return tables
+
+
+def _measured(results: Results) -> str:
+    """What the means of one task are of."""
+    values = next(iter(next(iter(next(iter(results.values())).values())).values()))
+    return measures_of(values)
 
 
 def _titled(title: str, lines: Sequence[str]) -> str:
@@ -230,7 +237,7 @@ def figure(results: Results, path: Path, task: str) -> None:
     axes.set(
         xticks=range(len(BITS)),
         xticklabels=BITS,
-        ylabel="harmonic mean of accuracies (%)",
+        ylabel=f"harmonic mean of {_measured(results)} (%)",
         title=f"{task}: all targets merged",
     )
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

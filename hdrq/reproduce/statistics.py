@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hdrq.reproduce.jobs import decoded
+from hdrq.reproduce.measures import decoded, score
 
 SAMPLES = 2000  # of the bootstrap
 LEVEL = 0.95
@@ -30,8 +30,8 @@ class Way(NamedTuple):
     domains: str
 
 
-Right = dict[str, np.ndarray]  # by domain: which test images are classified rightly
-Results = dict[Way, dict[int, Right]]  # by the seed of the networks
+Found = dict[str, np.ndarray]  # by domain: what each test image contributes
+Results = dict[Way, dict[int, Found]]  # by the seed of the networks
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ def read(path: Path) -> Results:
         for number, row in enumerate(csv.DictReader(file), start=2):
             try:
                 way = Way(*(row[name] for name in Way._fields))
-                right = {domain: decoded(text) for domain, text in json.loads(row["correct"]).items()}
-                results.setdefault(way, {})[int(row["network"])] = right
+                found = {domain: decoded(text) for domain, text in json.loads(row["correct"]).items()}
+                results.setdefault(way, {})[int(row["network"])] = found
             except (KeyError, ValueError, TypeError) as error:
                 raise ValueError(f"line {number} of {path} must be a row of hdrq reproduce, got {error}") from error
     return results
 
 
-def estimate(models: Sequence[Mapping[int, Right]], others: Sequence[Mapping[int, Right]] = ()) -> Estimate:
+def estimate(models: Sequence[Mapping[int, Found]], others: Sequence[Mapping[int, Found]] = ()) -> Estimate:
     """The mean over ways and seeds of the harmonic mean over domains; less that of ``others``, if there are any.
 
     Each sample of the bootstrap draws as many seeds as there are, with replacement, and as many test images of every
@@ -90,9 +90,9 @@ def estimate(models: Sequence[Mapping[int, Right]], others: Sequence[Mapping[int
     for way, factor in zip(ways, sign, strict=True):
         exact, resampled = [], []
         for seed in seeds:
-            right = way[seed].values()
-            exact.append(_harmonic([values.mean() for values in right]))
-            resampled.append(_harmonic([_shares(len(values)) @ values for values in right]))
+            found = way[seed].values()
+            exact.append(_harmonic([score(values) for values in found]))
+            resampled.append(_harmonic([score(values, _shares(len(values))) for values in found]))
         mean += factor * float(np.mean(exact))
         samples += factor * np.stack(resampled, 1)[np.arange(SAMPLES)[:, None], chosen].mean(1)
     low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -118,8 +118,8 @@ def _shares(count: int) -> np.ndarray:
     return np.stack([np.bincount(row, minlength=count) for row in drawn]).astype(np.float32) / count
 
 
-def _harmonic(accuracies: Sequence) -> np.ndarray:
-    """The harmonic mean of accuracies, 0 where one is 0."""
-    stacked = np.stack([np.asarray(a, np.float64) for a in accuracies])
+def _harmonic(scores: Sequence) -> np.ndarray:
+    """The harmonic mean of scores, 0 where one is 0."""
+    stacked = np.stack([np.asarray(a, np.float64) for a in scores])
     with np.errstate(divide="ignore"):
         return np.where((stacked > 0).all(0), len(stacked) / (1 / stacked).sum(0), 0.0)

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from hdrq.cli import app
 from hdrq.reproduce import jobs, protocol, tasks
-from hdrq.reproduce.jobs import Job, collected, decoded, encoded, grid, run
+from hdrq.reproduce.jobs import Job, collected, grid, run
+from hdrq.reproduce.measures import decoded, encoded
 from hdrq.reproduce.protocol import ITERATIONS, STUDIES
 from hdrq.reproduce.render import render
 from hdrq.reproduce.statistics import Way, estimate, holm, read
@@ -155,12 +156,6 @@ def test_networks_are_kept_and_are_one_seeds(small, tmp_path):
     (path, _) = sorted(tmp_path.iterdir())
     path.write_bytes(path.read_bytes()[:100])  # a crash: trained anew
     assert jobs.networks(small, 0, tmp_path)["one"].head.weight.shape == (3, 16)
-
-
-@pytest.mark.parametrize("count", [1, 7, 8, 3000])
-def test_correctness_is_text_and_back(count):
-    right = np.random.default_rng(count).random(count) < 0.8
-    assert np.array_equal(decoded(encoded(right)), right)
 
 
 def results(seeds, shares, images=4000, spread=0.0, seed=0):
