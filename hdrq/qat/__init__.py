@@ -2,6 +2,18 @@
 
 from hdrq.qat import lsq
 from hdrq.qat.flatness import ASAM, SAGM, SAM
+from hdrq.qat.freezing import DisorderFreezer, FreezeRule, disorder
 from hdrq.qat.lsq import convert, prepare, quantizers
 
-__all__ = ["ASAM", "SAGM", "SAM", "convert", "lsq", "prepare", "quantizers"]
+__all__ = [
+    "ASAM",
+    "SAGM",
+    "SAM",
+    "DisorderFreezer",
+    "FreezeRule",
+    "convert",
+    "disorder",
+    "lsq",
+    "prepare",
+    "quantizers",
+]
