@@ -25,6 +25,11 @@ GUIDED = [{"lam": lam} for lam in (0.0, 0.001, 0.01, 0.1, 1.0, 10.0)] + [
     {"stream": "experts"},
     {"act_order": True},
 ]
+LEARNED = [  # blocks with the experts' outputs as targets
+    {"iterations": 400, "weight_lr": 0.027, "bias_lr": rate, "distance": distance}
+    for rate in (0.0, 1e-3, 1e-2)
+    for distance in (0.0, 5e-2)
+]
 IN_FLOAT = [
     {"stream": "merged", "bias": "solve"},
     {"stream": "merged", "bias": "keep"},
@@ -51,6 +56,7 @@ def main() -> None:
     cases += [("W4A16", "epmq", options) for options in GUIDED]
     cases += [("W4A16", "regmean", options) for options in IN_FLOAT]
     cases += [("W4A4", method, {}) for method in ("rtn", "gptq", "epmq")]
+    cases += [(bits, "hdrq", options) for bits in ("W4A16", "W4A4") for options in LEARNED]
     for bits, method, options in cases:
         model = hdrq.post_merge(experts, images, method=method, bits=bits, group_size=None, progress=False, **options)
         show(f"{bits} {method} {options or ''}", model)

@@ -8,7 +8,7 @@ until the last block that needs them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
@@ -25,12 +25,19 @@ class _Stop(Exception):
 
 
 class Activations:
-    """What the blocks of one model read and return, over all batches of the calibration set."""
+    """What the blocks of a model read and return, over all batches of the calibration set.
 
-    def __init__(self, model: nn.Module, nodes: list[Node], batches: list[Call], cache: Cache) -> None:
-        self.model, self.nodes, self.batches, self.cache = model, nodes, batches, cache
+    Args:
+        models: one for all batches, or one for each batch, of one architecture.
+    """
+
+    def __init__(
+        self, models: nn.Module | Sequence[nn.Module], nodes: list[Node], batches: list[Call], cache: Cache
+    ) -> None:
+        self.models = [models] * len(batches) if isinstance(models, nn.Module) else list(models)
+        self.nodes, self.batches, self.cache = nodes, batches, cache
         self._outputs: dict[int, list[Rows]] = {}
-        self._layouts: dict[int, Layout] = {}  # of blocks whose constants this model computes
+        self._layouts: dict[tuple[int, int], Layout] = {}  # of blocks whose constants a model computes, by its id
 
     @torch.no_grad()
     def inputs(self, k: int) -> list[Rows]:
@@ -41,30 +48,30 @@ class Activations:
         store = self._room(node.inputs)
 
         def enter(module, args, kwargs):
-            if start == 0:
-                self._layouts[k] = node.inputs.holding((args, dict(kwargs)))
+            if (k, id(model)) not in self._layouts:
+                self._layouts[k, id(model)] = node.inputs.holding((args, dict(kwargs)))
             _write(node.name, store, (start, stop), node.inputs.split((args, dict(kwargs))))
             raise _Stop
 
-        handle = self.model.get_submodule(node.name).register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
-        with hooks([handle]):
-            for call, (start, stop) in zip(self.batches, spans(self.batches), strict=True):
-                with suppress(_Stop), self._finished(k, start, stop):
-                    call(self.model)
+        for model, call, (start, stop) in zip(self.models, self.batches, spans(self.batches), strict=True):
+            block = model.get_submodule(node.name)
+            handle = block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+            with hooks([handle]), suppress(_Stop), self._finished(model, k, start, stop):
+                call(model)
         return store
 
-    def layout(self, k: int) -> Layout:
-        """How a block's arguments are made of rows, with the constants that this model gives it."""
-        return self._layouts.get(k, self.nodes[k].inputs)
+    def layout(self, k: int, model: nn.Module) -> Layout:
+        """How a block's arguments are made of rows, with the constants that a model gives it."""
+        return self._layouts.get((k, id(model)), self.nodes[k].inputs)
 
     @torch.no_grad()
     def run(self, k: int, inputs: list[Rows]) -> list[Rows]:
         """The rows of a block's outputs, from those of its inputs; kept for the blocks that need them."""
         node, store = self.nodes[k], self._room(self.nodes[k].outputs)
-        block = self.model.get_submodule(node.name)
-        for start, stop in spans(self.batches):
-            args, kwargs = self.layout(k).build([rows.read(start, stop) for rows in inputs])
-            _write(node.name, store, (start, stop), node.outputs.split(block(*args, **kwargs)))
+        for model, (start, stop) in zip(self.models, spans(self.batches), strict=True):
+            args, kwargs = self.layout(k, model).build([rows.read(start, stop) for rows in inputs])
+            outputs = model.get_submodule(node.name)(*args, **kwargs)
+            _write(node.name, store, (start, stop), node.outputs.split(outputs))
         self._outputs[k] = store
         return store
 
@@ -78,9 +85,9 @@ class Activations:
         return [self.cache.rows(samples, leaf.shape, leaf.dtype) for leaf in layout.batched]
 
     @contextmanager
-    def _finished(self, k: int, start: int, stop: int) -> Iterator[None]:
+    def _finished(self, model: nn.Module, k: int, start: int, stop: int) -> Iterator[None]:
         """Inside, the first call of each block before ``k`` returns its known outputs; zeros if ``k`` needs none."""
-        blocks = [self.model.get_submodule(node.name) for node in self.nodes[:k]]
+        blocks = [model.get_submodule(node.name) for node in self.nodes[:k]]
         own = [block.__dict__.get("forward") for block in blocks]
         for j, block in enumerate(blocks):
             block.forward = self._stub(j, block.forward, j in self.nodes[k].needs, start, stop)

@@ -161,6 +161,7 @@ def walk(
     checkpoint_every: int = 0,
     walks: tuple[int, int] = (0, 1),
     losses: Sequence[LossRow] = (),
+    teachers: Sequence[nn.Module] | None = None,
 ) -> tuple[list[BlockReport], list[LossRow]]:
     """Fit every unit of ``model``, in place, in forward order; what is finished already is taken from the work folder.
 
@@ -170,13 +171,17 @@ def walk(
         names: the units (:func:`hdrq.prepare.units.find_blocks`).
         walks: the number of this walk among how many over the same units. Units are numbered through all of them.
         losses: those that earlier walks noted.
+        teachers: one model in full precision for each batch, of whose units inputs and outputs are kept in place of
+            those of ``full``.
 
     Returns:
         A report of each unit that had something to fit, and the losses that were noted, the earlier ones first.
     """
     nodes = trace(full, list(names), representative(full, names, batches[0]))
-    check_replay(full, nodes, batches)
-    in_full, behind_quantized = (Activations(m, nodes, batches, cache) for m in (full, model))
+    teaching = [full] * len(batches) if teachers is None else list(teachers)
+    for each in dict.fromkeys(teaching):
+        check_replay(each, nodes, [call for call, own in zip(batches, teaching, strict=True) if own is each])
+    in_full, behind_quantized = Activations(teaching, nodes, batches, cache), Activations(model, nodes, batches, cache)
     number, count = walks
     part = f": {method.fits[0]}" if count > 1 else ""
     every = checkpoint_every if workdir else 0
@@ -199,7 +204,7 @@ def walk(
             activations[f"{node.name}.output_quantizer"] = output
             fitted_before.add(id(output))
         if layers or activations:
-            place, placed = number * len(nodes) + index, replace(node, inputs=behind_quantized.layout(index))
+            place, placed = number * len(nodes) + index, replace(node, inputs=behind_quantized.layout(index, model))
             rows = (quantized, inputs, target)
             unit = Unit(place, placed, module, reference, layers, activations, *rows, output=output, entry=entry)
             fitted = _fit(unit, method, journal)

@@ -17,7 +17,7 @@ def post_merge(
     out: Annotated[Path, typer.Option("--out", "-o", help="The quantized model, safetensors.")],
     base: Annotated[Path | None, typer.Option(help="The state that the experts were trained from.")] = None,
     merge: Annotated[str, typer.Option(help="average, task-arithmetic or ties.")] = "average",
-    method: Annotated[str, typer.Option(help="epmq, gptq, awq or rtn.")] = "epmq",
+    method: Annotated[str, typer.Option(help="epmq, gptq, awq or rtn; or blocks of hdrq, qdrop or brecq.")] = "epmq",
     bits: Annotated[str, typer.Option(help="Bits of weights and activations.")] = "W4A16",
     group_size: Annotated[
         int, typer.Option(help="Inputs of a linear layer that share a scale; 0: each channel.")
@@ -60,5 +60,6 @@ def post_merge(
     options |= dict(parse_setting(text) for text in set_ or [])
     result = post_merge_files(files, data, out, model=model, **options)
     report = report_of(result)
-    console.print(layers_table(report))
+    if any(block.layers for block in report.blocks):
+        console.print(layers_table(report))
     console.print(f"quantized: {report.coverage}", highlight=False, soft_wrap=True)

@@ -24,12 +24,14 @@ from hdrq.merging.float_merges import FloatMerge, merge_float
 from hdrq.methods.awq import AWQ
 from hdrq.methods.layerwise import BIASES, WEIGHTINGS, LayerWise, Target
 from hdrq.methods.post_training import REACHING, fit
+from hdrq.methods.reconstruct.method import Reconstruction
 from hdrq.prepare.float_model import check_module, prepare_float
 from hdrq.quantizers.layers import quantized_layers
 from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
 
-METHODS = ("epmq", "gptq", "awq", "rtn", "regmean")
+LEARNED = ("hdrq", "qdrop", "brecq")
+METHODS = ("epmq", "gptq", "awq", "rtn", "regmean", *LEARNED)
 LAM = {"epmq": 0.01, "gptq": 0.0, "regmean": 0.0}
 STREAMS = ("merged", "experts")
 
@@ -74,6 +76,8 @@ def post_merge(
       ``"epmq"``, the first control.
     - ``"regmean"``: W* without rounding, in full precision: RegMean, with λ = 0. With ``lam``, ``stream`` and
       ``bias`` of ``"epmq"``, the second control. It returns a plain model, BatchNorm folded.
+    - ``"hdrq"``, ``"qdrop"``, ``"brecq"``: block reconstruction of that recipe, whose targets are the outputs of the
+      experts' blocks, each on its own task, and whose weights are pulled towards W_m (``distance``, for ``"hdrq"``).
     - ``"awq"``, ``"rtn"``: the merge, quantized by :class:`hdrq.methods.awq.AWQ`, or rounded to nearest.
 
     Args:
@@ -93,7 +97,8 @@ def post_merge(
             solves with ``"epmq"`` and keeps with the others, as GPTQ and RegMean have it.
         merge_options: more fields of :class:`hdrq.merging.float_merges.FloatMerge`.
         held_out, blocks, seed, cache, cache_bytes, progress: as for :func:`hdrq.quantize`.
-        knobs: fields of :class:`hdrq.recipes.Recipe`, such as ``damping`` and ``act_order``.
+        knobs: fields of :class:`hdrq.recipes.Recipe`, such as ``damping`` and ``act_order``, or ``iterations`` and
+            ``bias_lr`` where blocks are learned.
 
     Returns:
         A quantized model of the experts' class, as of :func:`hdrq.quantize`; with ``"regmean"`` one in float.
@@ -133,6 +138,9 @@ def post_merge(
             return []
         if method == "awq":
             return [AWQ(plan, quantized, seed)]
+        if method in LEARNED:
+            anchor = {name: layer.latent.detach().clone() for name, layer in quantized_layers(quantized).items()}
+            return [Reconstruction(part, anchor if plan.needs_source else {}, seed, "auto") for part in plan.walks()]
         if not rounds:
             for layer in quantized_layers(quantized).values():
                 layer.weight_quantizer.mode = "float"
@@ -146,7 +154,7 @@ def post_merge(
         ]  # fmt: skip
 
     prepared: list[nn.Module] = []
-    if method in ("epmq", "regmean") or stream == "experts":
+    if method in ("epmq", "regmean", *LEARNED) or stream == "experts":
         for k, (expert, calls) in enumerate(zip(experts, by_task, strict=True)):
             run = run_all(calls[:1], f"experts[{k}] must run on calibration[{k}]")
             prepared.append(prepare_float(expert, run, f"experts[{k}]")[0])
@@ -175,13 +183,14 @@ def post_merge(
         facts={"post_merge": how, "fingerprints": {"calibration": data_hash(batches)}},
         reaching=_in_turn([first_samples(calls, each) for calls in by_task]),
         rounds=rounds,
+        teachers=[prepared[k] for k, calls in enumerate(by_task) for _ in calls] if method in LEARNED else None,
     )
     return quantized if rounds else _in_float(full, quantized)
 
 
 def _plan(method: str, group_size: int | None, knobs: Mapping[str, Any]) -> Recipe:
-    """The recipe of a method: scales for groups or channels, in closed form."""
-    named = method if method in ("awq", "rtn") else "gptq"
+    """The recipe of a method: scales for groups or channels."""
+    named = method if method in ("awq", "rtn", *LEARNED) else "gptq"
     knobs = {"per_channel": True, "group_size": group_size, **knobs}
     if method == "regmean":
         knobs |= {"group_size": None, "attention": False}  # nothing is rounded: no grid need fit the weights

@@ -201,6 +201,7 @@ def fit(
     reaching: list[Call] | None = None,
     rounds: bool = True,
     folds: bool = True,
+    teachers: Sequence[nn.Module] | None = None,
 ) -> tuple[nn.Module, nn.Module]:
     """What :func:`quantize` does once its arguments are checked: prepare, attach quantizers, walk, report.
 
@@ -210,6 +211,7 @@ def fit(
         reaching: samples that scales of activations are searched on; None for the first.
         rounds: whether weights are rounded at the end, and inputs quantized; else the methods fit weights in float.
         folds: whether BatchNorm is folded.
+        teachers: of :func:`hdrq.calibrate.sequential.walk`.
 
     Returns:
         The quantized model, and the model in full precision that it was made of.
@@ -244,7 +246,10 @@ def fit(
     if walks:
         store = Cache(device_of(full), cache, cache_bytes, None if folder is None else folder.path)
         found = methods(quantized)
-        with without_caches(full, quantized), bars() if progress is True else nullcontext(progress or None) as show:
+        with (
+            without_caches(full, quantized, *(teachers or ())),
+            bars() if progress is True else nullcontext(progress or None) as show,
+        ):
             try:
                 for number, method in enumerate(found):
                     for quantizer in input_quantizers(quantized).values():
@@ -261,6 +266,7 @@ def fit(
                         checkpoint_every=checkpoint_every,
                         walks=(number, len(found)),
                         losses=report.losses,
+                        teachers=teachers,
                     )
                     report.blocks += reports
             except DivergenceError as error:

@@ -11,6 +11,7 @@ from hdrq.calibrate.data import calibration_calls
 from hdrq.calibrate.gptq import gptq
 from hdrq.calibrate.least_squares import anchored
 from hdrq.calibrate.moments import second_moments
+from hdrq.calibrate.sequential import Fitted
 from hdrq.evaluate.averaging import average
 from hdrq.methods.post_training import fold
 from hdrq.quantizers.layers import quantized_layers
@@ -143,6 +144,42 @@ def test_regmean_is_the_solution_on_the_experts_own_inputs(folded):
     assert not torch.equal(found[6].weight, merged(method="regmean", stream="merged")[6].weight)
 
 
+def test_blocks_learn_what_each_expert_does_on_its_own_task():
+    """More than the same blocks learn from the merge, at the same rates."""
+    how = {"bits": {"*": "W3A16"}, "iterations": 80, "distance": 0.0, "weight_lr": 1e-2, "bias_lr": 1e-2}
+    own = merged(method="hdrq", **how)
+    alone = hdrq.quantize(average(EXPERTS), TASKS, "hdrq", per_channel=True, progress=False, **how)
+    assert deviation(own) < 0.9 * deviation(alone)
+    assert deviation(own) < 0.9 * deviation(merged(method="rtn", bits={"*": "W3A16"}))
+
+
+def test_a_unit_reads_and_aims_at_the_experts_rows(folded, monkeypatch):
+    seen = {}
+
+    class Watching:
+        fits = ("weights", "activations")
+
+        def __init__(self, recipe, anchor, *rest):
+            seen["anchor"] = anchor
+
+        def fit(self, unit, journal):
+            seen[unit.name] = unit.full[0].tensor.clone(), unit.target.tensor.clone()
+            return Fitted({}, {"loss_before": 0.0, "loss_after": 0.0})
+
+    monkeypatch.setattr("hdrq.methods.post_merge.Reconstruction", Watching)
+    merged(method="hdrq", blocks=["3", "6", "9"])
+    for k, (own, x) in enumerate(zip(folded, TASKS, strict=True)):
+        with torch.no_grad():
+            entered = own[:6](x)
+            left = own[6](entered)
+        for rows, want in zip(seen["6"], (entered, left), strict=True):
+            torch.testing.assert_close(rows[96 * k : 96 * (k + 1)], want)
+    means = sum(own[6].weight for own in folded) / 3
+    assert seen["anchor"]["6"].shape == means.shape and seen["anchor"].keys() == {"0", "3", "6", "9"}
+    merged(method="hdrq", distance=0.0)
+    assert seen["anchor"] == {}
+
+
 def test_merges_are_chosen_and_one_expert_is_found_again():
     options = {"base": BASE, "merge": "task-arithmetic", "lam": 0.0, "merge_options": {"scale": 0.3}}
     alone = merged(EXPERTS[:1], TASKS[:1], **options, bits={"*": "W8A16"})
@@ -191,6 +228,7 @@ def test_the_file_has_how_it_was_made_and_loads(guided, tmp_path):
         ({"method": "magic"}, "method must be one of 'epmq'"),
         ({"method": "rtn", "lam": 0.1}, 'lam must be left out with method="rtn", got 0.1'),
         ({"method": "awq", "stream": "experts"}, 'stream must be left out with method="awq"'),
+        ({"method": "qdrop", "lam": 0.1}, 'lam must be left out with method="qdrop", got 0.1'),
         ({"weighting": "size"}, "weighting must be one of"),
         ({"tasks": TASKS[:2]}, "calibration must be as many data as the experts, 3, got 2"),
         ({"tasks": [*TASKS[:2], TASKS[2][:0]]}, r"calibration\[2\] must have at least one sample, got none"),
