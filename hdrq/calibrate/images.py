@@ -50,10 +50,10 @@ def load_data(
         raise ValueError(f"data must be a folder or a file, got {path}, a device, a pipe or a socket")
     if path.is_file():
         samples = _tensor(path)
-        return samples[_spread(len(samples), limit)]
+        return samples[spread(len(samples), limit)]
     files = image_files(path)
     load = image_reader(resize, crop, mean, std)
-    return load([files[i] for i in _spread(len(files), limit)])
+    return load([files[i] for i in spread(len(files), limit)])
 
 
 def load_labelled(
@@ -124,6 +124,12 @@ def image_reader(
 ) -> Callable[[Sequence[Path]], torch.Tensor]:
     """A function that makes of files what :func:`load_data` makes of a folder; arguments and errors are the same."""
     checks.integer("crop", crop, 1, checks.integer("resize", resize, 1, 2**15))
+    normalized = normalization(mean, std)
+    return lambda files: normalized([_cropped(file, resize, crop) for file in files])
+
+
+def normalization(mean: Sequence[float], std: Sequence[float]) -> Callable[[Sequence[np.ndarray]], torch.Tensor]:
+    """A function that makes pictures of one size, uint8 (H, W, 3), a tensor (N, 3, H, W): ``(x/255 − mean)/std``."""
     try:
         means, stds = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
         right = bool(means.isfinite().all() and stds.isfinite().all() and (stds > 0).all())
@@ -132,15 +138,15 @@ def image_reader(
     if not right:
         raise ValueError(f"mean and std must be 3 numbers each, std positive, got {mean!r:.100} and {std!r:.100}")
 
-    def load(files: Sequence[Path]) -> torch.Tensor:
-        pixels = np.stack([_image(file, resize, crop) for file in files])
-        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float()
+    def normalized(pictures: Sequence[np.ndarray]) -> torch.Tensor:
+        x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().float()
         return x.div_(255).sub_(means).div_(stds)
 
-    return load
+    return normalized
 
 
-def _spread(count: int, limit: int | None) -> list[int]:
+def spread(count: int, limit: int | None) -> list[int]:
+    """Indices of at most ``limit`` of ``count``, evenly over all."""
     wanted = count if limit is None else min(limit, count)
     return [i * count // wanted for i in range(wanted)]
 
@@ -170,16 +176,25 @@ def _tensor(path: Path) -> torch.Tensor:
     return tensor.float()
 
 
-def _image(path: Path, resize: int, crop: int) -> np.ndarray:
-    """Pixels (crop, crop, 3), uint8. A picture of too many pixels is refused before it is decoded."""
+def open_image(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """A picture, converted. One of too many pixels is refused before it is decoded.
+
+    Raises:
+        ValueError: it cannot be read, or ``convert`` says so; it is named.
+    """
     try:
         with Image.open(path) as file:
             if math.prod(file.size) > PIXELS:
                 width, height = file.size
                 raise ValueError(f"it declares {width} × {height} pixels, more than {PIXELS:,}")
-            image = _rgb(file)
+            return convert(file)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"data must be images, got {path}, which cannot be read: {error}") from error
+
+
+def _cropped(path: Path, resize: int, crop: int) -> np.ndarray:
+    """Pixels (crop, crop, 3), uint8."""
+    image = open_image(path, rgb)
     factor = resize / min(image.size)
     width, height = (max(resize, round(side * factor)) for side in image.size)
     if width * height > PIXELS:
@@ -192,7 +207,7 @@ def _image(path: Path, resize: int, crop: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + crop, top + crop)))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
     """A picture in RGB; one of 16 bits is scaled to 8, where Pillow would clip it to white."""
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint32)
