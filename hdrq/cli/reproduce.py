@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +12,10 @@ from hdrq.cli.terminal import console
 
 
 def reproduce(
-    what: Annotated[str, typer.Argument(help="run, or render: tables and figures from rows alone.")] = "run",
+    what: Annotated[
+        str,
+        typer.Argument(help="run; landscape, which measures the loss of the same runs; or render, from rows alone."),
+    ] = "run",
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for rows, tables and figures.")] = Path(
         "reproduce"
     ),
@@ -24,6 +27,10 @@ def reproduce(
     bits: Annotated[str | None, typer.Option(help="Like W4A4,W3A3; those of the study.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One seed, W3A3, four methods, their own rates.")] = False,
     rows: Annotated[Path | None, typer.Option(help="The CSV to render; that of --out.")] = None,
+    landscape: Annotated[Path | None, typer.Option(help="The CSV of landscape to render; that of --out.")] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="With landscape: save the quantized models, and read those that are there.")
+    ] = False,
     cache: Annotated[Path | None, typer.Option(help="Of networks in full precision; in --out.")] = None,
     jobs: Annotated[int, typer.Option(help="How many processes.")] = 1,
     shard: Annotated[str, typer.Option(help="i/n: every n-th run from the i-th on, for several machines.")] = "0/1",
@@ -31,14 +38,18 @@ def reproduce(
     """Make this project's version of the paper's tables: runs that go on where they stopped, and intervals."""
     from hdrq import checks
     from hdrq.checkpoint.files import output_folder, write_atomically
+    from hdrq.reproduce import figures
     from hdrq.reproduce.jobs import collected, grid, run
+    from hdrq.reproduce.landscape import COLUMNS, ROWS, Work
     from hdrq.reproduce.protocol import QUICK, STUDIES
     from hdrq.reproduce.render import render
     from hdrq.reproduce.tasks import task_of
 
-    checks.choice("what", what, ("run", "render"))
+    checks.choice("what", what, ("run", "landscape", "render"))
     output_folder(out)
-    if what == "run":
+    if keep and what != "landscape":
+        raise ValueError(f"keep must go with landscape, got {what}")
+    if what != "render":
         task = task_of(task).name
         studies = [STUDIES[checks.choice("study", name, tuple(STUDIES))] for name in study.split(",")]
         if bits is not None:
@@ -46,11 +57,19 @@ def reproduce(
         checks.integer("seeds", seeds, 1, 1000)
         checks.integer("jobs", jobs, 1, 1024)
         plan = grid(task, [0], QUICK) if quick else [job for each in studies for job in grid(task, range(seeds), each)]
-        run(plan, out, cache or out / "networks", processes=jobs, shard=_shard(shard), choose=not quick)
-        write_atomically(out / "rows.csv", collected(out))
-    elif rows is None and not (out / "rows.csv").is_file():
+        options: dict[str, Any] = {"processes": jobs, "shard": _shard(shard), "choose": not quick}
+        if what == "run":
+            run(plan, out, cache or out / "networks", **options)
+            write_atomically(out / "rows.csv", collected(out))
+        else:
+            run(plan, out, cache or out / "networks", work=Work(keep), rows=ROWS, **options)
+            write_atomically(out / "landscape.csv", collected(out, ROWS, COLUMNS))
+    tables = ((rows, "rows.csv", render), (landscape, "landscape.csv", figures.render))
+    found = [(given or out / name, draw) for given, name, draw in tables if given or (out / name).is_file()]
+    if not found:
         raise FileNotFoundError(f"rows must be a CSV of hdrq reproduce, got none in {out}")
-    console.print(render(rows or out / "rows.csv", out), highlight=False, markup=False, soft_wrap=True)
+    for path, draw in found:
+        console.print(draw(path, out), highlight=False, markup=False, soft_wrap=True)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+from hdrq.cli import app
 from hdrq.evaluate import error_barrier, hessian_trace, noisy_error_barrier
 from hdrq.methods.post_training import fold
-from hdrq.reproduce import landscape, tasks
+from hdrq.reproduce import jobs, landscape, tasks
 from hdrq.reproduce.figures import COLOURS, render
 from hdrq.reproduce.jobs import Job, collected, run, written
 from hdrq.reproduce.measured import (
@@ -212,6 +214,20 @@ def test_figures_and_tables_come_from_the_rows_alone(tmp_path):
     }
     svg = (tmp_path / "out" / "t-barrier.svg").read_text()
     assert all(COLOURS[list(METHODS).index(m)] in svg.lower() for m in ("RTN", "QDrop", "HDRQ, paper"))
+
+
+def test_from_the_command_line(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "grid", lambda *given, **options: [Job("small", 1, "RTN", "W3A3")])
+    call, out = CliRunner().invoke, tmp_path / "out"
+    result = call(app, ["reproduce", "landscape", "--quick", "--task", "small", "--keep", "-o", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "| W3A3 | RTN | 1 |" in result.output and (out / "landscape.csv").is_file() and (out / "models").is_dir()
+    assert not (out / "rows.csv").exists()
+    again = call(app, ["reproduce", "render", "--landscape", str(out / "landscape.csv"), "-o", str(tmp_path / "b")])
+    assert again.exit_code == 0
+    assert (tmp_path / "b" / "landscape.md").read_text() == (out / "landscape.md").read_text()
+    result = call(app, ["reproduce", "--keep", "-o", str(tmp_path / "c")])
+    assert "keep must go with landscape, got run" in result.stderr
 
 
 def test_another_table_is_refused(tmp_path):

@@ -96,7 +96,11 @@ def test_a_study_is_every_combination():
     table = grid("digits", [0, 1], STUDIES["table"])
     assert len(table) == len({job.id for job in table}) == 2 * (1 + 5 * 3)  # full precision has one width
     distances = grid("digits", [0], STUDIES["distance"])
-    assert [job.knobs["distance"] for job in distances] == [0.0, 0.01, 0.1, 0.5, 2.0]
+    assert [job.knobs["distance"] for job in distances] == [0.0, 0.01, 0.1, 0.5]
+    assert [(job.method, job.rules) for job in grid("digits", [0], STUDIES["tau"])] == [
+        ("QDrop", "tau"),
+        ("HDRQ, paper", "tau"),
+    ]
 
 
 @pytest.mark.parametrize(("best", "tried"), [(1.0, 3), (9.0, 5), (1 / 9, 5), (1e9, jobs.MOST_RATES)])
@@ -261,7 +265,7 @@ def _fast(quantized_one):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rendr"], "what must be one of 'run', 'render', got 'rendr'"),
+        (["rendr"], "what must be one of 'run', 'landscape', 'render', got 'rendr'"),
         (["--task", "cats"], "task must be one of 'digits'"),
         (["--shard", "2/2"], "shard must be i/n with i < n"),
         (["--seeds", "0"], "seeds must be in [1, 1000], got 0"),
