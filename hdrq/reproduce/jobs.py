@@ -94,7 +94,9 @@ def grid(task: str, seeds: Iterable[int], study: Study = STUDIES["table"]) -> li
         for method in study.methods:
             widths = ("float",) if method == "full precision" else study.bits
             found += [
-                Job(task, seed, method, each, study.iterations, knobs) for each in widths for knobs in study.knobs
+                Job(task, seed, method, each, study.iterations, knobs, study.rules)
+                for each in widths
+                for knobs in study.knobs
             ]
     return found
 
@@ -128,7 +130,7 @@ def run(
     _same_protocol(folder, {"rates": "chosen" if choose else "the recipes' own"})
     mine = [job for job in list(jobs)[shard[0] :: shard[1]] if not rows_path(folder, job, rows).is_file()]
     ways = dict.fromkeys(
-        (job.task, job.method, job.iterations) for job in mine if METHODS[job.method].learned and choose
+        (job.task, job.method, job.iterations) for job in mine if choose and METHODS[job.method].learned
     )
     choices = [(*way, folder, cache) for way in ways if not _rate_path(folder, *way).is_file()]
     choices.sort(key=lambda choice: choice[2] != ITERATIONS)  # others begin from what is chosen for so many

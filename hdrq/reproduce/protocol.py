@@ -89,7 +89,7 @@ STUDIES = {
     ),
     "distance": Study(
         "The pull towards the source (λ, 0.05 by itself)",
-        *(_ONE, ("W3A3",), tuple({"distance": value} for value in (0.0, 1e-2, 1e-1, 5e-1, 2.0))),
+        *(_ONE, ("W3A3",), tuple({"distance": value} for value in (0.0, 1e-2, 1e-1, 5e-1))),
         beside=_ONE,
     ),
     "noise": Study(
