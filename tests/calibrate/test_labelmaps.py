@@ -59,8 +59,8 @@ def test_ids_are_classes(layout, ending, table, tmp_path):
     assert images.shape == (1, 3, *ids.shape)
 
 
-def coloured(ids):
-    """Ids as GTA5 has them: a palette whose entries are ids, in the colours of Cityscapes."""
+def coloured(ids, first=0):
+    """Ids as GTA5 has them: a palette whose entries are ids, in colours of Cityscapes; or later by ``first``."""
     colours = {7: (128, 64, 128), 11: (70, 70, 70), 23: (70, 130, 180), 26: (0, 0, 142), 31: (0, 80, 100)}
     others = (
         "8 244 35 232 12 102 102 156 13 190 153 153 17 153 153 153 19 250 170 30 20 220 220 0 21 107 142 35 22 152 "
@@ -68,8 +68,8 @@ def coloured(ids):
     others += "251 152 24 220 20 60 25 255 0 0 27 0 0 70 28 0 60 100 32 0 0 230 33 119 11 32 18 153 153 153 34 0 0 142"
     numbers = np.array(others.split(), int).reshape(-1, 4)
     colours |= {int(number): tuple(map(int, colour)) for number, *colour in numbers}
-    picture = Image.fromarray(np.asarray(ids, np.uint8), "P")
-    picture.putpalette([value for k in range(256) for value in colours.get(k, (0, 0, 0))])
+    picture = Image.fromarray(np.add(ids, first).astype(np.uint8), "P")
+    picture.putpalette([value for k in range(256) for value in colours.get(k - first, (0, 0, 0))])
     return picture
 
 
@@ -79,7 +79,7 @@ def test_palettes_and_colours_of_gta5(tmp_path):
     ids = [[7, 11, 23, 26, 31, 0, 18, 34]]
     add(tmp_path, "gta5", 1, coloured(ids), ".png", "train")
     add(tmp_path, "gta5", 2, coloured(ids).convert("RGB"), ".png", "train")
-    add(tmp_path, "gta5", 3, coloured(ids).convert("RGB").quantize(8), ".png", "train")
+    add(tmp_path, "gta5", 3, coloured(ids, 50), ".png", "train")
     ((_, labels),) = load_label_maps(tmp_path, "gta5", "train", **{**PLAIN, "size": (1, 8)})
     assert labels[0, 0].tolist() == [0, 2, 10, 13, 16, 255, 255, 255]
     assert labels[1, 0].tolist() == labels[2, 0].tolist() == [0, 2, 10, 13, 16, 255, 5, 13]
