@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,15 +16,55 @@ def evaluate(
     files: Annotated[list[Path], typer.Argument(help="Quantized models, or states in full precision; safetensors.")],
     model: Annotated[str, typer.Option(help="The architecture: module:factory.")],
     data: Annotated[list[Path], typer.Option(help="A folder with a folder of images for each class; give it again.")],
+    label_maps: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of segmentation: the layout of the folder of images with label maps, cityscapes, idd, gta5 or plain; "
+            "one for all, or one for each."
+        ),
+    ] = None,
     resize: Annotated[int, typer.Option(help="The shorter side of an image, pixels.")] = 256,
     crop: Annotated[int, typer.Option(help="The sides of its middle, pixels.")] = 224,
+    size: Annotated[str, typer.Option(help="Of images with label maps: height and width.")] = "512x1024",
+    label_size: Annotated[str | None, typer.Option(help="Of their label maps; as images.")] = None,
+    split: Annotated[str, typer.Option(help="Of images with label maps: test, or train.")] = "test",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 100,
+    batch_size: Annotated[int | None, typer.Option(help="Images at a time; 100, or 4 with label maps.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the accuracy of models on folders of labelled images, and the harmonic mean over the folders."""
-    from hdrq.evaluate.files import evaluate_files
-    from hdrq.report.tables import records, table
+    """Print the accuracy, or mIoU, of models on folders of images with labels, and the harmonic mean over folders."""
+    from hdrq.evaluate.files import evaluate_files, evaluate_label_maps
+    from hdrq.evaluate.metrics import Row
+    from hdrq.report.tables import classes_table, records, table
 
-    rows = evaluate_files(files, data, model, device=device, batch_size=batch_size, resize=resize, crop=crop)
-    print(json.dumps(records(rows), indent=2)) if as_json else console.print(table(rows, "Accuracy (%)"))
+    if label_maps:
+        layouts = label_maps * len(data) if len(label_maps) == 1 else label_maps
+        if len(layouts) != len(data):
+            raise ValueError(
+                f"label_maps must be one layout, or one for each of {len(data)} folders, got {len(layouts)}"
+            )
+        segmented = evaluate_label_maps(
+            *(files, [*zip(data, layouts, strict=True)], model),
+            split=split,
+            device=device,
+            batch_size=batch_size or 4,
+            size=_size(size),
+            label_size=_size(label_size or size),
+        )
+        rows: Sequence[Row] = segmented
+        tables = [classes_table(segmented, "IoU (%)"), table(rows, "mIoU (%)")]
+    else:
+        rows = evaluate_files(files, data, model, device=device, batch_size=batch_size or 100, resize=resize, crop=crop)
+        tables = [table(rows, "Accuracy (%)")]
+    if as_json:
+        print(json.dumps(records(rows), indent=2))
+        return
+    for each in tables:
+        console.print(each)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise ValueError(f"size must be height x width in pixels, like 512x1024, got {text!r}")
+    return int(height), int(width)

@@ -1,18 +1,22 @@
-"""Measuring files: the accuracies of checkpoints on folders of labelled images."""
+"""Measuring files: accuracies and mIoU of checkpoints on folders of labelled images and of label maps."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from hdrq import checks
 from hdrq.calibrate.images import class_names, load_labelled
+from hdrq.calibrate.labelmaps import LAYOUTS, list_label_maps, load_label_maps
 from hdrq.checkpoint.loading import float_dtype, load_either
-from hdrq.evaluate.metrics import Row, accuracy_of
+from hdrq.evaluate.metrics import IoURow, Row, accuracy_of
+from hdrq.evaluate.segmentation import class_counts, iou_of
 
 
 def evaluate_files(
@@ -33,19 +37,76 @@ def evaluate_files(
             :func:`hdrq.calibrate.images.load_labelled`.
         model: the architecture, ``"module:factory"``.
     """
+    classes = class_names(data[0])
+
+    def measured(network: nn.Module, path: str | os.PathLike) -> float:
+        batches = load_labelled(path, batch_size=batch_size, classes=classes, **preparation)
+        return accuracy_of(network, _as_floats(batches, network))
+
+    return [Row(*each) for each in _each(files, data, model, model_args, device, measured, "resize and crop make")]
+
+
+def evaluate_label_maps(
+    files: Sequence[str | os.PathLike],
+    data: Sequence[tuple[str | os.PathLike, str]],
+    model: str,
+    *,
+    split: str = "test",
+    model_args: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    batch_size: int = 4,
+    **preparation: Any,
+) -> list[IoURow]:
+    """The mIoU of models on folders of images with label maps: a row for each file, a column for each folder.
+
+    Args:
+        files, model: as :func:`evaluate_files` has them.
+        data: folders, each with its layout, as :func:`hdrq.calibrate.labelmaps.load_label_maps` has them; ``split``
+            and ``preparation`` are its further arguments.
+    """
+    layouts = {path: layout for path, layout in data}
+    for path, layout in data:
+        list_label_maps(path, layout, split)
+
+    def measured(network: nn.Module, path: str | os.PathLike) -> dict[str, float]:
+        batches = load_label_maps(path, layouts[path], split, batch_size=batch_size, **preparation)
+        found = 100 * iou_of(class_counts(network, _as_floats(batches, network)))
+        names = LAYOUTS[layouts[path]].classes or [str(label) for label in range(len(found))]
+        if len(found) != len(names):
+            raise ValueError(f"model must tell the {len(names)} classes of {path} apart, got {len(found)} logits")
+        return {name: iou for name, iou in zip(names, found.tolist(), strict=True) if not math.isnan(iou)}
+
+    rows = []
+    for name, classes in _each(files, layouts, model, model_args, device, measured, "size makes"):
+        means = {path: sum(each.values()) / len(each) for path, each in classes.items()}
+        rows.append(IoURow(name, means, classes))
+    return rows
+
+
+def _each(
+    files: Sequence[str | os.PathLike],
+    data: Iterable[str | os.PathLike],
+    model: str,
+    model_args: Mapping[str, Any] | None,
+    device: str,
+    measured: Callable[[nn.Module, str | os.PathLike], Any],
+    made: str,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each file's name, and what is measured of it on each folder."""
     checks.device(device)
-    classes, rows = class_names(data[0]), []
     for file in files:
-        network = load_either(file, model, model_args or {}).to(device)
-        folders = {}
+        network, folders = load_either(file, model, model_args or {}).to(device), {}
         for path in data:
-            batches = load_labelled(path, batch_size=batch_size, classes=classes, **preparation)
-            dtype = float_dtype(network)
             try:
-                folders[str(path)] = accuracy_of(network, ((x.to(dtype), labels) for x, labels in batches))
+                folders[str(path)] = measured(network, path)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                raise ValueError(f"{file} must run on what resize and crop make of images, got {error}") from error
-        rows.append(Row(Path(file).name, folders))
-    return rows
+                raise ValueError(f"{file} must run on what {made} of images, got {error}") from error
+        yield Path(file).name, folders
+
+
+def _as_floats(batches: Iterable[tuple[Tensor, Tensor]], network: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches whose images have the network's own dtype."""
+    dtype = float_dtype(network)
+    return ((x.to(dtype), labels) for x, labels in batches)

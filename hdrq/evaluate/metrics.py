@@ -40,6 +40,13 @@ class Row:
         return harmonic_mean(self.accuracies.values())
 
 
+@dataclass(frozen=True)
+class IoURow(Row):
+    """A row of segmentation: its mIoU on each domain, and the IoU of each class that is in it, in percent."""
+
+    classes: dict[str, dict[str, float]]
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 500) -> float:
     """The share of images whose greatest logit is the label's, in percent. ``images`` (N, …), ``labels`` (N,) int64.

@@ -16,7 +16,7 @@ from hdrq.calibrate.report import RunReport
 from hdrq.checkpoint.files import write_atomically
 from hdrq.checkpoint.inspection import Contents
 from hdrq.checks import plain
-from hdrq.evaluate.metrics import Row
+from hdrq.evaluate.metrics import IoURow, Row
 from hdrq.merging.adding import AddReport
 from hdrq.merging.assessment import Readiness
 
@@ -36,6 +36,22 @@ def table(rows: Sequence[Row], title: str):
     result.add_column("harmonic mean", justify="right", style="bold")
     for row in rows:
         result.add_row(shown(row.method), *(f"{v:.1f}" for v in row.accuracies.values()), f"{row.harmonic_mean:.1f}")
+    return result
+
+
+def classes_table(rows: Sequence[IoURow], title: str):
+    """Each class's IoU, a column for each model and domain, as a :class:`rich.table.Table`."""
+    result = Table(title=shown(title))
+    result.add_column("class")
+    columns = {}
+    for row in rows:
+        for domain, classes in row.classes.items():
+            columns[f"{row.method}, {domain}" if len(rows) > 1 else domain] = classes
+    for name in columns:
+        result.add_column(shown(name), justify="right")
+    for name in dict.fromkeys(name for classes in columns.values() for name in classes):
+        cells = (f"{classes[name]:.1f}" if name in classes else "" for classes in columns.values())
+        result.add_row(shown(name), *cells)
     return result
 
 
