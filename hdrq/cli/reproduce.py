@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,10 @@ from hdrq.cli.terminal import console
 def reproduce(
     what: Annotated[
         str,
-        typer.Argument(help="run; landscape, which measures the loss of the same runs; or render, from rows alone."),
+        typer.Argument(
+            help="run; landscape, which measures the loss of the same runs; post-merge, experts merged in float and "
+            "quantized; or render, from rows alone."
+        ),
     ] = "run",
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for rows, tables and figures.")] = Path(
         "reproduce"
@@ -26,8 +30,9 @@ def reproduce(
     ] = "table",
     bits: Annotated[str | None, typer.Option(help="Like W4A4,W3A3; those of the study.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One seed, W3A3, four methods, their own rates.")] = False,
-    rows: Annotated[Path | None, typer.Option(help="The CSV to render; that of --out.")] = None,
-    landscape: Annotated[Path | None, typer.Option(help="The CSV of landscape to render; that of --out.")] = None,
+    rows: Annotated[
+        list[Path] | None, typer.Option(help="A CSV to render, of any kind of run; those of --out. Repeatable.")
+    ] = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="With landscape: save the quantized models, and read those that are there.")
     ] = False,
@@ -38,38 +43,55 @@ def reproduce(
     """Make this project's version of the paper's tables: runs that go on where they stopped, and intervals."""
     from hdrq import checks
     from hdrq.checkpoint.files import output_folder, write_atomically
-    from hdrq.reproduce import figures
-    from hdrq.reproduce.jobs import collected, grid, run
-    from hdrq.reproduce.landscape import COLUMNS, ROWS, Work
+    from hdrq.reproduce import figures, landscape, post_merges, render
+    from hdrq.reproduce.jobs import COLUMNS, collected, grid, run
     from hdrq.reproduce.protocol import QUICK, STUDIES
-    from hdrq.reproduce.render import render
     from hdrq.reproduce.tasks import task_of
 
-    checks.choice("what", what, ("run", "landscape", "render"))
+    kinds: dict[str, tuple[str, Sequence[str], Any]] = {
+        "run": ("rows", COLUMNS, render.render),
+        "landscape": (landscape.ROWS, landscape.COLUMNS, figures.render),
+        "post-merge": (post_merges.ROWS, post_merges.COLUMNS, post_merges.render),
+    }
+    checks.choice("what", what, (*kinds, "render"))
     output_folder(out)
     if keep and what != "landscape":
         raise ValueError(f"keep must go with landscape, got {what}")
     if what != "render":
         task = task_of(task).name
         studies = [STUDIES[checks.choice("study", name, tuple(STUDIES))] for name in study.split(",")]
-        if bits is not None:
-            studies = [replace(each, bits=tuple(bits.split(","))) for each in studies]
+        widths = None if bits is None else tuple(bits.split(","))
+        if widths is not None:
+            studies = [replace(each, bits=widths) for each in studies]
         checks.integer("seeds", seeds, 1, 1000)
         checks.integer("jobs", jobs, 1, 1024)
         plan = grid(task, [0], QUICK) if quick else [job for each in studies for job in grid(task, range(seeds), each)]
         options: dict[str, Any] = {"processes": jobs, "shard": _shard(shard), "choose": not quick}
+        networks = cache or out / "networks"
         if what == "run":
-            run(plan, out, cache or out / "networks", **options)
-            write_atomically(out / "rows.csv", collected(out))
+            run(plan, out, networks, **options)
+        elif what == "landscape":
+            run(plan, out, networks, work=landscape.Work(keep), rows=landscape.ROWS, **options)
         else:
-            run(plan, out, cache or out / "networks", work=Work(keep), rows=ROWS, **options)
-            write_atomically(out / "landscape.csv", collected(out, ROWS, COLUMNS))
-    tables = ((rows, "rows.csv", render), (landscape, "landscape.csv", figures.render))
-    found = [(given or out / name, draw) for given, name, draw in tables if given or (out / name).is_file()]
+            own = post_merges.plan(task, range(1 if quick else seeds), widths or post_merges.BITS)
+            post_merges.run_all(own, out, networks, **options)
+        folder, columns, _ = kinds[what]
+        write_atomically(out / f"{folder}.csv", collected(out, folder, columns))
+    found = rows or [path for name, *_ in kinds.values() if (path := out / f"{name}.csv").is_file()]
     if not found:
         raise FileNotFoundError(f"rows must be a CSV of hdrq reproduce, got none in {out}")
-    for path, draw in found:
+    for path in found:
+        draw = kinds[_kind(path, {name: columns for name, (_, columns, _) in kinds.items()})][2]
         console.print(draw(path, out), highlight=False, markup=False, soft_wrap=True)
+
+
+def _kind(path: Path, kinds: Mapping[str, Sequence[str]]) -> str:
+    """Which kind of rows a CSV has, by its header; those of runs where it is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"rows must be a CSV of hdrq reproduce, got {path}, which is no file")
+    with path.open(encoding="utf-8") as file:
+        header = file.readline().strip().split(",")
+    return next((name for name, columns in kinds.items() if header == list(columns)), "run")
 
 
 def _shard(text: str) -> tuple[int, int]:

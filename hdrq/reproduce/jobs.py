@@ -130,7 +130,9 @@ def run(
     _same_protocol(folder, {"rates": "chosen" if choose else "the recipes' own"})
     mine = [job for job in list(jobs)[shard[0] :: shard[1]] if not rows_path(folder, job, rows).is_file()]
     ways = dict.fromkeys(
-        (job.task, job.method, job.iterations) for job in mine if choose and METHODS[job.method].learned
+        (job.task, job.method, job.iterations)
+        for job in mine
+        if choose and job.method in METHODS and METHODS[job.method].learned
     )
     choices = [(*way, folder, cache) for way in ways if not _rate_path(folder, *way).is_file()]
     choices.sort(key=lambda choice: choice[2] != ITERATIONS)  # others begin from what is chosen for so many
@@ -139,9 +141,9 @@ def run(
             _same_protocol(folder, {"facts": hashlib.sha256(task.facts.encode()).hexdigest()}, f"{task.name}.json")
             task.check(cache)
     seeds = dict.fromkeys([(task, RATE_SEED) for task, *_ in choices] + [(job.task, job.network) for job in mine])
-    _in_processes(prepared, [(task, seed, cache) for task, seed in seeds], processes)
-    _in_processes(choose_rate, choices, processes)
-    _in_processes(work or carry_out, [(job, folder, cache, choose) for job in mine], processes)
+    in_processes(prepared, [(task, seed, cache) for task, seed in seeds], processes)
+    in_processes(choose_rate, choices, processes)
+    in_processes(work or carry_out, [(job, folder, cache, choose) for job in mine], processes)
 
 
 def _same_protocol(folder: Path, protocol: dict[str, str], name: str = "protocol.json") -> None:
@@ -153,7 +155,7 @@ def _same_protocol(folder: Path, protocol: dict[str, str], name: str = "protocol
     write_atomically(path, text)
 
 
-def _in_processes(function, arguments: Iterable[tuple], processes: int) -> None:
+def in_processes(function, arguments: Iterable[tuple], processes: int) -> None:
     if processes == 1:
         for each in arguments:
             function(*each)
@@ -234,9 +236,7 @@ def carry_out(job: Job, folder: Path, cache: Path, choose: bool = True) -> None:
                 chosen = [quantized[domain] for domain in domains]
                 for rule, model in merges(chosen, method, job.network, RULE_SETS[job.rules]).items():
                     found = {domain: contributions(model, *tests[domain]) for domain in domains}
-                    rows.append(
-                        {"rule": rule, "domains": "+".join(domains), **_judged(found), **_apart(chosen, method)}
-                    )
+                    rows.append({"rule": rule, "domains": "+".join(domains), **judged(found), **_apart(chosen, method)})
     facts = facts_of(job, knobs)
     seconds = round(time.perf_counter() - start, 1)
     write_atomically(path, written([{**facts, "seconds": seconds, **row} for row in rows]))
@@ -295,7 +295,7 @@ def merges(
     return {name: merge(models, seed=seed, **options) for name, options in rules.items()}
 
 
-def _judged(found: dict[str, np.ndarray]) -> dict[str, Any]:
+def judged(found: dict[str, np.ndarray]) -> dict[str, Any]:
     accuracies = {domain: 100 * float(score(values)) for domain, values in found.items()}
     packed = {domain: encoded(values) for domain, values in found.items()}
     rounded = {domain: round(value, 4) for domain, value in accuracies.items()}

@@ -223,7 +223,7 @@ def test_from_the_command_line(small, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "| W3A3 | RTN | 1 |" in result.output and (out / "landscape.csv").is_file() and (out / "models").is_dir()
     assert not (out / "rows.csv").exists()
-    again = call(app, ["reproduce", "render", "--landscape", str(out / "landscape.csv"), "-o", str(tmp_path / "b")])
+    again = call(app, ["reproduce", "render", "--rows", str(out / "landscape.csv"), "-o", str(tmp_path / "b")])
     assert again.exit_code == 0
     assert (tmp_path / "b" / "landscape.md").read_text() == (out / "landscape.md").read_text()
     result = call(app, ["reproduce", "--keep", "-o", str(tmp_path / "c")])

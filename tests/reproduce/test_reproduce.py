@@ -10,44 +10,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from hdrq.cli import app
-from hdrq.reproduce import jobs, protocol, tasks
+from hdrq.reproduce import jobs, protocol
 from hdrq.reproduce.jobs import Job, collected, grid, run
 from hdrq.reproduce.measures import decoded, encoded
 from hdrq.reproduce.protocol import ITERATIONS, STUDIES
 from hdrq.reproduce.render import render
 from hdrq.reproduce.statistics import Way, estimate, holm, read
-from hdrq.reproduce.tasks import Task
-
-
-class Small(nn.Module):
-    """Two layers on four numbers: (N, 3, 2, 2) to (N, 3)."""
-
-    def __init__(self):
-        super().__init__()
-        self.body, self.head = nn.Sequential(nn.Conv2d(3, 16, 2), nn.ReLU(), nn.Flatten()), nn.Linear(16, 3)
-
-    def features(self, x):
-        return self.body(x)
-
-    def forward(self, x):
-        return self.head(self.body(x))
-
-
-def points(domain, split):
-    """Three classes along as many directions, shifted a little in each domain."""
-    g = torch.Generator().manual_seed({"train": 0, "test": 1}[split])
-    labels = torch.randint(0, 3, (192,), generator=g)
-    shift = {"source": 0.0, "one": 0.3, "two": -0.3}[domain]
-    x = torch.randn((192, 3, 2, 2), generator=g) * 0.7 + shift
-    x[torch.arange(192), labels] += 1.5
-    return x, labels
-
-
-@pytest.fixture
-def small(monkeypatch):
-    task = Task("small", "source", ("one", "two"), points, Small, source_epochs=16, epochs=2)
-    monkeypatch.setitem(tasks.TASKS, "small", task)
-    return task
 
 
 def test_jobs_write_every_row_and_go_on(small, tmp_path, monkeypatch):
@@ -265,7 +233,7 @@ def _fast(quantized_one):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rendr"], "what must be one of 'run', 'landscape', 'render', got 'rendr'"),
+        (["rendr"], "what must be one of 'run', 'landscape', 'post-merge', 'render', got 'rendr'"),
         (["--task", "cats"], "task must be one of 'digits'"),
         (["--shard", "2/2"], "shard must be i/n with i < n"),
         (["--seeds", "0"], "seeds must be in [1, 1000], got 0"),
