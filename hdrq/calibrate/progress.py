@@ -25,8 +25,11 @@ class Step:
 
 
 @contextmanager
-def bars(description: str = "") -> Iterator[Callable[[Step], None] | None]:
-    """A callable that shows steps as rich bars; None where standard error is no terminal, or rich is missing."""
+def bars(description: str = "", what: str = "block") -> Iterator[Callable[[Step], None] | None]:
+    """A callable that shows steps as rich bars; None where standard error is no terminal, or rich is missing.
+
+    ``what`` is a step's outer unit, in one word.
+    """
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -38,12 +41,12 @@ def bars(description: str = "") -> Iterator[Callable[[Step], None] | None]:
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as shown:
-        total = shown.add_task(description or "blocks")
+        total = shown.add_task(description or f"{what}s")
         block = shown.add_task("")
 
         def show(step: Step) -> None:
             done = step.index * step.iterations + step.iteration
-            title = f"{description} block {step.index + 1} of {step.blocks}".strip()
+            title = f"{description} {what} {step.index + 1} of {step.blocks}".strip()
             shown.update(total, total=step.blocks * step.iterations, completed=done, description=title)
             text = f"{plain(step.block)}, loss {step.loss:.3g}"
             shown.update(block, total=step.iterations, completed=step.iteration, description=text)

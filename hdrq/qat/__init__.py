@@ -4,6 +4,8 @@ from hdrq.qat import lsq
 from hdrq.qat.flatness import ASAM, SAGM, SAM
 from hdrq.qat.freezing import DisorderFreezer, FreezeRule, disorder
 from hdrq.qat.lsq import convert, prepare, quantizers
+from hdrq.qat.settings import Training
+from hdrq.qat.training import Trained, leave_one_out, selected, train
 
 __all__ = [
     "ASAM",
@@ -11,9 +13,14 @@ __all__ = [
     "SAM",
     "DisorderFreezer",
     "FreezeRule",
+    "Trained",
+    "Training",
     "convert",
     "disorder",
+    "leave_one_out",
     "lsq",
     "prepare",
     "quantizers",
+    "selected",
+    "train",
 ]
