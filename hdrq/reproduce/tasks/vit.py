@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -11,20 +13,27 @@ from hdrq.reproduce.tasks.task import Task
 
 
 class ViT(nn.Module):
-    """A small vision transformer (Dosovitskiy et al. 2021): patches of 4 × 4, pre-norm blocks, the mean of all tokens.
+    """A small vision transformer (Dosovitskiy et al. 2021): pre-norm blocks, the mean of all tokens.
 
-    (N, 3, 32, 32) to (N, classes).
+    Three convolutions of stride 2 make 16 tokens of an image (Xiao et al. 2021, "Early convolutions help transformers
+    see better"), which trains in minutes on a core. (N, 3, 32, 32) to (N, classes).
     """
 
-    def __init__(self, width: int = 96, depth: int = 4, heads: int = 4, classes: int = 10) -> None:
+    def __init__(self, width: int = 96, depth: int = 2, heads: int = 4, classes: int = 10) -> None:
         super().__init__()
-        self.patch = nn.Conv2d(3, width, 4, 4)
-        self.position = nn.Parameter(torch.randn(1, 64, width) * 0.02)
+        sizes = (3, width // 4, width // 2, width)
+        stem = [
+            layer
+            for a, b in pairwise(sizes)
+            for layer in (nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+        ]
+        self.stem = nn.Sequential(*stem[:-1])
+        self.position = nn.Parameter(torch.randn(1, 16, width) * 0.02)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def features(self, x: Tensor) -> Tensor:
-        tokens = self.patch(x).flatten(2).mT + self.position
+        tokens = self.stem(x).flatten(2).mT + self.position
         return self.norm(self.blocks(tokens)).mean(1)
 
     def forward(self, x: Tensor) -> Tensor:
