@@ -20,6 +20,7 @@ try:
         merge,
         parity,
         post_merge,
+        qat,
         quantize,
         reproduce,
     )
@@ -32,6 +33,7 @@ app.command()(info.info)
 app.command()(quantize.quantize)
 app.command()(merge.merge)
 app.command("post-merge")(post_merge.post_merge)
+app.command()(qat.qat)
 app.command()(inspect.inspect)
 app.command()(evaluate.evaluate)
 app.command()(export.export)

@@ -93,3 +93,9 @@ class Training:
     @property
     def quantizes(self) -> bool:
         return self.bits != "float"
+
+    @property
+    def caption(self) -> str:
+        """What a table of a run's numbers must say."""
+        steps = f"{self.flatness or 'plain'} steps, freezing {self.freeze or 'nothing'}"
+        return f"{self.bits}, {steps}, seed {self.seed}; selected: {SAID[self.select]}"

@@ -72,11 +72,7 @@ class Trained:
     @property
     def caption(self) -> str:
         """What a table of these numbers must say."""
-        chosen = self.settings
-        return (
-            f"{chosen.bits}, {chosen.flatness or 'plain'} steps, freezing {chosen.freeze or 'nothing'}, seed "
-            f"{chosen.seed}; {self.target} left out; selected: {SAID[chosen.select]}"
-        )
+        return f"{self.settings.caption}; left out: {self.target}"
 
 
 @torch.inference_mode(False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib import pyplot
@@ -28,6 +30,31 @@ def write_losses(losses: Sequence[tuple[str, int, float]], path: Path) -> None:
         axes.plot(*zip(*points, strict=True), marker=".", label=_label(block))
     axes.set(xlabel="iteration", ylabel="reconstruction loss", yscale="log")
     axes.legend(fontsize=6, ncols=2)
+    _save(figure, path)
+
+
+@names_as_they_are
+def write_disorder(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A figure of what a :class:`hdrq.qat.DisorderFreezer` saw: the disorder by layer and step, dots where it froze.
+
+    Args:
+        history: the freezer's, at least one decision.
+    """
+
+    matplotlib.use("Agg")
+    names = list(history[0]["disorder"])
+    values = [[math.nan if (d := one["disorder"][name]) is None else d for one in history] for name in names]
+    size = (max(6, min(24, 0.12 * len(history))), max(3, 0.2 * len(names)))
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+    picture = axes.imshow(values, vmin=0, vmax=1, aspect="auto", interpolation="nearest", cmap="viridis")
+    dots = [(x, names.index(name)) for x, one in enumerate(history) for name in one["frozen"]]
+    if dots:
+        axes.scatter(*zip(*dots, strict=True), s=8, color="white", edgecolor="black", linewidth=0.5)
+    axes.set_yticks(range(len(names)), [plain(name) for name in names], fontsize=6)
+    places = range(0, len(history), max(1, len(history) // 8))
+    axes.set_xticks(places, [str(history[k]["step"]) for k in places])
+    axes.set(xlabel="step; a dot: frozen for the steps that follow")
+    figure.colorbar(picture, label="disorder")
     _save(figure, path)
 
 

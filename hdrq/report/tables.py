@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -52,6 +53,28 @@ def classes_table(rows: Sequence[IoURow], title: str):
     for name in dict.fromkeys(name for classes in columns.values() for name in classes):
         cells = (f"{classes[name]:.1f}" if name in classes else "" for classes in columns.values())
         result.add_row(shown(name), *cells)
+    return result
+
+
+def qat_table(rows: Sequence[Mapping[str, Any]], title: str):
+    """Accuracies with each domain left out (:func:`hdrq.qat.job.results_of`), as a :class:`rich.table.Table`."""
+
+    rules = list(dict.fromkeys(row["selection"] for row in rows))
+    by_target: dict[str, dict[str, Any]] = {row["target"]: {} for row in rows}
+    for row in rows:
+        by_target[row["target"]][row["selection"]] = row
+    saved = next(row["selection"] for row in rows if row["saved"])
+    result = Table(title=shown(title), caption="accuracies in percent; * the rule that chose the model that is saved")
+    result.add_column("left out")
+    result.add_column("in domain", justify="right")
+    for rule in rules:
+        result.add_column(f"out of domain, {rule}{'*' if rule == saved else ''}", justify="right")
+    numbers = [[found[saved]["in_domain"], *(found[r]["out_of_domain"] for r in rules)] for found in by_target.values()]
+    for target, values in zip(by_target, numbers, strict=True):
+        result.add_row(shown(target), *(f"{value:.1f}" for value in values))
+    if len(numbers) > 1:
+        means = [sum(column) / len(column) for column in zip(*numbers, strict=True)]
+        result.add_row("mean", *(f"{value:.1f}" for value in means), style="bold")
     return result
 
 
