@@ -40,7 +40,7 @@ def render(rows: Path, folder: Path) -> str:
     for task in dict.fromkeys(run.task for run in runs):
         own = [run for run in runs if run.task == task]
         parts.append(f"## {task}\n\n{_numbers(own)}\n\n{_correlations(own)}")
-        for bits in dict.fromkeys(run.bits for run in own if run.bits != "float"):
+        for bits in _widths(own):
             surfaces(own, bits, folder / f"{task}-surfaces-{bits}.png")
             draws(own, bits, folder / f"{task}-draws-{bits}.png")
         barriers(own, folder / f"{task}-barrier.png")
@@ -59,6 +59,11 @@ def colour(method: str) -> str:
 def _plain(runs: Sequence[Run]) -> list[Run]:
     """The ways of the table among runs, network after network within a method."""
     return [run for run in runs if run.plain]
+
+
+def _learned(runs: Sequence[Run]) -> list[Run]:
+    """Runs of methods that learn: rounding to nearest is so much worse that it would hide what these have apart."""
+    return [run for run in runs if METHODS[run.method].learned]
 
 
 def _methods(runs: Sequence[Run]) -> list[str]:
@@ -85,15 +90,23 @@ def _numbers(runs: Sequence[Run]) -> str:
 def _correlations(runs: Sequence[Run]) -> str:
     """Spearman's ρ of each measure with the accuracy of all targets merged."""
     quantized = [run for run in runs if run.bits != "float"]
-    widths = list(dict.fromkeys(run.bits for run in quantized))
-    columns = [f"all {len(quantized)} runs", *widths, "among methods of one network and bit width"]
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    learned = _learned(quantized)
+    groups = {f"all {len(quantized)} runs": quantized, f"{len(learned)} of methods that learn": learned}
+    groups |= {f"these at {b}": [run for run in learned if run.bits == b] for b in _widths(learned)}
+    lines = [
+        f"| | {' | '.join(groups)} | among these, of one network and bit width |",
+        "|---" * (len(groups) + 2) + "|",
+    ]
     for measure in PREDICTORS:
-        groups = [quantized, *([run for run in quantized if run.bits == bits] for bits in widths)]
-        found = [over_networks(group, rank_correlation(measure)) for group in groups]
-        found.append(over_networks(quantized, correlation_among_methods(measure)))
+        found = [over_networks(group, rank_correlation(measure)) for group in groups.values()]
+        found.append(over_networks(learned, correlation_among_methods(measure)))
         lines.append(f"| {measure} | {' | '.join(each.text(2) for each in found)} |")
     return "**Spearman's ρ with the accuracy of all targets merged, systematic rounding**\n\n" + "\n".join(lines)
+
+
+def _widths(runs: Sequence[Run]) -> list[str]:
+    """The bit widths of quantized runs, as they come."""
+    return list(dict.fromkeys(run.bits for run in runs if run.bits != "float"))
 
 
 # --- figures
@@ -102,19 +115,21 @@ def _correlations(runs: Sequence[Run]) -> str:
 def surfaces(runs: Sequence[Run], bits: str, path: Path) -> None:
     """The loss on the plane of the source and two targets, and around the first of these; a column for each method."""
     own = [run for run in _plain(runs) if run.bits in (bits, "float") and "plane" in run.grids]
-    own = list({run.method: run for run in reversed(own)}.values())[::-1]  # of the first network that has them
+    own = list({run.method: run for run in reversed(own)}.values())  # of the first network that has them
+    own.sort(key=lambda run: list(METHODS).index(run.method))
     if not any(run.bits == bits for run in own):
         return
     kinds = ("plane", "around, weights")
-    drawing = _figure(WIDTH, 0.9 + 2.0 * WIDTH / max(len(own), 4))
+    drawing = _figure(WIDTH, 1.0 + 1.6 * WIDTH / max(len(own), 4))
     panels = drawing.subplots(2, len(own), squeeze=False)
     for axes, kind in zip(panels, kinds, strict=True):
         grids = [_grid(run, kind) for run in own]
-        every = np.log10(np.concatenate([losses.ravel() for *_, losses in grids]))
-        levels = np.linspace(every.min(), np.quantile(every, 0.98), 15)
+        shared = [grid for grid, run in zip(grids, own, strict=True) if run.method != "RTN"] or grids
+        every = np.log10(np.concatenate([losses.ravel() for *_, losses in shared]))
+        levels = np.linspace(every.min(), np.quantile(every, 0.95), 15)
         for panel, run, (x, y, losses) in zip(axes, own, grids, strict=True):
-            shown = panel.contourf(x, y, np.log10(losses), levels, cmap="viridis", extend="max")
-            panel.set_aspect("equal", adjustable="datalim" if kind == "plane" else "box")
+            shown = panel.contourf(x, y, np.log10(losses), levels, cmap="viridis", extend="both")
+            panel.set_aspect("equal")
             panel.tick_params(labelsize=6)
             if kind == "plane":
                 panel.set_title(run.method, fontsize=8, color=colour(run.method))
@@ -142,8 +157,8 @@ def _grid(run: Run, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def draws(runs: Sequence[Run], bits: str, path: Path) -> None:
     """The accuracy of merges of two targets by each rule that draws, a point for each seed; bars are means."""
-    own = [run for run in _plain(runs) if run.bits == bits and f"draw, {DRAWN[0]}" in run.grids]
-    own = list({run.method: run for run in reversed(own)}.values())[::-1]
+    own = [run for run in _plain(_learned(runs)) if run.bits == bits and f"draw, {DRAWN[0]}" in run.grids]
+    own = list({run.method: run for run in reversed(own)}.values())[::-1]  # of the first network that has them
     if not own:
         return
     drawing = _figure(WIDTH, 3.2)
@@ -157,7 +172,7 @@ def draws(runs: Sequence[Run], bits: str, path: Path) -> None:
             panel.plot([place - 0.35, place + 0.35], [values.mean()] * 2, color="black", linewidth=1.5)
             nearest = run.numbers["accuracy, nearest"][pair]
             panel.plot([place - 0.35, place + 0.35], [nearest] * 2, color="black", linewidth=1, linestyle=":")
-        panel.set_title(f"{rule}", fontsize=9)
+        panel.set_title(rule, fontsize=9)
         panel.set_xticks(range(len(own)), [run.method for run in own], rotation=40, ha="right", fontsize=8)
     panels[0].set_ylabel(f"harmonic mean (%), {pair}", fontsize=8)
     lines = [panels[0].plot([], [], color="black", linestyle=style)[0] for style in ("-", ":")]
@@ -168,19 +183,21 @@ def draws(runs: Sequence[Run], bits: str, path: Path) -> None:
 
 def barriers(runs: Sequence[Run], path: Path) -> None:
     """The rise of the loss between two models against λ, of the rounded weights and with noise in their place."""
-    widths = [bits for bits in dict.fromkeys(run.bits for run in _plain(runs)) if bits != "float"]
+    widths = _widths(_plain(runs))
     if not widths:
         return
     drawing = _figure(WIDTH, 4.6)
     kinds = {"loss between": "rounded (Eq. 2)", "noisy loss between": "with noise (Eq. 3)"}
     panels = drawing.subplots(len(kinds), len(widths), sharex=True, sharey="row", squeeze=False)
     for row, (kind, title) in zip(panels, kinds.items(), strict=True):
+        highest = 0.0  # of all but rounding to nearest, which may leave the frame
         for panel, bits in zip(row, widths, strict=True):
             for method in _methods(runs):
                 own = [r for r in _plain(runs) if r.method == method and r.bits in (bits, "float") and kind in r.grids]
                 curves = [run.curve(kind) for run in own]
                 if curves:
                     rises = np.stack([rise for _, rise in curves])
+                    highest = max(highest, 0.0 if method == "RTN" else float(rises.max()))
                     panel.plot(curves[0][0], rises.mean(0), color=colour(method), marker=".", label=method)
                     panel.fill_between(
                         curves[0][0], rises.min(0), rises.max(0), color=colour(method), alpha=0.15, linewidth=0
@@ -188,18 +205,23 @@ def barriers(runs: Sequence[Run], path: Path) -> None:
             panel.axhline(0, color="black", linewidth=0.5)
             panel.set_title(f"{bits}, {title}", fontsize=8)
             panel.tick_params(labelsize=7)
-        row[0].set_ylabel("loss less the mean of both ends", fontsize=8)
+        row[0].set_ylabel("rise of the loss", fontsize=8)
+        if highest:
+            row[0].set_ylim(top=1.3 * highest)
     for panel in panels[-1]:
         panel.set_xlabel("λ", fontsize=8)
     drawing.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    drawing.suptitle("mean over pairs and networks; bands reach over networks", fontsize=9)
+    drawing.suptitle("loss less the mean of both ends, mean over pairs and networks; bands: all networks", fontsize=9)
     _save(drawing, path)
 
 
 def curvature(runs: Sequence[Run], path: Path) -> None:
     """Every measure against the accuracy of all targets merged, a point for each run, with Spearman's ρ."""
-    own = [run for run in runs if run.bits != "float"]
-    widths = list(dict.fromkeys(run.bits for run in own))
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    own = _learned(runs)
+    widths = _widths(own)
     if not own:
         return
     drawing = _figure(WIDTH, 5.2)
@@ -209,18 +231,18 @@ def curvature(runs: Sequence[Run], path: Path) -> None:
             mark = MARKERS[widths.index(run.bits) % len(MARKERS)]
             x, y = run.mean(measure), run.mean(OUTCOME)
             panel.plot(x, y, mark, color=colour(run.method), markersize=5, alpha=0.8, markeredgewidth=0)
-        all_runs, among = (
-            over_networks(own, f(measure)).text(2) for f in (rank_correlation, correlation_among_methods)
-        )
-        if min(run.mean(measure) for run in own) > 0:
+        every, among = (over_networks(own, f(measure)).text(2) for f in (rank_correlation, correlation_among_methods))
+        numbers = [run.mean(measure) for run in own]
+        if 0 < 3 * min(numbers) < max(numbers):
             panel.set_xscale("log")
-        panel.set_title(f"ρ {all_runs}\namong methods {among}", fontsize=8)
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.set_title(f"ρ {every}\namong methods {among}", fontsize=8)
         panel.set_xlabel(measure, fontsize=8)
         panel.tick_params(labelsize=7, which="both")
     for row in panels:
         row[0].set_ylabel("all targets merged (%)", fontsize=8)
-    from matplotlib.lines import Line2D
-
     handles = [Line2D([], [], marker="o", linestyle="", color=colour(m), label=m) for m in _methods(own)]
     handles += [
         Line2D([], [], marker=mark, linestyle="", color="black", fillstyle="none", label=bits)

@@ -38,6 +38,8 @@ class Run:
         """The mean of a measure over targets, pairs, or, of accuracy, all targets together; NaN if there is none."""
         if measure == "rise by noise":
             return self._rise()
+        if measure == OUTCOME and self.bits == "float":
+            measure = "accuracy, average"  # what a merge in full precision is
         found = self.numbers.get(measure, {})
         most = max((name.count("+") for name in found), default=0)
         chosen = [v for name, v in found.items() if not measure.startswith("accuracy") or name.count("+") == most]
@@ -92,7 +94,8 @@ def read(path: Path) -> list[Run]:
                 raise ValueError(
                     f"line {number} of {path} must be a row of hdrq reproduce landscape, got {error}"
                 ) from error
-    return sorted(runs.values(), key=lambda run: (run.task, run.bits, list(METHODS).index(run.method), run.network))
+    found = sorted(runs.values(), key=lambda run: (list(METHODS).index(run.method), run.network))
+    return sorted(found, key=lambda run: run.bits, reverse=True)  # full precision first, then the widest
 
 
 # --- means and rank correlations, with intervals of 95% over networks
@@ -109,15 +112,15 @@ class Interval(NamedTuple):
         """The value, and the interval if there is one."""
         if np.isnan(self.value):
             return ""
-        bounds = "" if np.isnan(self.low) else f" [{self.low:.{digits}g}, {self.high:.{digits}g}]"
-        return f"{self.value:.{digits}g}{bounds}"
+        value, *bounds = (f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.{digits}g}" for x in self)
+        return value if np.isnan(self.low) else f"{value} [{', '.join(bounds)}]"
 
 
 def over_networks(runs: Sequence[Run], number: Callable[[Sequence[Run]], float]) -> Interval:
     """A number of runs, and its interval from samples of networks, with replacement, each with all of its runs."""
     networks = sorted({run.network for run in runs})
     value = number(runs)
-    if len(networks) < 2:
+    if len(networks) < 2 or np.isnan(value):
         return Interval(value, float("nan"), float("nan"))
     own = {network: [run for run in runs if run.network == network] for network in networks}
     drawn = np.random.default_rng(0).choice(networks, (SAMPLES, len(networks)))
