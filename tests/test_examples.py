@@ -25,7 +25,7 @@ def run(name, *arguments):
 def test_export_a_merge(tmp_path):
     for name in ("onnxruntime", "onnxscript", "sklearn", "mlxtend"):
         pytest.importorskip(name)
-    said = run("export_a_merge.py", tmp_path / "m.onnx", "--iterations", 5, "--samples", 64)
+    said = run("export_a_merge.py", tmp_path / "m.onnx", "--iterations", 5, "--samples", 256)
     for domain in ("mnist", "photos"):
         (line,) = [line for line in said.splitlines() if line.startswith(f"{domain}: accuracy")]
         here, there = (float(word.rstrip("%")) for word in line.split() if word.endswith("%"))

@@ -20,6 +20,15 @@ def test_a_knob_of_the_first_house_works_and_warns(old, new, value):
         recipe("hdrq", **{old: value, new: value})
 
 
+def test_short_runs_have_larger_rates():
+    """The product of rate and iterations is kept, down to 400; what is given, and the official presets, stay."""
+    rates = {n: recipe("qdrop", iterations=n).weight_lr for n in (10, 400, 2000, 20_000, 40_000)}
+    assert rates == pytest.approx({10: 0.05, 400: 0.05, 2000: 0.01, 20_000: 1e-3, 40_000: 1e-3})
+    assert recipe("hdrq", "official", iterations=400).weight_lr == 1e-4
+    assert recipe("hdrq", iterations=400, weight_lr=2e-3).weight_lr == 2e-3
+    assert recipe(Recipe("own"), iterations=400).weight_lr == 1e-3 and recipe("rtn").weight_lr == 1e-3
+
+
 def test_presets_are_the_tables():
     paper, official = recipe("hdrq"), recipe("hdrq", "official")
     assert (paper.noise, paper.noise_activations, paper.weight_lr) == ("uniform", False, 1e-3)

@@ -115,7 +115,7 @@ def test_run_is_not_overwritten(tmp_path):
         ({"source": net(1)}, r"source \(None, now \w+\)$"),
         (
             {"weight_lr": 1e-2, "fake_quant_fraction": 0.5},
-            r"recipe.fake_quant_fraction .*; recipe.weight_lr \(0.001, now 0.01\)",
+            r"recipe.fake_quant_fraction .*; recipe.weight_lr \(0.05, now 0.01\)",
         ),
     ],
 )

@@ -202,7 +202,7 @@ def test_the_table_says_where_what_blocks_read_is_quantized(place):
 
 def test_yaml_makes_the_same_model_and_options_override_it(place):
     assert call(*SETTINGS, **OPTIONS).exit_code == 0
-    settings = {**OPTIONS, "out": "y.safetensors", "iterations": 9, "resize": 20, "crop": 16, "weight-lr": "1e-3"}
+    settings = {**OPTIONS, "out": "y.safetensors", "iterations": 9, "resize": 20, "crop": 16, "weight-lr": "5e-2"}
     (place / "run.yaml").write_text("\n".join(f"{name}: {value}" for name, value in settings.items()))
     result = call("run.yaml", iterations="4")
     assert result.exit_code == 0, result.output

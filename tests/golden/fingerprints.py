@@ -78,9 +78,8 @@ def _demo(domain: str, recipe: str, preset: str = "paper", **options) -> nn.Modu
     source = load_model("source") if recipe == "hdrq" else None
     images = load(domain, "train")[0][:96]
     steps = 0 if recipe == "rtn" else ITERATIONS
-    return hdrq.quantize(
-        load_model(domain), images, recipe, bits="W3A3", preset=preset, source=source, iterations=steps, **options
-    )
+    options = {"bits": "W3A3", "weight_lr": 1e-4 if preset == "official" else 1e-3, **options}
+    return hdrq.quantize(load_model(domain), images, recipe, preset=preset, source=source, iterations=steps, **options)
 
 
 def _resumed() -> nn.Module:
@@ -115,7 +114,7 @@ def _architecture(name: str) -> nn.Module:
     from architectures import built
 
     model, data = built(name)
-    return hdrq.quantize(model, data, "hdrq", bits="W4A4", iterations=6, distance=0.0, batch_size=4)
+    return hdrq.quantize(model, data, "hdrq", bits="W4A4", iterations=6, weight_lr=1e-3, distance=0.0, batch_size=4)
 
 
 RUNS: dict[str, Callable[[], nn.Module | str]] = {

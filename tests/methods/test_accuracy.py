@@ -51,7 +51,8 @@ def test_biases_are_learned_where_asked_for(recipe, every_step_kept):
     """The mean that coarse weights shift comes back: the loss falls further; without a rate no bias moves."""
     model = net()
     full = fold(model, CALIBRATION)
-    stays, learns = (learn(model, recipe=recipe, iterations=20, bits="W2A8", bias_lr=rate) for rate in (0.0, 1e-2))
+    how = {"recipe": recipe, "iterations": 20, "weight_lr": 1e-3, "bits": "W2A8"}
+    stays, learns = (learn(model, bias_lr=rate, **how) for rate in (0.0, 1e-2))
     for result, moved in ((stays, False), (learns, True)):
         for name, layer in quantized_layers(result).items():
             assert torch.equal(layer.module.bias, full.get_submodule(name).bias) != moved

@@ -16,7 +16,7 @@ from hdrq.recipes import recipe
 
 
 def test_schedule():
-    plan = recipe("qdrop", iterations=100, bias_lr=0.5)
+    plan = recipe("qdrop", iterations=100, weight_lr=1e-3, bias_lr=0.5)
     weights, activations, beta, rounding, biases = schedule(plan).T
     assert (weights == 1e-3).all() and activations[0] == pytest.approx(4e-5) and activations[50] == pytest.approx(2e-5)
     assert biases[0] == 0.5 and biases[50] == pytest.approx(0.25)
@@ -24,7 +24,7 @@ def test_schedule():
     assert (beta[:21] == 20).all() and beta[60] == pytest.approx(11) and beta[99] == pytest.approx(2.225)
     cosine = schedule(replace(plan, beta_schedule="cosine"))[:, 2]
     assert cosine[60] == pytest.approx(11) and cosine[40] == pytest.approx(20 - 9 * (1 - 0.5**0.5), rel=1e-4)
-    rate = schedule(recipe("hdrq", iterations=100))[:, 0]
+    rate = schedule(recipe("hdrq", iterations=100, weight_lr=1e-3))[:, 0]
     assert rate[0] == pytest.approx(1e-6) and rate[20] == pytest.approx(1e-3) and rate[60] == pytest.approx(5e-4)
 
 

@@ -43,7 +43,7 @@ def test_linear_layers_have_groups_and_convolutions_channels():
 @pytest.mark.parametrize(("recipe", "options"), [("hdrq", {}), ("qdrop", {}), ("qdrop", {"affine_weights": True})])
 def test_reconstruction_learns_with_groups(recipe, options):
     """What is learned lies on the groups' grid at the end, and the learned output is nearer than the nearest."""
-    model = quantized(recipe=recipe, iterations=40, batch_size=8, judged_samples=0, **options)
+    model = quantized(recipe=recipe, iterations=40, weight_lr=1e-3, batch_size=8, judged_samples=0, **options)
     layer = quantized_layers(model)["3"]
     quantizer = layer.weight_quantizer
     assert_same_bits(quantizer.values(quantizer.codes(layer.latent)), layer.latent.detach())
