@@ -1,0 +1,60 @@
+"""Jobs of training with a domain left out: which there are, and that rows are kept and never run twice."""
+
+import csv
+
+import pytest
+import torch
+from torch import nn
+
+import hdrq
+from hdrq.reproduce import leave_one_out as jobs
+from hdrq.reproduce.tasks.task import Task
+
+for package in ("safetensors", "mlxtend", "sklearn"):
+    pytest.importorskip(package)
+
+
+def load(domain, split):
+    generator = torch.Generator().manual_seed(hash((len(domain), split == "test")) % 1000)
+    labels = torch.arange(24) % 3
+    return torch.randn(24, 3, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1), labels
+
+
+def network():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+
+
+TINY = Task("tiny", "one", ("three", "seven"), load, network)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(jobs, "task_of", lambda name: TINY)
+
+
+def test_jobs_are_arms_by_targets_seeds_and_bits():
+    found = jobs.grid("tiny", range(2), ["W4A4", "W3A3"])
+    assert len(found) == len({job.id for job in found}) == 2 * 3 * (1 + 2 * (len(jobs.ARMS) - 1))
+    with pytest.raises(ValueError, match=r"arm must be one of 'float', 'LSQ', .* got 'QAT'"):
+        jobs.grid("tiny", [0], ["W4A4"], ["QAT"])
+
+
+def test_the_target_is_its_test_images_and_the_others_train():
+    found = jobs.domains_of("tiny", "three")
+    assert torch.equal(found["three"][0], load("three", "test")[0])
+    assert torch.equal(found["seven"][0], load("seven", "train")[0])
+
+
+def test_rows_are_written_once_and_models_load(tmp_path, monkeypatch):
+    plan = jobs.grid("tiny", [0], ["W4A4"], ["float", "LSQ", "fqat"])[:3]
+    quick = {"epochs": 1, "batch_size": 8}
+    jobs.run(plan, tmp_path, quick)
+    with (tmp_path / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["selection"] for row in rows] == ["source", "last", "oracle"] * 3
+    assert {row["arm"] for row in rows} == {"float", "LSQ", "fqat"} and {row["target"] for row in rows} == {"one"}
+    assert all(0 <= float(row["out_of_domain"]) <= 100 for row in rows)
+    assert len(list((tmp_path / "float").iterdir())) == 1  # one network for all arms
+    hdrq.load(tmp_path / "models" / f"{plan[1].id}.safetensors", network().eval())
+    monkeypatch.setattr(jobs, "train", None)
+    jobs.run(plan, tmp_path, quick)
