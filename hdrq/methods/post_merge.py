@@ -77,7 +77,8 @@ def post_merge(
     - ``"regmean"``: W* without rounding, in full precision: RegMean, with λ = 0. With ``lam``, ``stream`` and
       ``bias`` of ``"epmq"``, the second control. It returns a plain model, BatchNorm folded.
     - ``"hdrq"``, ``"qdrop"``, ``"brecq"``: block reconstruction of that recipe, whose targets are the outputs of the
-      experts' blocks, each on its own task, and whose weights are pulled towards W_m (``distance``, for ``"hdrq"``).
+      experts' blocks, each on its own task. ``distance`` pulls weights towards W_m, for ``"hdrq"``: 0 unless it is
+      given, which was best on data apart.
     - ``"awq"``, ``"rtn"``: the merge, quantized by :class:`hdrq.methods.awq.AWQ`, or rounded to nearest.
 
     Args:
@@ -192,6 +193,8 @@ def _plan(method: str, group_size: int | None, knobs: Mapping[str, Any]) -> Reci
     """The recipe of a method: scales for groups or channels."""
     named = method if method in ("awq", "rtn", *LEARNED) else "gptq"
     knobs = {"per_channel": True, "group_size": group_size, **knobs}
+    if method == "hdrq":
+        knobs = {"distance": 0.0, **knobs}
     if method == "regmean":
         knobs |= {"group_size": None, "attention": False}  # nothing is rounded: no grid need fit the weights
     return replace(make_recipe(named, **knobs), name=method)

@@ -146,9 +146,9 @@ def test_regmean_is_the_solution_on_the_experts_own_inputs(folded):
 
 def test_blocks_learn_what_each_expert_does_on_its_own_task():
     """More than the same blocks learn from the merge, at the same rates."""
-    how = {"bits": {"*": "W3A16"}, "iterations": 80, "distance": 0.0, "weight_lr": 1e-2, "bias_lr": 1e-2}
+    how = {"bits": {"*": "W3A16"}, "iterations": 80, "weight_lr": 1e-2, "bias_lr": 1e-2}
     own = merged(method="hdrq", **how)
-    alone = hdrq.quantize(average(EXPERTS), TASKS, "hdrq", per_channel=True, progress=False, **how)
+    alone = hdrq.quantize(average(EXPERTS), TASKS, "hdrq", per_channel=True, distance=0.0, progress=False, **how)
     assert deviation(own) < 0.9 * deviation(alone)
     assert deviation(own) < 0.9 * deviation(merged(method="rtn", bits={"*": "W3A16"}))
 
@@ -167,7 +167,7 @@ def test_a_unit_reads_and_aims_at_the_experts_rows(folded, monkeypatch):
             return Fitted({}, {"loss_before": 0.0, "loss_after": 0.0})
 
     monkeypatch.setattr("hdrq.methods.post_merge.Reconstruction", Watching)
-    merged(method="hdrq", blocks=["3", "6", "9"])
+    merged(method="hdrq", blocks=["3", "6", "9"], distance=0.1)
     for k, (own, x) in enumerate(zip(folded, TASKS, strict=True)):
         with torch.no_grad():
             entered = own[:6](x)
@@ -176,7 +176,7 @@ def test_a_unit_reads_and_aims_at_the_experts_rows(folded, monkeypatch):
             torch.testing.assert_close(rows[96 * k : 96 * (k + 1)], want)
     means = sum(own[6].weight for own in folded) / 3
     assert seen["anchor"]["6"].shape == means.shape and seen["anchor"].keys() == {"0", "3", "6", "9"}
-    merged(method="hdrq", distance=0.0)
+    merged(method="hdrq")
     assert seen["anchor"] == {}
 
 
