@@ -67,7 +67,7 @@ def test_the_wheel_runs_outside_the_tree(tmp_path):
     site, printed = build_and_install(tmp_path)
     assert "-ffp-contract=off" not in printed or hdrq.available_backends()["cpp"] is not None  # nothing was compiled
     benches, where, compiled, kernels, total, classes = run_installed(site, tmp_path, SCRIPT)
-    assert Path(where).is_relative_to(site)
+    assert Path(where).is_relative_to(site) and Path(where).with_name("py.typed").is_file()
     assert (benches, compiled, kernels, classes) == ("True", "True", "True", "10")
 
     # The same number in plain PyTorch, from a machine that has no compiler.

@@ -28,7 +28,12 @@ try:
 except ImportError as error:
     sys.exit(f'hdrq: the command line needs {error.name}; pip install "hdrq[cli]"')
 
-app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
 app.command()(info.info)
 app.command()(quantize.quantize)
 app.command()(merge.merge)

@@ -163,4 +163,4 @@ def test_a_full_disk_under_standard_output_is_one_line(file):
 def test_a_terminal_of_ascii_shows_escapes(file):
     result = shell("inspect", "ö\u200b.safetensors", out=subprocess.PIPE, PYTHONIOENCODING="ascii", LC_ALL="C")
     assert result.returncode == 2 and rb"\xf6\u200b.safetensors" in result.stderr
-    assert shell("merge", "--help", out=subprocess.PIPE, PYTHONIOENCODING="ascii", LC_ALL="C").returncode == 0
+    assert shell("merge", "-h", out=subprocess.PIPE, PYTHONIOENCODING="ascii", LC_ALL="C").returncode == 0
