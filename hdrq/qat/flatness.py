@@ -159,7 +159,7 @@ class SAM:
         self._finish()
         return loss
 
-    def _norm(self, values: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _norm(self, values: list[torch.Tensor], gradients: list[torch.Tensor]) -> torch.Tensor:
         return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.device)
 
     def _epsilon(self, values, gradients, norm: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -223,7 +223,7 @@ class SAM:
         """Inside the block, everything is moved; then it is back, and so are all buffers."""
         shifts = [(what, e) for what, e in zip(moved, epsilon, strict=True) if not isinstance(what, nn.Parameter)]
         plain = [(what, e) for what, e in zip(moved, epsilon, strict=True) if isinstance(what, nn.Parameter)]
-        parameters = [p for p, _ in plain]
+        parameters: list[torch.Tensor] = [p for p, _ in plain]
         kept = [p.clone() for p in parameters]
         buffers = list(self.model.buffers())
         before = [buffer.clone() for buffer in buffers]
@@ -271,7 +271,8 @@ class ASAM(SAM):
         super().__init__(optimizer, model, rho=rho, **options)
 
     def _norm(self, values, gradients) -> torch.Tensor:
-        return super()._norm(values, torch._foreach_mul(gradients, torch._foreach_abs(values)) if gradients else [])
+        sizes = [value.abs() for value in values]
+        return super()._norm(values, list(torch._foreach_mul(gradients, sizes)) if gradients else [])
 
     def _epsilon(self, values, gradients, norm) -> Sequence[torch.Tensor]:
         squares = torch._foreach_mul(values, values) if gradients else []
