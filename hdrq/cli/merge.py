@@ -41,6 +41,7 @@ def merge(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say whether it will work; status 1 if not.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Merge models that the dry run would call not ready.")] = False,
     report: Annotated[
         Path | None, typer.Option(help="A folder for readiness.json and readiness.png; with --add, for added.json.")
     ] = None,
@@ -124,7 +125,8 @@ def merge(
         if out is None:
             found: Readiness | None = readiness(files, **options)
         else:
-            found = merge_files(files, out, report=report is not None or as_json, **options)
+            wanted = report is not None or as_json
+            found = merge_files(files, out, report=wanted, unready="warn" if force else "refuse", **options)
     if found is None:
         return
     if report is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 
@@ -12,6 +13,8 @@ from hdrq import checks, ops
 from hdrq.backends.eager.merging import cosines
 from hdrq.ops import MergedTensor
 
+UNREADY = ("warn", "refuse")
+LOOKED_AT = 2**18  # weights of a layer, where nobody asked for a report
 CHUNK = 2**14  # elements of every model that are read at a time: their float64 values stay in the cache
 TIE = 2.0**-16  # a mean this near to half an integer counts as a tie, since λ is rounded to float32
 
@@ -56,12 +59,14 @@ def examine(
     zero_points: Sequence[torch.Tensor] | None = None,
     ranges: Sequence[tuple[int, int]] | None = None,
     shape: Sequence[int] | None = None,
+    at_most: int | None = None,
 ) -> LayerReadiness:
     """Measure how well :func:`hdrq.ops.merge` merged a layer.
 
     Args:
         name: of the layer.
-        merged: what the merge returned; every other argument is one that the merge was called with.
+        merged: what the merge returned; every other argument is one that the merge was called with, but
+        at_most: how many weights are looked at, about, in tiles that are evenly spaced; None for all.
 
     A weight is *ambiguous* where ``abs(v − floor(v) − ½) < ¼``. Where all scales are equal, those are the weights on
     which ``noise="odd"`` keeps noise; where scales differ, ``noise="odd"`` tests the mean integer ``Σ λ_k·J_k`` in
@@ -72,7 +77,7 @@ def examine(
     or λ extrapolates. Sums are float64, over ``CHUNK`` weights at a time; an empty layer has shares and norms of 0.
     """
     count = len(codes)
-    lam = torch.tensor(checks.mixing_weights(weights, count, extrapolate=True), dtype=torch.float64)
+    lam = torch.tensor(checks.mixing_weights(weights, count, True, True), dtype=torch.float64)
     lam = lam.to(merged.scale.device)
     shape = merged.codes.shape if shape is None else torch.Size(shape)
     bounds = [(qmin, qmax)] * count if ranges is None else list(ranges)
@@ -87,9 +92,13 @@ def examine(
     )
     grid = [t.double()[:, None] for t in (merged.scale, merged.zero_point)]
 
+    tiles = list(_tiles(rows[0].shape))
+    every = 1 if at_most is None else max(1, round(shape.numel() / at_most))
+    seen = 0
     totals = torch.zeros(6 + 3 * count + count * (count - 1), dtype=torch.float64, device=lam.device)
-    for channels, columns in _tiles(rows[0].shape):
+    for channels, columns in tiles[every // 2 :: every] or tiles[:1]:
         tile = [r[channels, columns].double() for r in rows]
+        seen += tile[0].numel()
         step, zero = (t[channels] for t in grid)
         values = (torch.stack(tile[:-1]) - zeros[:, channels]) * steps[:, channels]
         midpoint = torch.tensordot(lam, values, 1)
@@ -113,7 +122,7 @@ def examine(
         )
         totals += torch.stack([s.double() for s in sums])
 
-    elements = max(shape.numel(), 1)
+    elements = max(seen, 1)
     ambiguous, ties, clipped, at_bounds, error, length = totals[:6].tolist()
     squares, products, lengths = totals[6 : 6 + 3 * count].view(3, count)
     norms, apart = lengths.sqrt().mean(), totals[6 + 3 * count :].sqrt().view(2, -1).amax(1)
@@ -226,3 +235,19 @@ class Readiness:
             "total": asdict(self.total),
             "layers": [asdict(layer) for layer in self.layers],
         }
+
+
+def check_ready(found: Readiness, unready: str) -> None:
+    """Say that models were not ready to be merged, as their dry run would.
+
+    Args:
+        unready: ``"warn"``, or ``"refuse"``.
+
+    Raises:
+        ValueError: they are not ready, and that is refused.
+    """
+    if not found.verdict.startswith("not ready"):
+        return
+    if unready == "refuse":
+        raise ValueError(f"models must be ready to be merged, got {found.verdict}; --force merges them all the same")
+    warnings.warn(f"models are merged that are {found.verdict}", stacklevel=4)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from hdrq.merging.assessment import LayerReadiness, Readiness
+from hdrq import checks
+from hdrq.merging.assessment import LOOKED_AT, UNREADY, LayerReadiness, Readiness, check_ready
 from hdrq.merging.inputs import Inputs
 from hdrq.merging.layers import layer_readiness, merge_layer
 from hdrq.merging.manifest import merged_manifest, merged_ranges
@@ -22,6 +23,7 @@ def merge_files(
     out: str | os.PathLike,
     *,
     report: bool = False,
+    unready: str = "warn",
     device: str = "cpu",
     progress: Progress = no_progress,
     **options: Any,
@@ -36,6 +38,8 @@ def merge_files(
         out: the merged file, or, where the first is a folder or an ONNX file, one like it, unless the name ends with
             ``.safetensors``; it appears whole or not at all.
         report: also say how well each layer merged.
+        unready: whether to ``"warn"`` where the models are not ready to be merged, as :func:`readiness` judges by a
+            part of their weights, or to ``"refuse"``, and write nothing.
         device: where layers are merged.
         progress: is called before every layer.
         options: as for :func:`hdrq.merge`.
@@ -45,6 +49,7 @@ def merge_files(
         OSError: ``out`` cannot be written.
         TypeError, ValueError: as :func:`hdrq.merge`; a damaged file.
     """
+    checks.choice("unready", unready, UNREADY)
     for first in paths[:1]:
         check_out(out, first)
     settings = MergeSettings.of(len(paths), **options)
@@ -53,9 +58,12 @@ def merge_files(
         inputs = Inputs([opened(path, stack) for path in paths], settings, device)
         manifest = merged_manifest(inputs, settings)
         with writer(out, inputs.sources[0], inputs.specs, manifest) as file:
-            for name, value in merged_tensors(inputs, settings, progress, layers if report else None):
+            at_most = None if report else LOOKED_AT
+            for name, value in merged_tensors(inputs, settings, progress, layers, at_most):
                 file.write(name, value)
-    return Readiness(tuple(layers)) if report else None
+            found = Readiness(tuple(layers))
+            check_ready(found, unready)
+    return found if report else None
 
 
 def readiness(

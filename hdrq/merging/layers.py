@@ -59,8 +59,10 @@ def _plain(layer: LayerInputs) -> list[torch.Tensor]:
     ]
 
 
-def layer_readiness(layer: LayerInputs, weights: Sequence[float], merged: MergedTensor) -> LayerReadiness:
-    """How well :func:`merge_layer` merged a layer."""
+def layer_readiness(
+    layer: LayerInputs, weights: Sequence[float], merged: MergedTensor, at_most: int | None = None
+) -> LayerReadiness:
+    """How well :func:`merge_layer` merged a layer, as about ``at_most`` of its weights say."""
     return examine(
         layer.name,
         merged,
@@ -73,4 +75,5 @@ def layer_readiness(layer: LayerInputs, weights: Sequence[float], merged: Merged
         zero_points=layer.zero_points,
         ranges=layer.ranges,
         shape=layer.shape,
+        at_most=at_most,
     )

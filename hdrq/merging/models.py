@@ -11,6 +11,7 @@ from torch import nn
 
 from hdrq.checkpoint.loading import assign
 from hdrq.checkpoint.saving import state_of
+from hdrq.merging.assessment import LOOKED_AT, LayerReadiness, Readiness, check_ready
 from hdrq.merging.inputs import Inputs
 from hdrq.merging.manifest import merged_manifest
 from hdrq.merging.settings import MergeSettings
@@ -39,7 +40,8 @@ def merge(models: Sequence[nn.Module], **options: Any) -> nn.Module:
             it does not copy. Options given besides a preset win.
 
     Returns:
-        A model of the class of the first.
+        A model of the class of the first. A warning says where the models are too far apart to be averaged
+        (:func:`hdrq.merging.readiness`).
 
     Raises:
         TypeError, ValueError: "X must be …, got …"; models that differ are refused with what differs.
@@ -50,7 +52,9 @@ def merge(models: Sequence[nn.Module], **options: Any) -> nn.Module:
     inputs = Inputs(states, settings)
     manifest = merged_manifest(inputs, settings)
     merged = copy.deepcopy(models[0])
-    tensors = dict(merged_tensors(inputs, settings))
+    layers: list[LayerReadiness] = []
+    tensors = dict(merged_tensors(inputs, settings, report=layers, at_most=LOOKED_AT))
+    check_ready(Readiness(tuple(layers)), "warn")
     assign(merged, manifest, tensors, tensors.__getitem__)
     return merged
 

@@ -26,20 +26,21 @@ def merged_tensors(
     settings: MergeSettings,
     progress: Progress = no_progress,
     report: list[LayerReadiness] | None = None,
+    at_most: int | None = None,
     refine: Refine | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the merged model, with its name.
 
     Args:
         progress: is called before every layer.
-        report: a list that gets the readiness of every layer.
+        report: a list that gets the readiness of every layer, by about ``at_most`` of its weights.
         refine: has the last word on a layer; of the rest it may give those tensors that it has another value for.
     """
     rest = dict.fromkeys(inputs.specs)
     replaced: dict[str, torch.Tensor] = {}
     for number, name in enumerate(inputs.layers):
         progress(number, len(inputs.layers), name)
-        merged = _merged_layer(inputs, settings, name, report)
+        merged = _merged_layer(inputs, settings, name, report, at_most)
         if refine is not None:
             merged, more = refine(name, merged)
             replaced |= more
@@ -53,14 +54,14 @@ def merged_tensors(
 
 
 def _merged_layer(
-    inputs: Inputs, settings: MergeSettings, name: str, report: list[LayerReadiness] | None
+    inputs: Inputs, settings: MergeSettings, name: str, report: list[LayerReadiness] | None, at_most: int | None
 ) -> MergedTensor:
     """The merged weight of a layer; when this returns, the models' own are not held any more."""
     layer = inputs.layer(name)
     merged = merge_layer(layer, inputs.weights, settings)
     may_clip = len(set(layer.ranges)) > 1 or min(inputs.weights) < 0
     if report is not None or may_clip:
-        found = layer_readiness(layer, inputs.weights, merged)
+        found = layer_readiness(layer, inputs.weights, merged, at_most if not may_clip else None)
         if may_clip and found.clipped > CLIPPED:
             warnings.warn(
                 f"{name}: {found.clipped:.0%} of the merged weights are clipped to [{layer.qmin}, {layer.qmax}]; more "

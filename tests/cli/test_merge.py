@@ -35,7 +35,23 @@ def files(models, tmp_path):
 
 
 def call(command, *arguments):
-    return CliRunner().invoke(app, [command, *map(str, arguments)])
+    """Networks of several seeds are not ready to be merged, which is no matter but where it is asked."""
+    force = ["--force"] if command == "merge" and "-o" in arguments else []
+    return CliRunner().invoke(app, [command, *map(str, arguments), *force])
+
+
+def test_models_that_are_not_ready_are_refused_unless_forced(files, tmp_path):
+    arguments = ["merge", *map(str, files), "-o", str(tmp_path / "merged")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "models must be ready to be merged, got not ready: models are 1." in result.stderr
+    assert "--force" in result.stderr and not (tmp_path / "merged").exists()
+    with pytest.warns(UserWarning, match=r"models are merged that are not ready: models are 1\."):
+        merge_files(files, tmp_path / "merged")
+    with pytest.warns(UserWarning, match="models are merged that are not ready"):
+        hdrq.merge([hdrq.load(path, mergeable(5)) for path in files])
+    assert CliRunner().invoke(app, [*arguments, "--force"]).exit_code == 0
+    alike = CliRunner().invoke(app, ["merge", str(files[0]), str(files[0]), "-o", str(tmp_path / "same")])
+    assert alike.exit_code == 0, alike.output
 
 
 @pytest.mark.parametrize("backend", backend_params())

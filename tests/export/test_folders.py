@@ -394,10 +394,10 @@ def test_from_the_command_line(tmp_path):
         result = run(app, ["import", str(path), "-o", str(tmp_path / f"{k}.safetensors")])
         assert result.exit_code == 0 and "2 quantized weights" in result.output.replace("\n", " ")
     files = [str(tmp_path / f"{k}.safetensors") for k in range(2)]
-    assert run(app, ["merge", *files, "-o", str(tmp_path / "m.safetensors")]).exit_code == 0
+    assert run(app, ["merge", *files, "--force", "-o", str(tmp_path / "m.safetensors")]).exit_code == 0
     like = ["export", str(tmp_path / "m.safetensors"), "--like", str(paths[0]), "-o", str(tmp_path / "like")]
     assert run(app, like).exit_code == 0
-    assert run(app, ["merge", *map(str, paths), "-o", str(tmp_path / "direct")]).exit_code == 0
+    assert run(app, ["merge", *map(str, paths), "--force", "-o", str(tmp_path / "direct")]).exit_code == 0
     for name, value in tensors_of(tmp_path / "direct").items():
         assert_same_bits(tensors_of(tmp_path / "like")[name], value)
     told = run(app, ["inspect", str(tmp_path / "direct"), "--history"]).output

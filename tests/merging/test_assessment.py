@@ -280,3 +280,17 @@ def test_the_verdict_tells_good_models_from_bad():
     assert adapted.verdict == "ready" and adapted.total.distance < 0.5
     assert other_basin.verdict.startswith("not ready: models are 1.4") and other_basin.total.scale_ratio == 1
     assert other_scale.verdict.startswith("not ready: models are 1.2") and other_scale.total.scale_ratio > 3.5
+
+
+def test_a_part_of_the_weights_stands_for_all():
+    """Tiles that are evenly spaced: shares are of what was looked at."""
+    g = torch.Generator().manual_seed(0)
+    base = torch.randint(-100, 100, (64, 4096), dtype=torch.int8, generator=g)
+    codes = [base, base + torch.randint(-9, 10, base.shape, dtype=torch.int8, generator=g)]
+    merged = hdrq.ops.merge(codes, [torch.ones(1)] * 2, -128, 127, RNG, rule="half-even")
+    given = ("a", merged, codes, [torch.ones(1)] * 2, -128, 127)
+    whole, part = examine(*given), examine(*given, at_most=2**15)
+    assert part.elements == whole.elements == base.numel()
+    for name in ("distance", "ambiguous", "steps_apart", "rounding_error"):
+        assert getattr(part, name) == pytest.approx(getattr(whole, name), rel=0.05)
+        assert getattr(part, name) != getattr(whole, name)
