@@ -275,7 +275,7 @@ class ASAM(SAM):
         return super()._norm(values, list(torch._foreach_mul(gradients, sizes)) if gradients else [])
 
     def _epsilon(self, values, gradients, norm) -> Sequence[torch.Tensor]:
-        squares = torch._foreach_mul(values, values) if gradients else []
+        squares: Any = torch._foreach_mul(values, values) if gradients else []
         return super()._epsilon(values, torch._foreach_mul(gradients, squares) if gradients else [], norm)
 
 

@@ -49,7 +49,8 @@ def write_disorder(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     picture = axes.imshow(values, vmin=0, vmax=1, aspect="auto", interpolation="nearest", cmap="viridis")
     dots = [(x, names.index(name)) for x, one in enumerate(history) for name in one["frozen"]]
     if dots:
-        axes.scatter(*zip(*dots, strict=True), s=8, color="white", edgecolor="black", linewidth=0.5)
+        places_x, places_y = zip(*dots, strict=True)
+        axes.scatter(places_x, places_y, s=8, color="white", edgecolor="black", linewidth=0.5)
     axes.set_yticks(range(len(names)), [plain(name) for name in names], fontsize=6)
     places = range(0, len(history), max(1, len(history) // 8))
     axes.set_xticks(places, [str(history[k]["step"]) for k in places])
