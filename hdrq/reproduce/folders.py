@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,13 @@ SPLITS = ("train", "test")
 
 
 class Pictures:
-    """Images in files as a tensor (N, 3, crop, crop) of which only the parts that are asked for are read."""
+    """Images, or label maps, in files as a tensor (N, …) of which only the parts that are asked for are read.
 
-    def __init__(self, files: Sequence[Path], reader: Callable[[Sequence[Path]], Tensor]) -> None:
+    Args:
+        reader: makes a tensor of some of the files.
+    """
+
+    def __init__(self, files: Sequence[Any], reader: Callable[[Sequence[Any]], Tensor]) -> None:
         self.files, self.reader = files, reader
 
     def __len__(self) -> int:
@@ -82,12 +87,17 @@ class Folders:
     def facts(self) -> str:
         """What decides the tensors, but for the images' own contents and where the folder lies."""
         listed = hashlib.sha256(repr(sorted(self.listing.items())).encode()).hexdigest()
-        return f"{self.classes} {self.resize} {self.crop} {self.mean} {self.std} {listed}"
+        return f"{self.names} {self.resize} {self.crop} {self.mean} {self.std} {listed}"
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Their names, in the order of labels."""
+    def names(self) -> tuple[str, ...]:
+        """Of the classes, in the order of labels."""
         return self._found[1]
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return len(self.names)
 
     @property
     def listing(self) -> dict[tuple[str, str], tuple[list[str], list[int]]]:

@@ -38,7 +38,7 @@ def colours(pictures):
 
 def test_labels_are_places_of_classes_and_splits_share_nothing(data):
     load = folders(data, test_share=0.3)
-    assert load.classes == CLASSES
+    assert load.names == CLASSES
     for d, domain in enumerate(DOMAINS):
         seen = {}
         for split, count in (("train", 21), ("test", 9)):
@@ -88,7 +88,7 @@ def listed(data):
 
 def test_lists_decide(listed):
     load = folders(listed)
-    assert load.classes == CLASSES[::-1]
+    assert load.names == CLASSES[::-1]
     assert load("Art", "train")[1].bincount(minlength=3).tolist() == [6, 0, 6]
     pictures, labels = load("Real World", "test")
     assert labels.bincount().tolist() == [3, 3, 3]

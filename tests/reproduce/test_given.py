@@ -34,8 +34,8 @@ def small(classes=3, width=12, last="head"):
 def after(classes=3):
     return nn.Sequential(small(classes), nn.ReLU())
 
-def maps():
-    return nn.Conv2d(3, 3, 3)
+def maps(classes=3):
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, classes, 1))
 """
 
 
@@ -136,6 +136,57 @@ def test_networks_that_are_given_are_not_trained(file, checkpoints, tmp_path, mo
     assert json.loads(rows[0]["accuracies"])["one"] == pytest.approx(100 * right, abs=1e-3)
 
 
+STREETS = {**TRAINING, "layouts": {"one": "plain", "two": "plain"}, "resize": None, "crop": None, "size": [8, 12]}
+
+
+@pytest.fixture
+def streets(folder, tmp_path, monkeypatch):
+    """Two domains of pictures whose pixels are of three colours, and networks of one layer that tell them apart."""
+    monkeypatch.syspath_prepend(str(folder))
+    rng = np.random.default_rng(0)
+    for domain in ("one", "two"):
+        for split, count in (("train", 200), ("val", 7)):
+            for k in range(count):
+                classes = rng.integers(0, 3, (4, 6)).repeat(4, 0).repeat(4, 1).astype(np.uint8)
+                pixels = 255 * (classes[..., None] == np.arange(3))
+                for kind, array in (("images", pixels.astype(np.uint8)), ("labels", classes)):
+                    path = tmp_path / "streets" / domain / kind / split / f"{k}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    if kind == "images" or split == "val":  # targets have no labels to train on
+                        Image.fromarray(array).save(path)
+    model = build("givennet:maps")
+    with torch.no_grad():
+        first, last = model[0], model[2]
+        for layer in (first, last):
+            layer.weight.zero_(), layer.bias.zero_()
+        for c in range(3):
+            first.weight[c, c, 1, 1] = last.weight[c, c] = 1
+    for domain in DOMAINS:
+        save_file(model.state_dict(), tmp_path / f"{domain}.safetensors")
+    return {"data": str(tmp_path / "streets"), "checkpoints": {d: f"{d}.safetensors" for d in DOMAINS}, **STREETS}
+
+
+def test_label_maps(file, streets, tmp_path):
+    task = tasks.task_of(str(file(model="givennet:maps", label_size=[4, 6], **streets)))
+    images, labels = task.load("one", "test")
+    assert images[:].shape == (7, 3, 8, 12) and labels[:].shape == (7, 4, 6)
+    run([Job("shapes", 0, "full precision", "float")], tmp_path / "out", tmp_path / "cache", choose=False)
+    rows = rows_of(tmp_path / "out")
+    assert [row["domains"] for row in rows] == ["one", "two", "one+two"]
+    assert all(float(row["harmonic_mean"]) == 100 for row in rows)
+    with pytest.raises(ValueError, match=r"model must return \(N, classes, H, W\), .*, got \(1, 3\)"):
+        given(file("flat", model="givennet:small", **{**streets, "checkpoints": saved(tmp_path)}))
+    broken = images.files[3]
+    broken.write_bytes(broken.read_bytes()[:40])
+    with pytest.raises(ValueError, match=f"got {broken}, which cannot be read"):
+        task.check(tmp_path / "other")
+
+
+def saved(folder):
+    save_file(build("givennet:small").state_dict(), folder / "small.safetensors")
+    return dict.fromkeys(DOMAINS, "small.safetensors")
+
+
 def test_rows_of_another_task_of_that_name_are_refused(file, tmp_path):
     plan = [Job("shapes", 0, "RTN", "W4A4")]
     tasks.task_of(str(file()))
@@ -202,6 +253,9 @@ def test_features_are_what_the_head_reads(folder, monkeypatch):
         ({"split_seed": -1}, "split_seed must be in"),
         ({"checkpoints": {"one": "a"}}, "checkpoints must be of every domain, source; one; two, got one"),
         ({"checkpoints": dict.fromkeys(DOMAINS, 1)}, "checkpoints must be paths"),
+        ({"layouts": {"one": "plain"}}, "layout of two must be one of 'cityscapes', .*, got None"),
+        ({"layouts": {"one": "plain", "two": "plain"}}, "checkpoints must be given with layouts"),
+        ({"size": [8, 8]}, "size must be left out without layouts"),
         ({"checkpoints": dict.fromkeys(DOMAINS, "a")}, "source_epochs; source_rate; epochs must be left out"),
     ],
 )
@@ -217,11 +271,11 @@ def test_settings_are_checked_before_anything_is_read(changes, message, file):
         ({"data": "nowhere"}, "data must have a folder 'source', a domain, got .*nowhere with none"),
         ({"test_share": 0.5}, "data must have 200 training images of a domain at least, got 126 of source"),
         ({"model": "givennet:none"}, "model must name a function of givennet, got 'none'"),
-        ({"model": "givennet:maps"}, "model must end in a linear layer, got none in Conv2d"),
+        ({"model": "givennet:maps"}, "model must end in a linear layer, got none in Sequential"),
         ({"model": "givennet:after"}, "head must be the layer that makes the logits, got '0.head'"),
         ({"model_args": {"classes": 5}}, r"model must return \(N, 3\), a logit for each class of data, got \(1, 5\)"),
         ({"head": "conv"}, "head must be the name of a linear layer of givennet:small, got 'conv'"),
-        ({"crop": 2}, r"model must run on \(1, 3, 2, 2\), what resize and crop make, got"),
+        ({"crop": 2}, r"model must run on images \(1, 3, 2, 2\), as data is prepared, got"),
         ({"weights": "gone.pth"}, "weights must be a file that exists, got .*gone.pth"),
         ({"checkpoints": dict.fromkeys(DOMAINS, "gone.pth"), **TRAINING}, "weights must be a file that exists"),
     ],

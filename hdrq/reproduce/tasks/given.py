@@ -11,6 +11,13 @@
       Product: product.pth
       Real World: real-world.pth
 
+Domains whose pixels are labelled have ``layouts`` (and ``size``, ``label_size``), and checkpoints:
+
+    data: streets                        # with a folder for each target
+    source: gta
+    targets: [cityscapes, idd]
+    layouts: {cityscapes: cityscapes, idd: idd}
+
 Paths are relative to the file's own folder. All settings, and their defaults, are those of :class:`Given`.
 """
 
@@ -30,17 +37,22 @@ from torch import Tensor, nn
 
 from hdrq import checks
 from hdrq.calibrate.images import MEAN, STD, image_reader
+from hdrq.calibrate.labelmaps import LAYOUTS, checked_size
 from hdrq.checkpoint.architecture import build
 from hdrq.checkpoint.files import file_hash, write_atomically
 from hdrq.checkpoint.loading import load_float, read_state
 from hdrq.checkpoint.states import state_differences, tensors_of
+from hdrq.evaluate.metrics import first_tensor
 from hdrq.methods.job import number, read_settings
 from hdrq.reproduce.classifier import PART, Classifier, last_linear
 from hdrq.reproduce.folders import Folders, Pictures
+from hdrq.reproduce.label_maps import LabelMaps
 from hdrq.reproduce.tasks.task import CALIBRATION, Task
 
 TEXTS = ("data", "source", "model", "weights", "head")
 TRAINED = ("weights", "head", "source_epochs", "source_rate", "epochs", "rate")  # settings of training
+PICTURES = ("resize", "crop", "test_share")  # settings of images of classes, and of images with label maps
+MAPS = ("layouts", "size", "label_size")
 LEAST = 200  # training images of a domain: batches are of 64, and rates are chosen on 100 that are held out
 
 
@@ -66,6 +78,9 @@ class Given:
     std: tuple[float, ...] = STD
     test_share: float = 0.2
     split_seed: int = 0
+    layouts: dict = field(default_factory=dict)  # of targets with label maps: names of hdrq.calibrate.labelmaps.LAYOUTS
+    size: tuple[int, int] = (512, 1024)  # height and width of their images
+    label_size: tuple[int, int] | None = None  # of their label maps, on which mIoU is told; None for that of images
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Given:
@@ -84,7 +99,7 @@ class Given:
         for name in TEXTS:
             if not isinstance(found.get(name, ""), str):
                 raise TypeError(f"{name} must be a string, got {found[name]!r:.100}")
-        for name in ("model_args", "checkpoints"):
+        for name in ("model_args", "checkpoints", "layouts"):
             if not isinstance(found.get(name, {}), dict) or not all(isinstance(k, str) for k in found.get(name, {})):
                 raise TypeError(f"{name} must be a mapping from names, got {found[name]!r:.100}")
         for name in ("source_epochs", "epochs"):
@@ -106,9 +121,20 @@ class Given:
             )
         if not all(isinstance(path, str) for path in states.values()):
             raise TypeError(f"checkpoints must be paths, got {states!r:.200}")
-        unused = [name for name in TRAINED if name in settings]
-        if states and unused:
-            raise ValueError(f"{checks.listed(unused)} must be left out with checkpoints, of which nothing is trained")
+        layouts = found.get("layouts", {})
+        for domain in targets if layouts else ():
+            checks.choice(f"layout of {domain}", layouts.get(domain), tuple(LAYOUTS))
+        if layouts and not states:
+            raise ValueError(
+                "checkpoints must be given with layouts, since no network for label maps is trained, got none"
+            )
+        unused = ("with checkpoints, of which nothing is trained", TRAINED) if states else ("", ())
+        for why, names in (unused, ("with layouts", PICTURES) if layouts else ("without layouts", MAPS)):
+            if wrong := [name for name in names if name in settings]:
+                raise ValueError(f"{checks.listed(wrong)} must be left out {why}")
+        for name in ("size", "label_size"):
+            if name in found:
+                found[name] = checked_size(name, found[name])
         found["targets"] = tuple(targets)
         for name in ("mean", "std"):
             found[name] = tuple(float(v) for v in found.get(name, known[name].default))
@@ -127,16 +153,16 @@ def given(path: Path) -> Task:
     """
     settings = Given.of(read_settings(path))
     domains = (settings.source, *settings.targets)
-    preparation = (settings.resize, settings.crop, settings.mean, settings.std)
-    folders = Folders(path.parent / settings.data, domains, *preparation, settings.test_share, settings.split_seed)
-    for domain in domains:
-        count = len(folders.listing[domain, "train"][0])
+    read = settings.targets if settings.checkpoints else domains  # where nothing is trained, no image of the source is
+    data = _data(settings, path.parent / settings.data, read)
+    for domain in read:
+        count = len(data(domain, "train")[0])
         if count < LEAST:
             raise ValueError(f"data must have {LEAST} training images of a domain at least, got {count} of {domain}")
     states = {domain: path.parent / file for domain, file in settings.checkpoints.items()}
 
-    def load(domain: str, split: str) -> tuple[Pictures, Tensor]:
-        return folders(domain, split)
+    def load(domain: str, split: str) -> tuple[Pictures, Any]:
+        return data(domain, split)
 
     def network() -> Classifier:
         return trainable(settings, path.parent)
@@ -144,16 +170,16 @@ def given(path: Path) -> Task:
     def adapted(domain: str) -> nn.Module:
         return load_float(settings.model, settings.model_args, str(states[domain]))
 
-    image = load(settings.source, "train")[0][:1]
+    image = load(read[-1], "train")[0][:1]
     for model in map(adapted, domains) if states else [network()]:
-        check_classes(model, image, len(folders.classes))
+        check_outputs(model, image, data.classes, 4 if settings.layouts else 2)
     files = [*states.values(), *([path.parent / settings.weights] if settings.weights else [])]
     made = model.network if isinstance(model, Classifier) else model
     code = inspect.getsource(sys.modules[type(made).__module__])
-    facts = " ".join((folders.facts, settings.model, str(settings.model_args), *map(file_hash, files), code))
-    trained = settings.targets if states else domains
-    parts = [(domain, "train", CALIBRATION if states else None) for domain in trained]
-    parts += [(domain, "test", None) for domain in settings.targets]
+    facts = " ".join((data.facts, settings.model, str(settings.model_args), *map(file_hash, files), code))
+    parts = [data(domain, "train")[0].first(CALIBRATION if states else None) for domain in read]
+    for domain in settings.targets:
+        parts += [part for part in data(domain, "test") if isinstance(part, Pictures)]
     return Task(
         path.stem,
         settings.source,
@@ -166,7 +192,7 @@ def given(path: Path) -> Task:
         settings.rate,
         facts=facts,
         given=adapted if states else None,
-        check=partial(read_all, folders, parts, f"{path.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"),
+        check=partial(read_all, parts, f"{path.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"),
     )
 
 
@@ -188,26 +214,36 @@ def trainable(settings: Given, folder: Path) -> Classifier:
     return Classifier(model, head)
 
 
+def _data(settings: Given, path: Path, domains: tuple[str, ...]) -> Folders | LabelMaps:
+    normalization = (settings.mean, settings.std)
+    if not settings.layouts:
+        preparation = (settings.resize, settings.crop, *normalization)
+        return Folders(path, domains, *preparation, settings.test_share, settings.split_seed)
+    layouts = {domain: settings.layouts[domain] for domain in domains}
+    size = settings.size
+    return LabelMaps(path, layouts, size, settings.label_size or size, *normalization, settings.split_seed)
+
+
 @torch.no_grad()
-def check_classes(model: nn.Module, image: Tensor, count: int) -> None:
-    """That a network makes one logit for each class of an image, and, if it is trained, its head the logits."""
+def check_outputs(model: nn.Module, image: Tensor, classes: int | None, ndim: int) -> None:
+    """That a network makes a logit for each class of an image, or of its pixels; a trained one, in its head."""
     model.eval()
     try:
-        logits = model(image)
+        logits = first_tensor(model(image), "output of the model")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the model's code may raise anything
-        raise ValueError(f"model must run on {tuple(image.shape)}, what resize and crop make, got {error}") from error
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if shape != (1, count):
-        wanted = f"(N, {count}), a logit for each class of data"
-        raise ValueError(f"model must return {wanted}, got {shape}; model_args may give the factory another number")
+        raise ValueError(f"model must run on images {tuple(image.shape)}, as data is prepared, got {error}") from error
+    if logits.ndim != ndim or classes not in (None, logits.shape[1]):
+        wanted = f"(N, {classes or 'classes'}{', H, W' * (ndim == 4)}), a logit for each class of data"
+        got = f"{tuple(logits.shape)} of one image; model_args may give the factory another number"
+        raise ValueError(f"model must return {wanted}, got {got}")
     if isinstance(model, Classifier) and not torch.equal(model.head(model.features(image)), logits):
         raise ValueError(f"head must be the layer that makes the logits, got {model.head_name!r}; set head")
 
 
-def read_all(folders: Folders, parts: Sequence[tuple[str, str, int | None]], name: str, cache: Path) -> None:
-    """Read each image of the parts (domain, split, how many) once, and note in a folder that it was done.
+def read_all(parts: Sequence[Pictures], name: str, cache: Path) -> None:
+    """Read all files once, and note in a folder that it was done.
 
     Raises:
         ValueError: one cannot be read; it is named.
@@ -215,8 +251,8 @@ def read_all(folders: Folders, parts: Sequence[tuple[str, str, int | None]], nam
     done = cache / f"{name}.checked"
     if done.is_file():
         return
-    for domain, split, count in parts:
-        for _ in folders(domain, split)[0].first(count).split(PART):
+    for pictures in parts:
+        for _ in pictures.split(PART):
             pass
     cache.mkdir(parents=True, exist_ok=True)
     write_atomically(done, "")
