@@ -35,7 +35,7 @@ from hdrq.methods.post_training import fold, quantize
 from hdrq.methods.reconstruct.memory import keep_freed_memory
 from hdrq.recipes import recipe
 from hdrq.reproduce.measures import contributions, encoded, score
-from hdrq.reproduce.networks import networks
+from hdrq.reproduce.networks import hash_of, networks
 from hdrq.reproduce.protocol import (
     FACTORS,
     HELD_OUT,
@@ -54,7 +54,7 @@ from hdrq.rng import CONTRACT
 
 COLUMNS = (
     *("task", "network", "method", "bits", "iterations", "knobs", "weight_lr", "rule", "domains", "accuracies"),
-    *("harmonic_mean", "distance", "correct", "seconds", "hdrq", "torch", "contract", "processor"),
+    *("harmonic_mean", "distance", "correct", "seconds", "networks", "hdrq", "torch", "contract", "processor"),
 )
 MOST_RATES = 6  # that are tried of a method
 
@@ -237,7 +237,7 @@ def carry_out(job: Job, folder: Path, cache: Path, choose: bool = True) -> None:
                 for rule, model in merges(chosen, method, job.network, RULE_SETS[job.rules]).items():
                     found = {domain: contributions(model, *tests[domain]) for domain in domains}
                     rows.append({"rule": rule, "domains": "+".join(domains), **judged(found), **_apart(chosen, method)})
-    facts = facts_of(job, knobs)
+    facts = facts_of(job, knobs, models)
     seconds = round(time.perf_counter() - start, 1)
     write_atomically(path, written([{**facts, "seconds": seconds, **row} for row in rows]))
 
@@ -249,12 +249,13 @@ def knobs_of(job: Job, folder: Path, cache: Path, choose: bool) -> dict[str, Any
     return dict(job.knobs)
 
 
-def facts_of(job: Job, knobs: Mapping[str, Any]) -> dict[str, Any]:
+def facts_of(job: Job, knobs: Mapping[str, Any], models: Mapping[str, nn.Module]) -> dict[str, Any]:
     """What every row of a job begins with, and what made it."""
     return {
         **{name: value for name, value in asdict(job).items() if name in COLUMNS},
         "knobs": json.dumps(job.knobs, sort_keys=True),
         "weight_lr": knobs.get("weight_lr", ""),
+        "networks": hash_of(models),
         **software(),
     }
 

@@ -57,7 +57,7 @@ from hdrq.reproduce.tasks import Task, task_of
 ROWS = "landscape"  # the folder of rows
 COLUMNS = (
     *("task", "network", "method", "bits", "iterations", "knobs", "weight_lr", "measure", "domains", "x", "y"),
-    *("value", "error", "seconds", "hdrq", "torch", "contract", "processor"),
+    *("value", "error", "seconds", "networks", "hdrq", "torch", "contract", "processor"),
 )
 IMAGES = 500  # test images of each domain that a loss is taken of
 BATCH = 250
@@ -65,7 +65,7 @@ POINTS = 11  # λ of a barrier
 NOISE_DRAWS = 4
 PROBES = 16
 GRID = 15  # points of a surface along each side
-REACH = {"weights": 1.0, "scales": 0.5}
+REACH = {"weights": 0.5, "scales": 0.5}
 DRAWS = 30  # merges by each rule
 DRAWN = {name: RULES[name] for name in ("noise, first", "noise, best of 30", "systematic")}
 
@@ -116,7 +116,7 @@ def carry_out(job: Job, folder: Path, cache: Path, choose: bool, keep: bool) -> 
             rows += _surfaces(quantized, fold(models[task.source], example), task.source, task.targets[:2], few)
             if method.recipe != "full precision":
                 rows += _draws([quantized[domain] for domain in task.targets[:2]], task.targets[:2], tests)
-    facts = facts_of(job, knobs)
+    facts = facts_of(job, knobs, models)
     seconds = round(time.perf_counter() - start, 1)
     write_atomically(path, written([{**facts, "seconds": seconds, **row} for row in rows], COLUMNS))
 

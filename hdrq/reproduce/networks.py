@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from hdrq.checkpoint.files import write_atomically
+from hdrq.checkpoint.workdir import state_hash
 from hdrq.reproduce.tasks import Task
 
 
@@ -39,6 +41,12 @@ def networks(task: Task, seed: int, cache: str | os.PathLike) -> dict[str, nn.Mo
     state = {f"{name}/{key}": value for name, model in models.items() for key, value in model.state_dict().items()}
     write_atomically(path, save({key: value.contiguous() for key, value in state.items()}))
     return models
+
+
+def hash_of(models: Mapping[str, nn.Module]) -> str:
+    """Of networks by domain: the same seed gives others on another processor, whose rows are no pairs."""
+    state = {f"{name}/{key}": value for name, model in models.items() for key, value in model.state_dict().items()}
+    return state_hash(state)[:12]
 
 
 def _trained(task: Task, seed: int) -> dict[str, nn.Module]:

@@ -114,7 +114,7 @@ def carry_out(job: Job, folder: Path, cache: Path, choose: bool = True) -> None:
     layers = [] if job.method == FLOAT else [layer for block in report_of(merged).blocks for layer in block.layers]
     if layers:
         objective = {kind: f"{sum(getattr(layer, kind) for layer in layers):.6g}" for kind in objective}
-    row = {**facts_of(job, knobs), "knobs": json.dumps(knobs, sort_keys=True), "rule": "", **judged(found)}
+    row = {**facts_of(job, knobs, models), "knobs": json.dumps(knobs, sort_keys=True), "rule": "", **judged(found)}
     row |= {"domains": "+".join(task.targets), "distance": "", "seconds": round(time.perf_counter() - start, 1)}
     write_atomically(path, written([row | objective], COLUMNS))
 

@@ -52,15 +52,19 @@ def read(path: Path) -> Results:
     """The rows of a CSV.
 
     Raises:
-        ValueError: a row lacks a column, or cannot be read.
+        ValueError: a row lacks a column, or cannot be read; rows of one seed are of other networks, and no pairs.
     """
     results: Results = {}
+    networks: dict[tuple[str, str], str] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for number, row in enumerate(csv.DictReader(file), start=2):
             try:
                 way = Way(*(row[name] for name in Way._fields))
                 found = {domain: decoded(text) for domain, text in json.loads(row["correct"]).items()}
                 results.setdefault(way, {})[int(row["network"])] = found
+                own = row.get("networks") or ""  # older rows have none
+                if networks.setdefault((way.task, row["network"]), own) != own:
+                    raise ValueError(f"other networks of seed {row['network']} than rows before it")
             except (KeyError, ValueError, TypeError) as error:
                 raise ValueError(f"line {number} of {path} must be a row of hdrq reproduce, got {error}") from error
     return results

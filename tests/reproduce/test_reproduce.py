@@ -245,6 +245,23 @@ def test_bad_input(arguments, message, tmp_path):
     assert message in result.stderr and not (tmp_path / "out" / "rows").exists()
 
 
+def test_rows_of_other_networks_are_no_pairs(small, tmp_path):
+    """The same seed trains others on another processor."""
+    run([Job("small", 0, "RTN", "W3A3")], tmp_path, tmp_path / "cache", choose=False)
+    text = collected(tmp_path)
+    (path,) = (tmp_path / "cache").iterdir()
+    assert {row["networks"] for row in csv.DictReader(text.splitlines())} == {
+        jobs.hash_of(jobs.networks(small, 0, path.parent))
+    }
+    (tmp_path / "rows.csv").write_text(text)
+    read(tmp_path / "rows.csv")
+    header, first, *rest = text.splitlines()
+    own = next(csv.DictReader([header, first]))["networks"]
+    (tmp_path / "rows.csv").write_text("\n".join([header, first, *(row.replace(own, "other") for row in rest)]))
+    with pytest.raises(ValueError, match=r"line 3 of .* other networks of seed 0 than rows before it"):
+        read(tmp_path / "rows.csv")
+
+
 def test_a_table_of_something_else_is_refused(tmp_path):
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"line 2 of .* must be a row of hdrq reproduce"):
