@@ -216,7 +216,7 @@ def barriers(runs: Sequence[Run], path: Path) -> None:
 
 
 def curvature(runs: Sequence[Run], path: Path) -> None:
-    """Every measure against the accuracy of all targets merged, a point for each run, with Spearman's ρ."""
+    """Six measures against the accuracy of all targets merged, a point for each run, with Spearman's ρ."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -226,7 +226,7 @@ def curvature(runs: Sequence[Run], path: Path) -> None:
         return
     drawing = _figure(WIDTH, 5.2)
     panels = drawing.subplots(2, 3, sharey=True)
-    for panel, measure in zip(panels.flat, PREDICTORS, strict=True):
+    for panel, measure in zip(panels.flat, PREDICTORS, strict=False):
         for run in own:
             mark = MARKERS[widths.index(run.bits) % len(MARKERS)]
             x, y = run.mean(measure), run.mean(OUTCOME)

@@ -14,7 +14,8 @@ import numpy as np
 from hdrq.reproduce.protocol import ITERATIONS, METHODS
 
 SAMPLES = 1000  # of the bootstrap over networks
-PREDICTORS = ("top eigenvalue", "trace", "rise by noise", "barrier", "noisy barrier", "distance")
+MIDWAY = {"rise midway": "loss between", "noisy rise midway": "noisy loss between"}
+PREDICTORS = ("top eigenvalue", "trace", "rise by noise", *MIDWAY, "distance", "barrier", "noisy barrier")
 OUTCOME = "accuracy, systematic"
 
 
@@ -38,6 +39,9 @@ class Run:
         """The mean of a measure over targets, pairs, or, of accuracy, all targets together; NaN if there is none."""
         if measure == "rise by noise":
             return self._rise()
+        if measure in MIDWAY:
+            places, rises = self.curve(MIDWAY[measure])
+            return float(np.interp(0.5, places, rises)) if len(places) else float("nan")
         if measure == OUTCOME and self.bits == "float":
             measure = "accuracy, average"  # what a merge in full precision is
         found = self.numbers.get(measure, {})

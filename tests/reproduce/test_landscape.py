@@ -174,7 +174,10 @@ def test_numbers_of_a_run(tmp_path):
     (run,) = read(table(tmp_path / "a.csv", {("RTN", "W3A3", 0, "{}"): numbers}))
     assert (run.mean("top eigenvalue"), run.mean(OUTCOME), run.mean("rise by noise")) == (2.5, 60, 0.75)
     assert run.curve("loss between").tolist() == [[0, 0.5, 1], [-0.25, 4.25, 0.25]]
-    assert math.isnan(run.mean("trace")) and run.curve("none").shape == (2, 0)
+    assert (run.mean("rise midway"), run.mean("noisy rise midway")) == (4.25, 4.25)
+    (bare,) = read(table(tmp_path / "b.csv", {("RTN", "W3A3", 0, "{}"): {(OUTCOME, "a+b", "", ""): 1}}))
+    assert all(math.isnan(bare.mean(measure)) for measure in ("trace", "rise midway", "rise by noise"))
+    assert run.curve("none").shape == (2, 0)
 
 
 def test_rank_correlations_over_all_runs_and_among_methods(tmp_path):
