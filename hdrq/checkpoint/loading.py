@@ -187,14 +187,24 @@ def _check_modules(model: nn.Module, manifest: Mapping[str, Any]) -> None:
 
 def load_either(file: str | os.PathLike, architecture: str, arguments: Mapping) -> nn.Module:
     """A model from a file of either kind: a quantized model, or a state of the architecture in full precision."""
-    quantized = False
-    if os.path.isfile(file) and not str(file).endswith((".json", ".bin", ".pt", ".pth")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                quantized = "hdrq" in (opened.metadata() or {})
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"files must be safetensors, got {file}: {error}") from error
-    return load(file, build(architecture, **arguments)) if quantized else load_float(architecture, arguments, str(file))
+    if manifest_of(file):
+        return load(file, build(architecture, **arguments))
+    return load_float(architecture, arguments, str(file))
+
+
+def manifest_of(file: str | os.PathLike) -> dict[str, Any]:
+    """The manifest of a quantized model; empty for a state in full precision."""
+    if not os.path.isfile(file) or str(file).endswith((".json", ".bin", ".pt", ".pth")):
+        return {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            quantized = "hdrq" in (opened.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"files must be safetensors, got {file}: {error}") from error
+    if not quantized:
+        return {}
+    with Reader(file) as reader:
+        return reader.manifest
 
 
 def load_float(architecture: str, arguments: Mapping, weights: str | None) -> nn.Module:

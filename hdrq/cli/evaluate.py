@@ -23,8 +23,17 @@ def evaluate(
             "one for all, or one for each."
         ),
     ] = None,
-    resize: Annotated[int, typer.Option(help="The shorter side of an image, pixels.")] = 256,
-    crop: Annotated[int, typer.Option(help="The sides of its middle, pixels.")] = 224,
+    resize: Annotated[
+        int | None, typer.Option(help="The shorter side of an image, pixels; as the files were calibrated, or 256.")
+    ] = None,
+    crop: Annotated[int | None, typer.Option(help="The sides of its middle, pixels; likewise, or 224.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Of red, green and blue, with commas; likewise, or ImageNet's.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Their standard deviations; likewise.")] = None,
+    model_args: Annotated[
+        str | None, typer.Option(help="The factory's arguments, like {width: 8}; those that the files name.")
+    ] = None,
     size: Annotated[str, typer.Option(help="Of images with label maps: height and width.")] = "512x1024",
     label_size: Annotated[str | None, typer.Option(help="Of their label maps; as images.")] = None,
     split: Annotated[str, typer.Option(help="Of images with label maps: test, or train.")] = "test",
@@ -35,8 +44,12 @@ def evaluate(
     """Print the accuracy, or mIoU, of models on folders of images with labels, and the harmonic mean over folders."""
     from hdrq.evaluate.files import evaluate_files, evaluate_label_maps
     from hdrq.evaluate.metrics import Row
+    from hdrq.methods.job import parse_setting
     from hdrq.report.tables import classes_table, records, table
 
+    arguments = None if model_args is None else parse_setting(f"model_args={model_args}")[1]
+    if arguments is not None and not isinstance(arguments, dict):
+        raise TypeError(f"model_args must be a mapping, like {{width: 8}}, got {model_args!r}")
     if label_maps:
         layouts = label_maps * len(data) if len(label_maps) == 1 else label_maps
         if len(layouts) != len(data):
@@ -46,6 +59,7 @@ def evaluate(
         segmented = evaluate_label_maps(
             *(files, [*zip(data, layouts, strict=True)], model),
             split=split,
+            model_args=arguments,
             device=device,
             batch_size=batch_size or 4,
             size=_size(size),
@@ -54,7 +68,10 @@ def evaluate(
         rows: Sequence[Row] = segmented
         tables = [classes_table(segmented, "IoU (%)"), table(rows, "mIoU (%)")]
     else:
-        rows = evaluate_files(files, data, model, device=device, batch_size=batch_size or 100, resize=resize, crop=crop)
+        made = {"resize": resize, "crop": crop, "mean": _numbers("mean", mean), "std": _numbers("std", std)}
+        rows = evaluate_files(
+            files, data, model, model_args=arguments, device=device, batch_size=batch_size or 100, **made
+        )
         tables = [table(rows, "Accuracy (%)")]
     if as_json:
         print(json.dumps(records(rows), indent=2))
@@ -68,3 +85,12 @@ def _size(text: str) -> tuple[int, int]:
     if not (height.isdecimal() and width.isdecimal()):
         raise ValueError(f"size must be height x width in pixels, like 512x1024, got {text!r}")
     return int(height), int(width)
+
+
+def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{name} must be numbers between commas, got {text!r}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from hdrq import checks
 from hdrq.calibrate.images import class_names, load_labelled
 from hdrq.calibrate.labelmaps import LAYOUTS, list_label_maps, load_label_maps
-from hdrq.checkpoint.loading import float_dtype, load_either
+from hdrq.checkpoint.loading import float_dtype, load_either, manifest_of
 from hdrq.evaluate.metrics import IoURow, Row, accuracy_of
 from hdrq.evaluate.segmentation import class_counts, iou_of
 
@@ -33,17 +34,63 @@ def evaluate_files(
 
     Args:
         files: quantized models, or states of the architecture in full precision, safetensors.
-        data: folders with a folder for each class, the same as in the first; ``preparation`` is arguments of
-            :func:`hdrq.calibrate.images.load_labelled`.
-        model: the architecture, ``"module:factory"``.
+        data: folders with a folder for each class, the same as in the first.
+        model: the architecture, ``"module:factory"``; without ``model_args``, those of the files are the factory's.
+        preparation: arguments of :func:`hdrq.calibrate.images.load_labelled`; without, images are made as those that
+            the files were calibrated on.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: "X must be …, got …"; files that were calibrated on images made in
+            other ways, and none is given.
     """
     classes = class_names(data[0])
+    manifests = {os.fspath(file): manifest_of(file) for file in files}
+    preparation = _as_calibrated(manifests, preparation)
+    model_args = _arguments(manifests, model) if model_args is None else model_args
 
     def measured(network: nn.Module, path: str | os.PathLike) -> float:
         batches = load_labelled(path, batch_size=batch_size, classes=classes, **preparation)
         return accuracy_of(network, _as_floats(batches, network))
 
     return [Row(*each) for each in _each(files, data, model, model_args, device, measured, "resize and crop make")]
+
+
+def _as_calibrated(manifests: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What images are made by: what is given, else what all files say of their calibration."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    runs = [(file, run) for file, manifest in manifests.items() for run in _runs(manifest)]
+    for name in ("resize", "crop", "mean", "std"):
+        values = {_numbers(run[name]): file for file, run in runs if name in run}
+        if name in chosen:
+            others = {value: file for value, file in values.items() if value != _numbers(chosen[name])}
+            for value, file in others.items():
+                warnings.warn(f"{name} is {chosen[name]}, and {file} was calibrated with {value}", stacklevel=3)
+        elif len(values) > 1:
+            each = ", ".join(f"{value} in {file}" for value, file in values.items())
+            raise ValueError(f"{name} must be given for files that were calibrated with others, got {each}")
+        elif values:
+            (chosen[name],) = values
+    return chosen
+
+
+def _numbers(value: Any) -> Any:
+    """A setting as its manifest or a caller has it, so that both can be compared."""
+    return tuple(map(float, value)) if isinstance(value, Sequence) else value
+
+
+def _runs(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """How a model and those it was merged from were calibrated, as far as the command line did it."""
+    if isinstance(manifest.get("run"), Mapping):
+        yield manifest["run"]
+    for parent in (*manifest.get("models", ()), manifest.get("parent")):
+        if isinstance(parent, Mapping):
+            yield from _runs(parent)
+
+
+def _arguments(manifests: Mapping[str, Mapping[str, Any]], model: str) -> Mapping[str, Any]:
+    """The factory's arguments that files name with it; those of the first that does."""
+    known = [manifest["architecture"] for manifest in manifests.values() if "architecture" in manifest]
+    return next((each["arguments"] for each in known if each["factory"] == model), {})
 
 
 def evaluate_label_maps(

@@ -424,6 +424,42 @@ def test_evaluate_compares_files_on_folders(place):
     assert full["accuracies"]["images"] + full["accuracies"]["other"] == 100 - 5 * never
     table = evaluate("q.safetensors", "--data", "images", *sizes)
     assert table.exit_code == 0 and "harmonic mean" in table.stdout
+    known = evaluate("w.safetensors", "q.safetensors", "--data", "images", "--json")  # as q was calibrated
+    assert [row["accuracies"]["images"] for row in json.loads(known.stdout)] == [
+        row["accuracies"]["images"] for row in (full, quantized)
+    ]
+    with pytest.warns(UserWarning, match=r"crop is 20, and q.safetensors was calibrated with 16"):
+        evaluate("q.safetensors", "--data", "images", "--crop", "20")
+
+
+def test_evaluate_takes_what_the_files_say_of_images_and_architecture(place):
+    how = {**OPTIONS, "recipe": "rtn"}
+    wide = "model_args={width: 8}"
+    for out, mean in (("a", "[0, 0, 0]"), ("b", "[0, 0, 0]"), ("c", "[0.5, 0.5, 0.5]")):
+        given = {name: value for name, value in how.items() if name not in ("weights", "source", "iterations")}
+        made = [f"--set={wide}", f"--set=mean={mean}"]
+        assert call(*SETTINGS, *made, **{**given, "out": f"{out}.safetensors"}).exit_code == 0
+    assert CliRunner().invoke(app, ["merge", "a.safetensors", "b.safetensors", "-o", "m", "--force"]).exit_code == 0
+    merged = evaluate("m", "--data", "images", "--json")
+    assert merged.exit_code == 0, merged.output
+    images = load_data(place / "images", resize=20, crop=16, mean=(0, 0, 0))
+    network = hdrq.load("m", model_of(place, 8))
+    assert json.loads(merged.stdout)[0]["accuracies"]["images"] == accuracy(
+        network, images, torch.tensor([0] * 10 + [1] * 10)
+    )
+    both = evaluate("m", "c.safetensors", "--data", "images")
+    assert both.exit_code == 2 and "mean must be given for files that were calibrated with others" in both.stderr
+    narrow = evaluate("m", "--data", "images", "--model-args", "{width: 4}")
+    assert narrow.exit_code == 2 and "codes of 0 must have the shape of the layer's weight" in narrow.stderr
+    odd = evaluate("m", "--data", "images", "--model-args", "4")
+    assert odd.exit_code == 2 and "model_args must be a mapping" in odd.stderr
+
+
+def model_of(place, width):
+    """The factory's network of another width."""
+    names = {}
+    exec((place / "tinynet.py").read_text(), names)
+    return names["tiny"](width).eval()
 
 
 def test_labels_are_those_of_the_first_folder(place):
