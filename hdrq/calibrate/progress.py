@@ -1,7 +1,8 @@
-"""What a run tells while it lasts: steps for a callable, bars for a terminal, losses for a file."""
+"""What a run tells while it lasts: steps for a callable, bars for a terminal, lines for a log, losses for a file."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 from hdrq.checks import plain
 
+logger = logging.getLogger("hdrq")
 LOG_EVERY = 50  # iterations between two readings of the loss: each waits for the device
 
 
@@ -25,19 +27,26 @@ class Step:
 
 
 @contextmanager
-def bars(description: str = "", what: str = "block") -> Iterator[Callable[[Step], None] | None]:
-    """A callable that shows steps as rich bars; None where standard error is no terminal, or rich is missing.
+def bars(description: str = "", what: str = "block") -> Iterator[Callable[[Step], None]]:
+    """A callable that shows steps as rich bars, or, where standard error is no terminal or rich is missing, logs a line
+    for each block: at level INFO of the logger ``hdrq``, which the command line shows.
 
     ``what`` is a step's outer unit, in one word.
     """
+
+    def log(step: Step) -> None:
+        if step.iteration == step.iterations:
+            place = f"{description} {what} {step.index + 1} of {step.blocks}".strip()
+            logger.info("%s, %s: loss %.4g", place, plain(step.block) or "model", step.loss)
+
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     except ImportError:
-        yield None
+        yield log
         return
     if not sys.stderr.isatty():
-        yield None
+        yield log
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as shown:

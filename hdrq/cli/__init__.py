@@ -1,5 +1,6 @@
 """The command line, one file a command. It parses, shows progress and prints; the work is done elsewhere."""
 
+import logging
 import os
 import sys
 from typing import Annotated
@@ -24,7 +25,7 @@ try:
         quantize,
         reproduce,
     )
-    from hdrq.cli.terminal import Commands
+    from hdrq.cli.terminal import Commands, Log
 except ImportError as error:
     sys.exit(f'hdrq: the command line needs {error.name}; pip install "hdrq[cli]"')
 
@@ -65,8 +66,12 @@ def hdrq(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress: results and errors alone.")] = False,
 ) -> None:
     """Quantizers for reconstruction loops, and a merge of quantized models that works on their integers."""
+    logger = logging.getLogger("hdrq")
+    logger.handlers = [Log()]
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
     if os.environ.get("HDRQ_BACKEND"):
         from hdrq.backends.dispatch import of_process
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -48,6 +49,17 @@ class Commands(TyperGroup):
             warnings.formatwarning = before
         _drop_what_cannot_be_written()
         sys.exit(status)
+
+
+class Log(logging.StreamHandler):
+    """Lines of the log on what standard error is when they come."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):  # type: ignore[override]
+        return sys.stderr
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Bars on a terminal, silence elsewhere; the figure of losses."""
+"""Bars on a terminal, lines of a log elsewhere; the figure of losses."""
 
 import io
 import sys
@@ -27,9 +27,13 @@ def test_bars_say_block_iteration_and_loss(monkeypatch):
         assert word in text
 
 
-def test_silence_where_there_is_no_terminal(capsys):
-    with bars() as show:
-        assert show is None
+def test_a_line_of_the_log_for_each_block_where_there_is_no_terminal(capsys, caplog):
+    with caplog.at_level("INFO", logger="hdrq"), bars("mnist:") as show:
+        for iteration in (50, 100):
+            show(Step("layer1.0", 0, 3, iteration, 100, 0.125))
+    assert caplog.messages == ["mnist: block 1 of 3, layer1.0: loss 0.125"]
+    with caplog.at_level("WARNING", logger="hdrq"), bars() as show:  # nobody listens to that level
+        show(Step("layer1.0", 0, 3, 100, 100, 0.125))
     assert capsys.readouterr().err == ""
 
 

@@ -271,8 +271,9 @@ def full_disk(place, monkeypatch):
 def test_a_model_that_the_disk_has_no_room_for_is_kept_elsewhere(place, full_disk):
     assert call(*SETTINGS, **OPTIONS).exit_code == 0
     result = call(*SETTINGS, **full_disk)
-    assert result.exit_code == 2 and result.stderr.count("\n") == 1
-    assert "full/q.safetensors must be written to a disk with room, got No space left on device" in result.stderr
+    blocks, message = result.stderr.splitlines()[:-1], result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and all(line.startswith("block ") for line in blocks)
+    assert "full/q.safetensors must be written to a disk with room, got No space left on device" in message
     (kept,) = place.glob("q-*.safetensors")
     assert result.stderr.endswith(f"the quantized model is kept in {kept}\n")
     assert kept.read_bytes() == (place / "q.safetensors").read_bytes()
@@ -300,9 +301,13 @@ def test_a_full_disk_is_refused_before_anything_is_learned(place, monkeypatch):
     assert message in result.stderr and "peak memory" not in result.stdout
 
 
-def test_without_a_terminal_no_bars(place):
+def test_without_a_terminal_a_line_a_block(place):
     result = call(*SETTINGS, **OPTIONS)
-    assert "loss" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if "loss" in line]
+    assert [line.partition(":")[0] for line in lines] == ["block 1 of 3, 0", "block 2 of 3, 2", "block 3 of 3, 5"]
+    flags = [part for name, value in OPTIONS.items() for part in (f"--{name}", value)]
+    quiet = CliRunner().invoke(app, ["--quiet", "quantize", *SETTINGS, *flags])
+    assert quiet.exit_code == 0 and "loss" not in quiet.stderr
 
 
 @pytest.mark.parametrize(
