@@ -32,6 +32,7 @@ def test_a_line_of_the_log_for_each_block_where_there_is_no_terminal(capsys, cap
         for iteration in (50, 100):
             show(Step("layer1.0", 0, 3, iteration, 100, 0.125))
     assert caplog.messages == ["mnist: block 1 of 3, layer1.0: loss 0.125"]
+    capsys.readouterr()
     with caplog.at_level("WARNING", logger="hdrq"), bars() as show:  # nobody listens to that level
         show(Step("layer1.0", 0, 3, 100, 100, 0.125))
     assert capsys.readouterr().err == ""
