@@ -102,5 +102,6 @@ def save(result: Result, folder: Path, bits: str, seed: int) -> None:
     facts = {"bits": bits, "seed": seed, "hdrq": __version__, "torch": torch.__version__}
     write_rows(result.rows, folder, facts)
     write_rows(result.pairs, folder, facts, name="pairs")
-    write_bars(result.rows, folder / "figure.png", f"Three digit domains merged into one {bits} model")
+    panels = {f"Two models merged into one {bits} model": result.pairs, "Three": result.rows}
+    write_bars(panels, folder / "figure.png")
     save_model(result.merged, folder / "merged.safetensors")

@@ -16,6 +16,8 @@ from hdrq.checks import plain
 from hdrq.merging.assessment import FAR, TOO_FAR, Readiness
 from hdrq.report.tables import Row
 
+# Okabe's and Ito's, which those who see few colours tell apart; one method has one in every figure.
+COLOURS = ("black", "#999999", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8a800")
 names_as_they_are = matplotlib.rc_context({"text.parse_math": False})  # a layer may be called "$x$"
 
 
@@ -111,19 +113,22 @@ def plot_readiness(readiness: Readiness, path: Path) -> None:
 
 
 @names_as_they_are
-def write_bars(rows: Sequence[Row], path: Path, title: str) -> None:
-    """A figure of the accuracies: a group of bars for each domain and one for the harmonic mean."""
+def write_bars(panels: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """A figure of accuracies: a panel for each title, in it a group of bars for each domain and one for the harmonic
+    mean; a method has one colour in all of them."""
 
     matplotlib.use("Agg")
-    groups = [*rows[0].accuracies, "harmonic mean"]
-    width = 0.8 / len(rows)
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    for i, row in enumerate(rows):
-        heights = [*row.accuracies.values(), row.harmonic_mean]
-        bars = axes.bar([g + i * width for g in range(len(groups))], heights, width, label=row.method)
-        axes.bar_label(bars, fmt="%.1f", fontsize=7)
-    axes.set_xticks([g + width * (len(rows) - 1) / 2 for g in range(len(groups))], groups)
-    axes.set_ylabel("accuracy (%)")
-    axes.set_title(title)
-    axes.legend(loc="lower right", fontsize=8)
+    methods = list(dict.fromkeys(row.method for rows in panels.values() for row in rows))
+    figure, all_axes = pyplot.subplots(len(panels), figsize=(8, 3 * len(panels)), layout="constrained", squeeze=False)
+    for axes, (title, rows) in zip(all_axes[:, 0], panels.items(), strict=True):
+        groups = [*rows[0].accuracies, "harmonic mean"]
+        width = 0.84 / len(rows)
+        for i, row in enumerate(rows):
+            heights = [*row.accuracies.values(), row.harmonic_mean]
+            colour = COLOURS[methods.index(row.method) % len(COLOURS)]
+            bars = axes.bar([g + i * width for g in range(len(groups))], heights, width, label=row.method, color=colour)
+            axes.bar_label(bars, fmt="%.1f", fontsize=6.5)
+        axes.set_xticks([g + width * (len(rows) - 1) / 2 for g in range(len(groups))], groups)
+        axes.set(ylabel="accuracy (%)", title=title)
+    figure.legend(*all_axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     _save(figure, path)

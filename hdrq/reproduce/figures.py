@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hdrq.checkpoint.files import write_atomically
+from hdrq.report.figures import COLOURS
 from hdrq.reproduce.measured import (
     OUTCOME,
     PREDICTORS,
@@ -21,8 +22,6 @@ from hdrq.reproduce.measured import (
 )
 from hdrq.reproduce.protocol import METHODS
 
-# Okabe's and Ito's, which those who see few colours tell apart; one method has one in every figure.
-COLOURS = ("black", "#999999", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8a800")
 MARKERS = "osD^vP*X"  # of bit widths
 DRAWN = ("noise, first", "noise, best of 30", "systematic")
 WIDTH = 7.5  # inches: a page's
