@@ -18,7 +18,9 @@ from typer.core import TyperGroup
 from hdrq.checks import plain
 from hdrq.errors import BackendError, MissingExtra
 
-console, errors = Console(), Console(stderr=True)
+WIDE = 200  # columns of a pipe or a file, which tables fit whatever their names are
+_width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
+console, errors = Console(width=_width), Console(stderr=True)
 
 # What hdrq raises, with a message of its own.
 OURS = (ValueError, TypeError, OSError, FloatingPointError, BackendError, MissingExtra)

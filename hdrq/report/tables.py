@@ -31,7 +31,7 @@ def table(rows: Sequence[Row], title: str):
     """The rows as a :class:`rich.table.Table`."""
 
     result = Table(title=shown(title))
-    result.add_column("model", no_wrap=True)
+    result.add_column("model", overflow="fold")
     for domain in rows[0].accuracies:
         result.add_column(shown(domain), justify="right")
     result.add_column("harmonic mean", justify="right", style="bold")
@@ -94,7 +94,7 @@ def errors_table(reports: Mapping[str, RunReport], title: str):
         columns[name] = {block: f"{error:.3g}" for block, error in report.errors.items()}
     columns = {name: cells for name, cells in columns.items() if cells}
     result = Table(title=shown(title))
-    result.add_column("block")
+    result.add_column("block", overflow="fold")
     for name in columns:
         result.add_column(name, justify="right")
     for block in dict.fromkeys(block for cells in columns.values() for block in cells):
@@ -106,7 +106,7 @@ def readiness_table(readiness: Readiness):
     """How well each layer merges, as a :class:`rich.table.Table`."""
 
     result = Table(box=None, title="Merge readiness")
-    result.add_column("layer")
+    result.add_column("layer", overflow="fold")
     for name in ("weights", "ambiguous", "ties", "scale ratio", "distance", "in steps", "cosine", "clipped", "error"):
         result.add_column(name, justify="right")
     for layer in (*readiness.layers, readiness.total):
@@ -156,7 +156,7 @@ def added_table(report: AddReport):
 def layers_table(report: RunReport):
     """The layers of a run in closed form as a :class:`rich.table.Table`: what their objective came to."""
     result = Table(title=f"{report.recipe}: the objective, layer by layer", box=None)
-    result.add_column("layer")
+    result.add_column("layer", overflow="fold")
     for name in ("to nearest", "before rounding", "result", "unexcited"):
         result.add_column(name, justify="right")
     result.add_column("note")
