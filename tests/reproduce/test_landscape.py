@@ -93,6 +93,21 @@ def test_a_job_measures_models_and_pairs(small, tmp_path):
     assert [row["value"] for row in again] == [row["value"] for row in rows]
 
 
+def test_the_loss_of_domains_is_the_mean_of_their_means(monkeypatch):
+    """Over batches of unequal size, and over pixels that are labelled."""
+    torch.manual_seed(0)
+    x, y, model = torch.randn(10, 3), torch.randint(3, (10,)), nn.Linear(3, 3)
+    monkeypatch.setattr(landscape, "BATCH", 4)
+    want = [float(nn.functional.cross_entropy(model(x[a:b]), y[a:b])) for a, b in ((0, 9), (9, 10))]
+    assert landscape._loss_on([(x[:9], y[:9]), (x[9:], y[9:])])(model) == pytest.approx(sum(want) / 2)
+    maps = torch.full((1, 2, 2), 255)
+    maps[0, 0, 1] = 2
+    logits = torch.randn(1, 3, 2, 2)
+    assert float(landscape._batch_loss(nn.Identity(), (logits, maps))) == pytest.approx(
+        float(-logits[0, :, 0, 1].log_softmax(0)[2])
+    )
+
+
 def test_surfaces_and_draws_of_the_first_network(small, tmp_path):
     rows = measured(
         [Job("small", 0, method, bits) for method, bits in (("RTN", "W3A3"), ("full precision", "float"))], tmp_path
