@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hdrq import checks
@@ -16,6 +16,11 @@ LEARNS = ("weights", "rounding", "activations")
 FULL_LENGTH = 20_000  # iterations that the recipes' own rates are for
 SHORT = 400  # the fewest that larger rates were measured for
 RENAMED = {"tail": "fake_quant_fraction", "placement": "activation_placement"}  # accepted for one release
+
+
+def knob(default: Any, text: str) -> Any:
+    """A field, and what is said of it."""
+    return field(default=default, metadata={"text": text})
 
 
 @dataclass(frozen=True)
@@ -39,50 +44,57 @@ class Recipe:
     """
 
     name: str
-    learns: str = "weights"  # or "rounding", AdaRound's α; or "activations", their scales alone
-    iterations: int = 20_000
-    fake_quant_fraction: float = (
-        0.175  # share of the iterations, at the end, that fake-quantize; 1 is all of them: no noise
+    learns: str = knob("weights", 'or "rounding", AdaRound\'s α; or "activations", their scales alone')
+    iterations: int = knob(20_000, "steps for each block; 0: rounded to nearest")
+    fake_quant_fraction: float = knob(
+        0.175, "share of the iterations, at the end, that fake-quantize; 1 is all of them: no noise"
     )
-    noise: str = "uniform"  # of weights: "uniform" or "empirical"
-    noise_activations: bool = False  # noise on activations too, while weights have it
-    batch_size: int = 32
-    judged_samples: int = 32  # nothing is learned from them, a unit's best state is chosen on them; at most an eighth
-    weight_lr: float = 1e-3  # Adam, of weights and their scales, or of α; recipe() raises it for fewer iterations
-    weight_schedule: str = "cosine"  # of that rate after its warm-up: "cosine", to 0, or "constant"
-    warmup: float = 0.2  # share of the iterations over which the weights' rate rises from 1e-3 of itself
-    scale_step: float = 0.01  # bound on the rate of a scale, as a share of the scale it starts from
-    weight_step: float = 0.1  # bound on the rate of a weight, as a share of its scale; 0: none
-    activation_walk: float = 0.0  # share of the iterations, of a second walk over the blocks for activations' scales
-    activation_lr: float = 4e-5  # Adam, cosine, of the activations' scales; scale_step bounds it too
-    bias_lr: float = 0.0  # Adam, cosine, of the biases of quantized layers; 0: they stay as they are
-    distance: float = 5e-2  # λ of Σ ‖W − W_src‖₂, not squared
-    rounding_weight: float = 0.01  # of AdaRound's loss
-    rounding_warmup: float = 0.2  # share of the iterations, at the start, without AdaRound's loss
-    beta_start: float = 20.0  # AdaRound's β after that warm-up …
-    beta_end: float = 2.0  # … and at the end
-    beta_schedule: str = "linear"  # "linear", as the code of BRECQ and QDrop has it, or "cosine", as AdaRound's
-    input_keep: float = 0.5  # QDrop: probability that an input of the block is the quantized prefix's
-    activation_keep: float = 0.5  # QDrop: probability that an activation is quantized
-    norm: float = 2.4  # exponent of the range search
-    candidates: int = 100  # clip thresholds of the range search
-    range_samples: int = 128  # calibration samples that the scales of activations are searched on
-    range_union: bool = False  # a search on each of those samples, of which the widest range is taken
-    quantize_input: bool = True  # quantize what the model itself is called with
-    affine_activations: bool = True  # zero points of activations that take both signs, where they lower the error
-    learn_outputs: bool = False  # what a block reads is quantized and learned by the block that returns it
-    activation_placement: str = "qdrop"  # of quantizers: where layers read ("input"), and where blocks read, unless a
-    # norm or a concatenation reads that first ("qdrop") or always ("block"): hdrq.calibrate.placement
-    attention: bool = (
-        True  # quantize q, k, v and softmax too, where they are modules' (hdrq.prepare.attention says which)
+    noise: str = knob("uniform", 'of weights: "uniform" or "empirical"')
+    noise_activations: bool = knob(False, "noise on activations too, while weights have it")
+    batch_size: int = knob(32, "samples of a step")
+    judged_samples: int = knob(
+        32, "nothing is learned from them, a unit's best state is chosen on them; at most an eighth"
     )
-    per_channel: bool = False  # a weight scale for each output channel
-    group_size: int | None = None  # inputs of a linear layer that share a weight scale; other layers: per channel
-    affine_weights: bool = False  # zero points of weights, where rounding is learned or to nearest
-    method: str = "learned"  # in so many iterations; or in closed form: "gptq", "awq"
-    damping: float = 0.01  # GPTQ: of H, as a share of the mean of its diagonal
-    act_order: bool = False  # GPTQ: columns in the order of descending diag H; groups stay where they are
-    clip: bool = True  # AWQ: search the clipping of each group for its outputs
+    weight_lr: float = knob(1e-3, "Adam, of weights and their scales, or of α; recipe() raises it for fewer iterations")
+    weight_schedule: str = knob("cosine", 'of that rate after its warm-up: "cosine", to 0, or "constant"')
+    warmup: float = knob(0.2, "share of the iterations over which the weights' rate rises from 1e-3 of itself")
+    scale_step: float = knob(0.01, "bound on the rate of a scale, as a share of the scale it starts from")
+    weight_step: float = knob(0.1, "bound on the rate of a weight, as a share of its scale; 0: none")
+    activation_walk: float = knob(
+        0.0, "share of the iterations, of a second walk over the blocks for activations' scales"
+    )
+    activation_lr: float = knob(4e-5, "Adam, cosine, of the activations' scales; scale_step bounds it too")
+    bias_lr: float = knob(0.0, "Adam, cosine, of the biases of quantized layers; 0: they stay as they are")
+    distance: float = knob(5e-2, "λ of Σ ‖W − W_src‖₂, not squared")
+    rounding_weight: float = knob(0.01, "of AdaRound's loss")
+    rounding_warmup: float = knob(0.2, "share of the iterations, at the start, without AdaRound's loss")
+    beta_start: float = knob(20.0, "AdaRound's β after that warm-up …")
+    beta_end: float = knob(2.0, "… and at the end")
+    beta_schedule: str = knob("linear", '"linear", as the code of BRECQ and QDrop has it, or "cosine", as AdaRound\'s')
+    input_keep: float = knob(0.5, "QDrop: probability that an input of the block is the quantized prefix's")
+    activation_keep: float = knob(0.5, "QDrop: probability that an activation is quantized")
+    norm: float = knob(2.4, "exponent of the range search")
+    candidates: int = knob(100, "clip thresholds of the range search")
+    range_samples: int = knob(128, "calibration samples that the scales of activations are searched on")
+    range_union: bool = knob(False, "a search on each of those samples, of which the widest range is taken")
+    quantize_input: bool = knob(True, "quantize what the model itself is called with")
+    affine_activations: bool = knob(True, "zero points of activations that take both signs, where they lower the error")
+    learn_outputs: bool = knob(False, "what a block reads is quantized and learned by the block that returns it")
+    activation_placement: str = knob(
+        "qdrop",
+        'of quantizers: where layers read ("input"), and where blocks read, unless a norm or a concatenation reads that '
+        'first ("qdrop") or always ("block")',
+    )
+    attention: bool = knob(
+        True, "quantize q, k, v and softmax too, where they are modules' (hdrq.prepare.attention says which)"
+    )
+    per_channel: bool = knob(False, "a weight scale for each output channel")
+    group_size: int | None = knob(None, "inputs of a linear layer that share a weight scale; other layers: per channel")
+    affine_weights: bool = knob(False, "zero points of weights, where rounding is learned or to nearest")
+    method: str = knob("learned", 'in so many iterations; or in closed form: "gptq", "awq"')
+    damping: float = knob(0.01, "GPTQ: of H, as a share of the mean of its diagonal")
+    act_order: bool = knob(False, "GPTQ: columns in the order of descending diag H; groups stay where they are")
+    clip: bool = knob(True, "AWQ: search the clipping of each group for its outputs")
 
     def __post_init__(self) -> None:
         checks.integer("iterations", self.iterations, 0, 2**31)
@@ -173,6 +185,14 @@ _BRECQ = replace(_QDROP, name="brecq", input_keep=1.0, activation_keep=1.0)
 _RTN = Recipe("rtn", iterations=0)
 _GPTQ = Recipe("gptq", iterations=0, method="gptq", per_channel=True)
 _AWQ = replace(_GPTQ, name="awq", method="awq")
+SOURCES = {
+    "rtn": "round to nearest",
+    "brecq": "BRECQ (Li et al., ICLR 2021)",
+    "qdrop": "QDrop (Wei et al., ICLR 2022)",
+    "hdrq": "HDRQ (Shin et al., ICML 2025)",
+    "gptq": "GPTQ (Frantar et al., ICLR 2023)",
+    "awq": "AWQ (Lin et al., MLSys 2024)",
+}
 _PAPER = {"rtn": _RTN, "brecq": _BRECQ, "qdrop": _QDROP, "hdrq": _HDRQ, "gptq": _GPTQ, "awq": _AWQ}
 _WEIGHTS_AS_RELEASED: dict[str, Any] = {"per_channel": True, "affine_weights": True, "judged_samples": 0}
 _OFFICIAL = {

@@ -1,6 +1,7 @@
 """Recipes: their tables, the knobs that change them, and old names, which work for one release and warn."""
 
-from dataclasses import replace
+import json
+from dataclasses import fields, replace
 
 import pytest
 from helpers import same, state
@@ -71,3 +72,19 @@ def test_recipe_given_is_taken_with_knobs():
     assert (plan.name, plan.iterations, plan.fake_quant_fraction) == ("own", 7, 1.0)
     model = learn(recipe=Recipe("own", distance=0.0))
     assert model.hdrq_origin["recipe"]["name"] == "own" and model.hdrq_origin["recipe"]["iterations"] == 6
+
+
+def test_every_knob_is_said_on_the_command_line():
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from hdrq.cli import app
+
+    knobs = {row["knob"]: row for row in json.loads(CliRunner().invoke(app, ["recipes", "hdrq", "--json"]).output)}
+    assert knobs.keys() == {f.name for f in fields(Recipe)} - {"name"} and all(row["text"] for row in knobs.values())
+    assert (knobs["weight_lr"]["paper"], knobs["weight_lr"]["official"]) == (1e-3, 1e-4)
+    table = CliRunner().invoke(app, ["recipes", "qdrop"], env={"COLUMNS": "120"}).output
+    assert "range_samples" in table and "256" in table and "QDrop (Wei et al., ICLR 2022)" in table
+    assert "AWQ (Lin et al., MLSys 2024)" in CliRunner().invoke(app, ["recipes"]).output
+    wrong = CliRunner().invoke(app, ["recipes", "hdrk"])
+    assert wrong.exit_code == 2 and "recipe must be one of 'rtn'" in wrong.stderr

@@ -23,6 +23,7 @@ try:
         post_merge,
         qat,
         quantize,
+        recipes,
         reproduce,
     )
     from hdrq.cli.terminal import Commands, Log
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.command()(info.info)
 app.command()(quantize.quantize)
+app.command()(recipes.recipes)
 app.command()(merge.merge)
 app.command("post-merge")(post_merge.post_merge)
 app.command()(qat.qat)
