@@ -82,8 +82,8 @@ class Recipe:
     learn_outputs: bool = knob(False, "what a block reads is quantized and learned by the block that returns it")
     activation_placement: str = knob(
         "qdrop",
-        'of quantizers: where layers read ("input"), and where blocks read, unless a norm or a concatenation reads that '
-        'first ("qdrop") or always ("block")',
+        'of quantizers: where layers read ("input"), and where blocks read, unless a norm or a concatenation reads '
+        'that first ("qdrop") or always ("block")',
     )
     attention: bool = knob(
         True, "quantize q, k, v and softmax too, where they are modules' (hdrq.prepare.attention says which)"

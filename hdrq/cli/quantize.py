@@ -30,6 +30,9 @@ def quantize(
         typer.Option(help="Keep what layers read, for merges without data (--rule calibrated): all, or a rank."),
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other setting: name=value.")] = None,
+    save_config: Annotated[
+        Path | None, typer.Option(help="Write every setting to this YAML file, for another run, and do nothing else.")
+    ] = None,
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Also without distance, and without noise: a table.")
     ] = False,
@@ -60,6 +63,9 @@ def quantize(
     options = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
     settings = {} if config is None else job.read_settings(config)
     plan = job.Run.of({**settings, **options, **dict(job.parse_setting(text) for text in set_ or [])})
+    if save_config is not None:
+        job.write_settings(plan, save_config)
+        return
     title = f"Accumulated error: {plan.recipe}, {plan.bits}, seed {plan.seed}"
     with keep_freed_memory():
         reports = job.ablate(plan) if ablate else {plan.recipe: report_of(job.execute(plan))}

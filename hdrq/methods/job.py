@@ -18,7 +18,7 @@ from hdrq import checks, recipes
 from hdrq.calibrate.images import MEAN, STD, load_data
 from hdrq.calibrate.progress import Step
 from hdrq.calibrate.report import RunReport, report_of
-from hdrq.checkpoint.files import check_room, output_path
+from hdrq.checkpoint.files import check_room, output_path, write_atomically
 from hdrq.checkpoint.loading import float_dtype, load_float
 from hdrq.checkpoint.saving import check_storable, save
 from hdrq.methods.post_merge import METHODS, post_merge
@@ -107,6 +107,21 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"config must be a mapping of settings, got {type(settings).__name__} in {path}")
     return settings
+
+
+def write_settings(run: Run, path: str | os.PathLike) -> None:
+    """Write every setting of a run, its recipe's knobs among them, to a YAML file that :func:`read_settings` reads.
+
+    Raises:
+        ValueError: a setting that the run would refuse.
+        OSError: the file cannot be written.
+    """
+    plan = asdict(recipes.recipe(run.recipe, run.preset, **run.knobs))
+    settings = {name: value for name, value in asdict(run).items() if name not in ("knobs", "resume")}
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    del plan["name"]
+    text = yaml.safe_dump({**{k: v for k, v in settings.items() if v is not None}, **plan}, sort_keys=False)
+    write_atomically(output_path(path, "save_config"), text)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

@@ -437,6 +437,21 @@ def test_evaluate_compares_files_on_folders(place):
         evaluate("q.safetensors", "--data", "images", "--crop", "20")
 
 
+def test_settings_are_saved_for_another_run(place):
+    wanted = {**OPTIONS, "save-config": "all.yaml"}
+    saved = call(*SETTINGS, "--set", "beta_start=19", **wanted)
+    assert saved.exit_code == 0 and not (place / "q.safetensors").exists(), saved.output
+    settings = read_settings(place / "all.yaml")
+    assert (settings["resize"], settings["beta_start"], settings["weight_lr"]) == (20, 19.0, 0.05)
+    assert call("all.yaml").exit_code == 0
+    (place / "q.safetensors").rename(place / "first.safetensors")
+    assert call(*SETTINGS, "--set", "beta_start=19", **OPTIONS).exit_code == 0
+    one, two = tensors("first.safetensors"), tensors("q.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    wrong = call("--set", "beta_start=0", **wanted)
+    assert wrong.exit_code == 2 and "beta_start must be finite and in" in wrong.stderr
+
+
 def test_evaluate_takes_what_the_files_say_of_images_and_architecture(place):
     how = {**OPTIONS, "recipe": "rtn"}
     wide = "model_args={width: 8}"
