@@ -55,7 +55,7 @@ def clear():
 
 
 def colours(images):
-    return (images[:, :, 32, 32] * emoji.STD + emoji.MEAN).mul(255).round().long()
+    return (images[:, :, emoji.SIZE // 2, emoji.SIZE // 2] * emoji.STD + emoji.MEAN).mul(255).round().long()
 
 
 def test_pictures_and_labels(packages):
@@ -66,7 +66,9 @@ def test_pictures_and_labels(packages):
             assert labels.dtype == torch.int64 and labels.max() == 8
             want = torch.stack([40 + 60 * (labels % 3), 40 + 60 * (labels // 3), torch.full_like(labels, 20 * v)], 1)
             assert torch.equal(colours(images), want)
-            assert torch.equal(colours(images.roll((32, 32), (2, 3))), torch.full_like(want, 255))  # on white
+            assert torch.equal(
+                colours(images.roll((emoji.SIZE // 2,) * 2, (2, 3))), torch.full_like(want, 255)
+            )  # on white
     names, _ = emoji.concepts()
     assert names == [f"{k:04x}.png" for k in range(126)]
 
