@@ -23,7 +23,9 @@ def reproduce(
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for rows, tables and figures.")] = Path(
         "reproduce"
     ),
-    task: Annotated[str, typer.Option(help="digits, digits-vit or emoji; or a YAML file of your own.")] = "digits",
+    task: Annotated[
+        str, typer.Option(help="digits, digits-vit, emoji or segmentation; or a YAML file of your own.")
+    ] = "digits",
     seeds: Annotated[int, typer.Option(help="How many, each with networks of its own.")] = 5,
     study: Annotated[
         str, typer.Option(help="table, increments, distance, noise, tau or longer; or several, with commas.")

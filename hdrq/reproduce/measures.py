@@ -1,7 +1,8 @@
-"""What a test image contributes to a score, the score of many, and both as text.
+"""What test images contribute to a score, the score of many, and what they contribute as text.
 
 To accuracy an image contributes whether it is classified rightly; to mIoU, the pixels of intersection and of union of
-each class. A score is a function of their means, so that any sample of the images has one.
+each class, of some images together where there are more than :data:`GROUPS`: rows of them stay small, and intervals
+are as wide. A score is a function of the means, so that any sample has one.
 """
 
 from __future__ import annotations
@@ -17,25 +18,27 @@ from hdrq.evaluate.segmentation import class_counts
 
 BATCH = 500  # test images at a time, fewer of large ones
 PIXELS = 2**21  # of a batch, at most
+GROUPS = 100  # of images with label maps
 
 
 @torch.no_grad()
 def contributions(model: nn.Module, images, labels) -> np.ndarray:
-    """Of each test image: bool (N,) where labels are (N,), and integers (N, 2, C) where they are maps (N, H, W)."""
+    """Of each test image bool (N,), where labels are (N,); of groups integers (G, 2, C), where they are (N, H, W)."""
     height, width = images[:1].shape[2:]
     size = max(1, min(BATCH, PIXELS // (height * width)))
     pairs = zip(images.split(size), labels.split(size), strict=True)
     if labels[:1].ndim == 3:
-        return class_counts(model, pairs).numpy()
+        counts = class_counts(model, pairs).numpy()
+        return np.add.reduceat(counts, range(0, len(counts), -(-len(counts) // GROUPS)))
     return torch.cat([model(x).argmax(1) == y for x, y in pairs]).numpy()
 
 
 def score(values: np.ndarray, shares: np.ndarray | None = None) -> np.ndarray:
-    """Accuracy or mIoU, in [0, 1], of what images contribute.
+    """Accuracy or mIoU, in [0, 1], of what is contributed.
 
     Args:
-        values: (N,) or (N, 2, C).
-        shares: of each image, (S, N), whose rows have a sum of 1; else all images count alike.
+        values: (N,) or (G, 2, C).
+        shares: of each image or group, (S, N), whose rows have a sum of 1; else all count alike.
 
     Returns:
         A number, or (S,).
@@ -55,7 +58,7 @@ def measures_of(values: np.ndarray) -> str:
 
 
 def encoded(values: np.ndarray) -> str:
-    """What images contribute as text: its shape, and its bits or numbers, compressed."""
+    """What is contributed as text: its shape, and its bits or numbers, compressed."""
     if values.ndim == 1:
         data = np.packbits(values)
     else:

@@ -30,7 +30,7 @@ class Way(NamedTuple):
     domains: str
 
 
-Found = dict[str, np.ndarray]  # by domain: what each test image contributes
+Found = dict[str, np.ndarray]  # by domain: what test images contribute
 Results = dict[Way, dict[int, Found]]  # by the seed of the networks
 
 
@@ -74,8 +74,8 @@ def estimate(models: Sequence[Mapping[int, Found]], others: Sequence[Mapping[int
     """The mean over ways and seeds of the harmonic mean over domains; less that of ``others``, if there are any.
 
     Each sample of the bootstrap draws as many seeds as there are, with replacement, and as many test images of every
-    domain, the same for all ways and seeds. Domains of equally many images have the same ones drawn: those of one task
-    may show the same digits.
+    domain, or groups of images, the same for all ways and seeds. Domains of equally many have the same ones drawn:
+    those of one task may show the same digits.
 
     Args:
         models: rows by seed, of one way or several (such as all pairs of domains), all with the same seeds.

@@ -69,7 +69,7 @@ def test_load_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         data.load("svhn", "train")
     with pytest.raises(ValueError, match="split must be one of train, test, got 'val'"):
         data.load("mnist", "val")
-    data.mnist_sample.cache_clear()
+    data._mnist_sample.cache_clear()
     monkeypatch.setattr(data, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "hdrq\[demo\]"'):
         data.load("mnist", "train")

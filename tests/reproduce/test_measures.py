@@ -44,6 +44,9 @@ def test_a_score_is_the_measure(pixels, measure, monkeypatch):
     assert measures_of(values) == ("mIoU" if pixels else "accuracies")
     monkeypatch.setattr("hdrq.reproduce.measures.PIXELS", 60)  # two images at a time
     assert np.array_equal(contributions(model, *data(pixels)), values)
+    monkeypatch.setattr("hdrq.reproduce.measures.GROUPS", 5)  # of three images each
+    grouped = contributions(model, *data(pixels))
+    assert np.array_equal(grouped, values.reshape(4, 3, 2, 4).sum(1) if pixels else values)
 
 
 @pytest.mark.parametrize("values", [counts()[:, 0, 0] > 100, counts()])
@@ -80,6 +83,13 @@ def test_intervals_of_miou_hold_it():
         one = estimate([{0: {"x": counts(200, seed=seed)}}])
         held += one.low <= 70 <= one.high
     assert 88 <= held <= 99
+
+
+def test_intervals_of_groups_are_those_of_images():
+    values = counts(2000)
+    images, groups = (estimate([{0: {"x": each}}]) for each in (values, values.reshape(100, 20, 2, 3).sum(1)))
+    assert groups.mean == pytest.approx(images.mean)
+    assert groups.high - groups.low == pytest.approx(images.high - images.low, rel=0.25)
 
 
 def test_differences_of_miou_are_paired():

@@ -9,12 +9,13 @@ from hdrq import checks
 from hdrq.reproduce.tasks.digits import DIGITS
 from hdrq.reproduce.tasks.emoji import EMOJI
 from hdrq.reproduce.tasks.given import given
+from hdrq.reproduce.tasks.segmentation import SEGMENTATION
 from hdrq.reproduce.tasks.task import CALIBRATION, Task
 from hdrq.reproduce.tasks.vit import DIGITS_VIT
 
 __all__ = ["CALIBRATION", "TASKS", "Task", "files", "remember", "task_of"]
 
-TASKS = {task.name: task for task in (DIGITS, DIGITS_VIT, EMOJI)}
+TASKS = {task.name: task for task in (DIGITS, DIGITS_VIT, EMOJI, SEGMENTATION)}
 
 
 _FILES: dict[str, Path] = {}  # of settings, by the names of their tasks, which are in TASKS too
