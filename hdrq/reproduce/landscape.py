@@ -160,7 +160,7 @@ def _alone(model: nn.Module, domain: str, images: Images) -> list[Row]:
 def _batch_loss(model: nn.Module, batch: Images) -> Tensor:
     """The mean cross-entropy over images, or over the pixels that are labelled."""
     x, y = batch
-    return F.cross_entropy(model(x), y, ignore_index=UNLABELLED if y.ndim > 1 else -100)
+    return F.cross_entropy(model(x), y.long(), ignore_index=UNLABELLED if y.ndim > 1 else -100)
 
 
 def _loss_on(domains: Sequence[Images]) -> Callable[[nn.Module], float]:

@@ -14,6 +14,7 @@ from hdrq.evaluate import mean_iou
 from hdrq.prepare.units import find_blocks
 from hdrq.reproduce import tasks
 from hdrq.reproduce.jobs import Job, collected, run
+from hdrq.reproduce.landscape import _batch_loss
 from hdrq.reproduce.measures import decoded, score
 from hdrq.reproduce.networks import networks
 from hdrq.reproduce.render import render
@@ -134,6 +135,13 @@ def test_adaptation_keeps_the_head_and_the_source():
     assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
     assert torch.equal(adapted.head.weight, source.head.weight)
     assert not torch.equal(adapted.encoder[0].conv1.weight, source.encoder[0].conv1.weight)
+
+
+def test_the_loss_is_of_labelled_pixels():
+    logits, labels = torch.randn(2, 6, 4, 4), torch.randint(0, 6, (2, 4, 4), dtype=torch.uint8)
+    labels[0] = 255
+    expected = nn.functional.cross_entropy(logits[1:], labels[1:].long())
+    assert torch.allclose(_batch_loss(nn.Identity(), (logits, labels)), expected)
 
 
 def test_training_and_rows(few, tmp_path, monkeypatch):
