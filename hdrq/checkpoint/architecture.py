@@ -1,4 +1,4 @@
-"""Architectures by name: ``"module:factory"``, and ``"timm:NAME"`` or ``"torchvision:NAME"`` as these libraries name them."""
+"""Architectures by name: ``"module:factory"``, ``"timm:NAME"`` or ``"torchvision:NAME"``, as these libraries name them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LIBRARIES = {"timm": _timm, "torchvision": _torchvision}
 def factory(text: str) -> Callable[..., nn.Module]:
     """``"module:factory"`` as the function it names; modules are looked for in the working folder too.
 
-    ``"timm:resnet50"`` and ``"torchvision:resnet50"`` name models of these libraries, made with the libraries' defaults.
+    ``"timm:resnet50"`` and ``"torchvision:resnet50"`` name models of these libraries, made with their defaults.
 
     Raises:
         ValueError: the text is not of that form, there is no such module, or it has no function of that name.
