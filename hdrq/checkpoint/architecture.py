@@ -1,4 +1,4 @@
-"""Architectures by name: ``"module:factory"``, ``"timm:NAME"`` or ``"torchvision:NAME"``, as these libraries name them."""
+"""Architectures by name: ``"module:factory"``, or ``"timm:NAME"`` and ``"torchvision:NAME"`` of these libraries."""
 
 from __future__ import annotations
 

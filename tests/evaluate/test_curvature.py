@@ -65,7 +65,8 @@ def test_a_float_network():
     before = [p.clone() for p in model.parameters()]
     halves = [(x[:12], y[:12]), (x[12:], y[12:])]
     check(*exact_of(model, (x, y)), model, halves)
-    assert all(torch.equal(a, b) and b.requires_grad and b.grad is None for a, b in zip(before, model.parameters()))
+    pairs = zip(before, model.parameters(), strict=True)
+    assert all(torch.equal(a, b) and b.requires_grad and b.grad is None for a, b in pairs)
 
 
 @pytest.mark.parametrize("activations", ["clamp", "float"])
