@@ -18,7 +18,7 @@ from hdrq.evaluate.segmentation import class_counts
 
 BATCH = 500  # test images at a time, fewer of large ones
 PIXELS = 2**21  # of a batch, at most
-GROUPS = 100  # of images with label maps
+GROUPS = 50  # of images with label maps
 
 
 @torch.no_grad()
