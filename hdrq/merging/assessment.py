@@ -59,14 +59,12 @@ def examine(
     zero_points: Sequence[torch.Tensor] | None = None,
     ranges: Sequence[tuple[int, int]] | None = None,
     shape: Sequence[int] | None = None,
-    at_most: int | None = None,
 ) -> LayerReadiness:
     """Measure how well :func:`hdrq.ops.merge` merged a layer.
 
     Args:
         name: of the layer.
-        merged: what the merge returned; every other argument is one that the merge was called with, but
-        at_most: how many weights are looked at, about, in tiles that are evenly spaced; None for all.
+        merged: what the merge returned; every other argument is one that the merge was called with.
 
     A weight is *ambiguous* where ``abs(v − floor(v) − ½) < ¼``. Where all scales are equal, those are the weights on
     which ``noise="odd"`` keeps noise; where scales differ, ``noise="odd"`` tests the mean integer ``Σ λ_k·J_k`` in
@@ -92,13 +90,9 @@ def examine(
     )
     grid = [t.double()[:, None] for t in (merged.scale, merged.zero_point)]
 
-    tiles = list(_tiles(rows[0].shape))
-    every = 1 if at_most is None else max(1, round(shape.numel() / at_most))
-    seen = 0
     totals = torch.zeros(6 + 3 * count + count * (count - 1), dtype=torch.float64, device=lam.device)
-    for channels, columns in tiles[every // 2 :: every] or tiles[:1]:
+    for channels, columns in _tiles(rows[0].shape):
         tile = [r[channels, columns].double() for r in rows]
-        seen += tile[0].numel()
         step, zero = (t[channels] for t in grid)
         values = (torch.stack(tile[:-1]) - zeros[:, channels]) * steps[:, channels]
         midpoint = torch.tensordot(lam, values, 1)
@@ -122,7 +116,7 @@ def examine(
         )
         totals += torch.stack([s.double() for s in sums])
 
-    elements = max(seen, 1)
+    elements = max(shape.numel(), 1)
     ambiguous, ties, clipped, at_bounds, error, length = totals[:6].tolist()
     squares, products, lengths = totals[6 : 6 + 3 * count].view(3, count)
     norms, apart = lengths.sqrt().mean(), totals[6 + 3 * count :].sqrt().view(2, -1).amax(1)

@@ -50,7 +50,7 @@ def merged_tensors(
                 del rest[f"{name}.weight.{part}"]
                 yield f"{name}.weight.{part}", value.view(inputs.specs[f"{name}.weight.{part}"][1])
     for name in rest:
-        yield name, replaced.get(name, inputs.mean(name))
+        yield name, replaced[name] if name in replaced else inputs.mean(name)
 
 
 def _merged_layer(

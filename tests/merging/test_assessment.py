@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+from dataclasses import replace
 from math import sqrt
 
 import pytest
@@ -15,6 +16,9 @@ from hdrq.demo.data import load
 from hdrq.demo.model import load_model
 from hdrq.merging import assessment
 from hdrq.merging.assessment import LayerReadiness, Readiness, examine
+from hdrq.merging.layers import LayerInputs, merge_layer
+from hdrq.merging.layers import layer_readiness as of_layer
+from hdrq.merging.settings import MergeSettings
 from hdrq.quantizers.layers import quantized_layers
 from hdrq.report.figures import plot_readiness
 from hdrq.report.tables import readiness_table
@@ -282,15 +286,45 @@ def test_the_verdict_tells_good_models_from_bad():
     assert other_scale.verdict.startswith("not ready: models are 1.2") and other_scale.total.scale_ratio > 3.5
 
 
-def test_a_part_of_the_weights_stands_for_all():
-    """Tiles that are evenly spaced: shares are of what was looked at."""
+@pytest.mark.parametrize("axis", [None, 0, -2])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_part_of_the_weights_stands_for_all(bits, axis):
+    """Rows that are evenly spaced, packed or not: shares are of what was looked at."""
     g = torch.Generator().manual_seed(0)
-    base = torch.randint(-100, 100, (64, 4096), dtype=torch.int8, generator=g)
-    codes = [base, base + torch.randint(-9, 10, base.shape, dtype=torch.int8, generator=g)]
-    merged = hdrq.ops.merge(codes, [torch.ones(1)] * 2, -128, 127, RNG, rule="half-even")
-    given = ("a", merged, codes, [torch.ones(1)] * 2, -128, 127)
-    whole, part = examine(*given), examine(*given, at_most=2**15)
+    half = 2 ** (bits - 1)
+    base = torch.randint(1 - half, half - 1, (4096, 64), dtype=torch.int8, generator=g)
+    near = base + torch.randint(-(half // 8), half // 8 + 1, base.shape, dtype=torch.int8, generator=g)
+    codes = [base, near.clamp(-half, half - 1)]
+    if bits == 4:
+        codes = [hdrq.ops.pack(each) for each in codes]
+    scales = [torch.rand(1 if axis is None else 4096, generator=g) + 0.5 for _ in codes]
+    layer = LayerInputs("a", 0, codes, scales, None, [(-half, half - 1)] * 2, -half, half - 1, axis, (4096, 64))
+    merged = merge_layer(layer, (0.5, 0.5), MergeSettings(rule="half-even"))
+    whole, part = (of_layer(layer, (0.5, 0.5), merged, at_most) for at_most in (None, 2**15))
     assert part.elements == whole.elements == base.numel()
     for name in ("distance", "ambiguous", "steps_apart", "rounding_error"):
         assert getattr(part, name) == pytest.approx(getattr(whole, name), rel=0.05)
         assert getattr(part, name) != getattr(whole, name)
+    rows = slice(4, None, 8)  # of whole rows: what is measured is theirs, to the bit
+    plain = [hdrq.ops.unpack(each, (4096, 64)) if bits == 4 else each for each in codes]
+    alone = LayerInputs(
+        *("a", 0, [each[rows].contiguous() for each in plain]),
+        [each if axis is None else each[rows] for each in scales],
+        *(None, [(-half, half - 1)] * 2, -half, half - 1, axis, (512, 64)),
+    )
+    if bits == 4:
+        alone = replace(alone, codes=[hdrq.ops.pack(each) for each in alone.codes])
+    again = of_layer(alone, (0.5, 0.5), merge_layer(alone, (0.5, 0.5), MergeSettings(rule="half-even")))
+    assert replace(again, elements=part.elements) == part
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((4096, 63), 0), ((64, 4096), 1)])
+def test_where_rows_cannot_be_taken_all_weights_are_looked_at(shape, axis):
+    """Packed rows that end within a byte, and channels along another axis."""
+    g = torch.Generator().manual_seed(0)
+    codes = [hdrq.ops.pack(torch.randint(-8, 8, shape, dtype=torch.int8, generator=g)) for _ in range(2)]
+    scales = [torch.rand(shape[axis], generator=g) + 0.5 for _ in codes]
+    layer = LayerInputs("a", 0, codes, scales, None, [(-8, 7)] * 2, -8, 7, axis, shape)
+    merged = merge_layer(layer, (0.5, 0.5), MergeSettings(rule="half-even"))
+    whole, part = (of_layer(layer, (0.5, 0.5), merged, at_most) for at_most in (None, 2**10))
+    assert part == whole
