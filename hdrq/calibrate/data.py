@@ -198,3 +198,9 @@ def check_call(model: nn.Module, call: Call, name: str = "calibration") -> None:
             f"{name} must be batches of the model's arguments, got model({got}), {error}; "
             "a loader of (image, label) must give the images alone"
         ) from error
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """Indices of at most ``limit`` of ``count``, evenly over all."""
+    wanted = count if limit is None else min(limit, count)
+    return [i * count // wanted for i in range(wanted)]

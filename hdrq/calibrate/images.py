@@ -12,6 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from hdrq import checks
+from hdrq.calibrate.data import spread
 
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 PIXELS = 2**27  # of a picture, at most, as it is declared and as it is resized
@@ -143,12 +144,6 @@ def normalization(mean: Sequence[float], std: Sequence[float]) -> Callable[[Sequ
         return x.div_(255).sub_(means).div_(stds)
 
     return normalized
-
-
-def spread(count: int, limit: int | None) -> list[int]:
-    """Indices of at most ``limit`` of ``count``, evenly over all."""
-    wanted = count if limit is None else min(limit, count)
-    return [i * count // wanted for i in range(wanted)]
 
 
 def _tensor(path: Path) -> torch.Tensor:

@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 
 from hdrq import checks
-from hdrq.calibrate.images import MEAN, PIXELS, STD, image_files, normalization, open_image, rgb, spread
+from hdrq.calibrate.data import spread
+from hdrq.calibrate.images import MEAN, PIXELS, STD, image_files, normalization, open_image, rgb
 
 CLASSES = (
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),

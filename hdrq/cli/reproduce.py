@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,14 +45,14 @@ def reproduce(
     from hdrq import checks
     from hdrq.checkpoint.files import output_folder, write_atomically
     from hdrq.reproduce import figures, landscape, post_merges, render
-    from hdrq.reproduce.jobs import COLUMNS, collected, grid, run
+    from hdrq.reproduce.jobs import TABLES, collected, grid, run, shard_of
     from hdrq.reproduce.protocol import QUICK, STUDIES
     from hdrq.reproduce.tasks import task_of
 
-    kinds: dict[str, tuple[str, Sequence[str], Any]] = {
-        "run": ("rows", COLUMNS, render.render),
-        "landscape": (landscape.ROWS, landscape.COLUMNS, figures.render),
-        "post-merge": (post_merges.ROWS, post_merges.COLUMNS, post_merges.render),
+    kinds = {
+        "run": (TABLES, render.render),
+        "landscape": (landscape.measures(keep), figures.render),
+        "post-merge": (post_merges.MERGES, post_merges.render),
     }
     checks.choice("what", what, (*kinds, "render"))
     output_folder(out)
@@ -68,36 +67,27 @@ def reproduce(
         checks.integer("seeds", seeds, 1, 1000)
         checks.integer("jobs", jobs, 1, 1024)
         plan = grid(task, [0], QUICK) if quick else [job for each in studies for job in grid(task, range(seeds), each)]
-        options: dict[str, Any] = {"processes": jobs, "shard": _shard(shard), "choose": not quick}
+        options: dict[str, Any] = {"processes": jobs, "shard": shard_of(shard), "choose": not quick}
         networks = cache or out / "networks"
-        if what == "run":
-            run(plan, out, networks, **options)
-        elif what == "landscape":
-            run(plan, out, networks, work=landscape.Work(keep), rows=landscape.ROWS, **options)
-        else:
+        kind, _ = kinds[what]
+        if what == "post-merge":
             own = post_merges.plan(task, range(1 if quick else seeds), widths or post_merges.BITS)
             post_merges.run_all(own, out, networks, **options)
-        folder, columns, _ = kinds[what]
-        write_atomically(out / f"{folder}.csv", collected(out, folder, columns))
-    found = rows or [path for name, *_ in kinds.values() if (path := out / f"{name}.csv").is_file()]
+        else:
+            run(plan, out, networks, kind=kind, **options)
+        write_atomically(out / f"{kind.name}.csv", collected(out, kind))
+    found = rows or [path for kind, _ in kinds.values() if (path := out / f"{kind.name}.csv").is_file()]
     if not found:
         raise FileNotFoundError(f"rows must be a CSV of hdrq reproduce, got none in {out}")
     for path in found:
-        draw = kinds[_kind(path, {name: columns for name, (_, columns, _) in kinds.items()})][2]
+        header = _header(path)
+        draw = next((draw for kind, draw in kinds.values() if header == list(kind.columns)), render.render)
         console.print(draw(path, out), highlight=False, markup=False, soft_wrap=True)
 
 
-def _kind(path: Path, kinds: Mapping[str, Sequence[str]]) -> str:
-    """Which kind of rows a CSV has, by its header; those of runs where it is none."""
+def _header(path: Path) -> list[str]:
+    """The columns of a CSV, which say of which kind its rows are."""
     if not path.is_file():
         raise FileNotFoundError(f"rows must be a CSV of hdrq reproduce, got {path}, which is no file")
     with path.open(encoding="utf-8") as file:
-        header = file.readline().strip().split(",")
-    return next((name for name, columns in kinds.items() if header == list(columns)), "run")
-
-
-def _shard(text: str) -> tuple[int, int]:
-    part, _, count = text.partition("/")
-    if not (part.isdigit() and count.isdigit() and int(part) < int(count)):
-        raise ValueError(f"shard must be i/n with i < n, like 0/4, got {text!r}")
-    return int(part), int(count)
+        return file.readline().strip().split(",")

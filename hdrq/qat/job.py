@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from hdrq import checks
 from hdrq.calibrate.images import MEAN, STD, class_names, image_files, image_reader
 from hdrq.calibrate.progress import Step
-from hdrq.checkpoint.files import output_folder, write_atomically
+from hdrq.checkpoint.files import csv_text, output_folder, write_atomically
 from hdrq.checkpoint.loading import load_float
 from hdrq.checkpoint.saving import save
 from hdrq.methods.job import number
@@ -155,7 +153,7 @@ def execute(run: Run, progress: Callable[[Step], None] | bool = True) -> dict[st
             state = {name: value.cpu().clone() for name, value in result.model.state_dict().items()}
             write_atomically(folder / "model.safetensors", to_bytes(state))
         results[target] = result
-        write_atomically(out / "results.csv", as_csv(results))
+        write_atomically(out / "results.csv", csv_text(results_of(results), COLUMNS))
     return results
 
 
@@ -185,15 +183,6 @@ def results_of(results: Mapping[str, Trained]) -> list[dict[str, Any]]:
             numbers = {"epoch": epoch, "in_domain": row["validation"], "out_of_domain": row["target"]}
             rows.append({"target": target, "selection": rule, "saved": rule == one.settings.select, **numbers})
     return rows
-
-
-def as_csv(results: Mapping[str, Trained]) -> str:
-    """:func:`results_of` as a table."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(results_of(results))
-    return text.getvalue()
 
 
 def _plain(value: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -16,8 +14,9 @@ from torch import nn
 
 from hdrq import checks
 from hdrq._version import __version__
+from hdrq.calibrate.data import spread
 from hdrq.calibrate.progress import Step, bars
-from hdrq.checkpoint.files import write_atomically
+from hdrq.checkpoint.files import csv_text, write_atomically
 from hdrq.checkpoint.saving import check_storable
 from hdrq.checkpoint.workdir import Workdir, state_hash
 from hdrq.evaluate.metrics import accuracy_of
@@ -228,7 +227,7 @@ class _Run:
         if self.scaler is not None:
             facts["scaler"] = self.scaler.state_dict()
         folder.save_current(tensors, facts)
-        write_atomically(folder.path / "epochs.csv", as_csv(self.rows))
+        write_atomically(folder.path / "epochs.csv", csv_text(self.rows, list(self.rows[0])))
 
     def load(self, folder: Workdir) -> int:
         """Go back to the state in a folder; how many epochs are done."""
@@ -259,7 +258,7 @@ class _Run:
         if not chosen.quantizes:
             return copy_model("model", model)
         each = -(-chosen.calibration // len(sources))
-        samples = [part.data.batch(part.index[_spread(len(part), each)].tolist())[0] for part in sources.values()]
+        samples = [part.data.batch(part.index[spread(len(part), each)].tolist())[0] for part in sources.values()]
         return prepare(
             model,
             torch.cat(samples),
@@ -394,22 +393,8 @@ def selected(rows: list[dict[str, Any]], rule: str) -> int:
     return 1 + max(range(len(rows)), key=lambda k: (rows[k][column], -k))
 
 
-def as_csv(rows: list[dict[str, Any]]) -> str:
-    """The rows of a run as a table."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def _sunk(names: list[str], number: int) -> FloatingPointError:
     return FloatingPointError(
         f"scales must be finite and above a thousandth of where they began, got others in {checks.listed(names)} in "
         f"epoch {number + 1}; a lower lr or scale_lr"
     )
-
-
-def _spread(count: int, wanted: int) -> list[int]:
-    wanted = min(wanted, count)
-    return [k * count // wanted for k in range(wanted)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import platform
 import time
@@ -26,7 +25,7 @@ from torch import nn
 
 from hdrq._version import __version__
 from hdrq.calibrate.report import report_of
-from hdrq.checkpoint.files import write_atomically
+from hdrq.checkpoint.files import csv_text, write_atomically
 from hdrq.evaluate.averaging import average
 from hdrq.evaluate.metrics import harmonic_mean
 from hdrq.merging.files import readiness
@@ -83,8 +82,27 @@ class Job:
         if self.rules == "table":
             del facts["rules"]  # as in names of files from before there were others
         text = json.dumps(facts, sort_keys=True)
-        plain = "".join(c if c.isalnum() else "-" for c in f"{self.method} {self.bits} {self.network}")
+        plain = file_name(self.method, self.bits, self.network)
         return f"{self.task}-{plain}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+Work = Callable[[Job, dict[str, nn.Module], Path, Path, bool], tuple[dict[str, Any], list[dict[str, Any]]]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of rows, and what makes those of a job.
+
+    Args:
+        name: of the folder that has them, a file for each job, and of the CSV of all.
+        columns: of the CSV.
+        work: of a job, its networks, the folder of the run, that of networks, and whether rates are chosen: its knobs,
+            and its rows but for what all rows of a job have alike.
+    """
+
+    name: str
+    columns: Sequence[str]
+    work: Work
 
 
 def grid(task: str, seeds: Iterable[int], study: Study = STUDIES["table"]) -> list[Job]:
@@ -109,8 +127,7 @@ def run(
     processes: int = 1,
     shard: tuple[int, int] = (0, 1),
     choose: bool = True,
-    work: Callable[[Job, Path, Path, bool], None] | None = None,
-    rows: str = "rows",
+    kind: Kind | None = None,
 ) -> None:
     """Carry out every job whose rows are not there yet.
 
@@ -119,16 +136,16 @@ def run(
         cache: of networks in full precision.
         shard: (i, n): every n-th job from the i-th on.
         choose: whether each method's rate is chosen first; else it is the recipe's own.
-        work: what is done for a job, and writes its rows; :func:`carry_out` without.
-        rows: the folder in ``folder`` where that writes them.
+        kind: of the rows; those of the tables (:data:`TABLES`) without.
 
     Raises:
         ValueError: the folder has rows whose rates were chosen otherwise.
     """
-    for name in ("rates", rows):
+    kind = kind or TABLES
+    for name in ("rates", kind.name):
         (folder / name).mkdir(parents=True, exist_ok=True)
     _same_protocol(folder, {"rates": "chosen" if choose else "the recipes' own"})
-    mine = [job for job in list(jobs)[shard[0] :: shard[1]] if not rows_path(folder, job, rows).is_file()]
+    mine = [job for job in list(jobs)[shard[0] :: shard[1]] if not _rows_path(folder, job, kind).is_file()]
     ways = dict.fromkeys(
         (job.task, job.method, job.iterations)
         for job in mine
@@ -143,7 +160,7 @@ def run(
     seeds = dict.fromkeys([(task, RATE_SEED) for task, *_ in choices] + [(job.task, job.network) for job in mine])
     in_processes(prepared, [(task, seed, cache) for task, seed in seeds], processes)
     in_processes(choose_rate, choices, processes)
-    in_processes(work or carry_out, [(job, folder, cache, choose) for job in mine], processes)
+    in_processes(carry_out, [(job, folder, cache, choose, kind) for job in mine], processes)
 
 
 def _same_protocol(folder: Path, protocol: dict[str, str], name: str = "protocol.json") -> None:
@@ -153,6 +170,18 @@ def _same_protocol(folder: Path, protocol: dict[str, str], name: str = "protocol
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"out must be a folder of runs with {protocol}, got {folder} with {path.read_text().strip()}")
     write_atomically(path, text)
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """``"i/n"`` as (i, n).
+
+    Raises:
+        ValueError: it is not of that form, or i is not below n.
+    """
+    part, _, count = text.partition("/")
+    if not (part.isdigit() and count.isdigit() and int(part) < int(count)):
+        raise ValueError(f"shard must be i/n with i < n, like 0/4, got {text!r}")
+    return int(part), int(count)
 
 
 def in_processes(function, arguments: Iterable[tuple], processes: int) -> None:
@@ -215,31 +244,42 @@ def choose_rate(task_name: str, name: str, iterations: int, folder: Path, cache:
 # --- one job
 
 
-def carry_out(job: Job, folder: Path, cache: Path, choose: bool = True) -> None:
-    """Quantize, merge every pair and all, judge on test images, and write the rows."""
-    path = rows_path(folder, job)
+def carry_out(job: Job, folder: Path, cache: Path, choose: bool, kind: Kind) -> None:
+    """Make the rows of a job, and write them; another process or machine may have done so meanwhile."""
+    path = _rows_path(folder, job, kind)
     if path.is_file():
         return
-    task, method, start = task_of(job.task), METHODS[job.method], time.perf_counter()
+    start = time.perf_counter()
     torch.set_num_threads(1)
     with keep_freed_memory():
-        models = networks(task, job.network, cache)
-        knobs = knobs_of(job, folder, cache, choose)
-        quantized = {
-            domain: quantized_one(task, models, domain, method, job.bits, job.iterations, knobs, job.network)
-            for domain in task.targets
-        }
-        tests = {domain: task.load(domain, "test") for domain in task.targets}
-        rows = []
-        for count in range(1, len(task.targets) + 1):
-            for domains in combinations(task.targets, count):
-                chosen = [quantized[domain] for domain in domains]
-                for rule, model in merges(chosen, method, job.network, RULE_SETS[job.rules]).items():
-                    found = {domain: contributions(model, *tests[domain]) for domain in domains}
-                    rows.append({"rule": rule, "domains": "+".join(domains), **judged(found), **_apart(chosen, method)})
-    facts = facts_of(job, knobs, models)
-    seconds = round(time.perf_counter() - start, 1)
-    write_atomically(path, written([{**facts, "seconds": seconds, **row} for row in rows]))
+        models = networks(task_of(job.task), job.network, cache)
+        knobs, rows = kind.work(job, models, folder, cache, choose)
+    facts = {**facts_of(job, knobs, models), "seconds": round(time.perf_counter() - start, 1)}
+    write_atomically(path, csv_text([{**facts, **row} for row in rows], kind.columns))
+
+
+def judged_merges(
+    job: Job, models: dict[str, nn.Module], folder: Path, cache: Path, choose: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Quantize, merge every pair and all by every rule, and judge on test images."""
+    task, method = task_of(job.task), METHODS[job.method]
+    knobs = knobs_of(job, folder, cache, choose)
+    quantized = {
+        domain: quantized_one(task, models, domain, method, job.bits, job.iterations, knobs, job.network)
+        for domain in task.targets
+    }
+    tests = {domain: task.load(domain, "test") for domain in task.targets}
+    rows = []
+    for count in range(1, len(task.targets) + 1):
+        for domains in combinations(task.targets, count):
+            chosen = [quantized[domain] for domain in domains]
+            for rule, model in merges(chosen, method, job.network, RULE_SETS[job.rules]).items():
+                found = {domain: contributions(model, *tests[domain]) for domain in domains}
+                rows.append({"rule": rule, "domains": "+".join(domains), **judged(found), **_apart(chosen, method)})
+    return knobs, rows
+
+
+TABLES = Kind("rows", COLUMNS, judged_merges)
 
 
 def knobs_of(job: Job, folder: Path, cache: Path, choose: bool) -> dict[str, Any]:
@@ -311,22 +351,13 @@ def _apart(models: list[nn.Module], method: Method) -> dict[str, Any]:
     return {"distance": round(readiness(models, rule="half-even").total.distance, 4)}
 
 
-def written(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
-    """Rows as CSV."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def collected(folder: Path, rows: str = "rows", columns: Sequence[str] = COLUMNS) -> str:
+def collected(folder: Path, kind: Kind = TABLES) -> str:
     """The rows of all jobs of a folder as one CSV."""
     found: list[dict[str, Any]] = []
-    for path in sorted((folder / rows).glob("*.csv")):
+    for path in sorted((folder / kind.name).glob("*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
             found += csv.DictReader(file)
-    return written(found, columns)
+    return csv_text(found, kind.columns)
 
 
 def rates(folder: Path) -> list[dict[str, Any]]:
@@ -334,14 +365,18 @@ def rates(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((folder / "rates").glob("*.json"))]
 
 
-def rows_path(folder: Path, job: Job, rows: str = "rows") -> Path:
-    """Where a job's rows lie."""
-    return folder / rows / f"{job.id}.csv"
+def file_name(*parts: Any) -> str:
+    """A name for files of what can be read: everything but letters and digits becomes a hyphen."""
+    return "".join(c if c.isalnum() else "-" for c in " ".join(map(str, parts)))
+
+
+def _rows_path(folder: Path, job: Job, kind: Kind) -> Path:
+    return folder / kind.name / f"{job.id}.csv"
 
 
 def _rate_path(folder: Path, task: str, method: str, iterations: int) -> Path:
     longer = "" if iterations == ITERATIONS else f"-{iterations}"
-    return folder / "rates" / f"{task}-{''.join(c if c.isalnum() else '-' for c in method)}{longer}.json"
+    return folder / "rates" / f"{task}-{file_name(method)}{longer}.json"
 
 
 def software() -> dict[str, Any]:

@@ -6,9 +6,8 @@ row. What is drawn as a surface, and merges by many draws, are measured on the f
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdrq.checkpoint.files import write_atomically
 from hdrq.checkpoint.loading import load
 from hdrq.checkpoint.saving import save
 from hdrq.checkpoint.states import plain_state
@@ -40,21 +38,10 @@ from hdrq.evaluate.segmentation import UNLABELLED
 from hdrq.evaluate.weights import weights_of
 from hdrq.merging.models import merge
 from hdrq.methods.post_training import fold
-from hdrq.methods.reconstruct.memory import keep_freed_memory
-from hdrq.reproduce.jobs import (
-    Job,
-    facts_of,
-    knobs_of,
-    merges,
-    quantized_one,
-    rows_path,
-    written,
-)
-from hdrq.reproduce.networks import networks
+from hdrq.reproduce.jobs import Job, Kind, knobs_of, merges, quantized_one
 from hdrq.reproduce.protocol import METHODS, RULES, Method
 from hdrq.reproduce.tasks import Task, task_of
 
-ROWS = "landscape"  # the folder of rows
 COLUMNS = (
     *("task", "network", "method", "bits", "iterations", "knobs", "weight_lr", "measure", "domains", "x", "y"),
     *("value", "error", "seconds", "networks", "hdrq", "torch", "contract", "processor"),
@@ -73,52 +60,42 @@ Images = tuple[Tensor, Tensor]
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Work:
-    """What :func:`hdrq.reproduce.jobs.run` is to do for a job: quantize its networks, measure them, write the rows.
+def measures(keep: bool = False) -> Kind:
+    """The rows of measures.
 
     Args:
-        keep: whether the quantized models are saved in ``folder/models``, from where they are read if they are there.
+        keep: whether the quantized models are saved in ``models`` in the folder of the run, from where they are read if
+            they are there.
     """
-
-    keep: bool = False
-
-    def __call__(self, job: Job, folder: Path, cache: Path, choose: bool = True) -> None:
-        carry_out(job, folder, cache, choose, self.keep)
+    return Kind("landscape", COLUMNS, partial(measured, keep=keep))
 
 
-def carry_out(job: Job, folder: Path, cache: Path, choose: bool, keep: bool) -> None:
-    """Quantize a job's networks, measure them, and write the rows."""
-    path = rows_path(folder, job, ROWS)
-    if path.is_file():
-        return
-    task, method, start = task_of(job.task), METHODS[job.method], time.perf_counter()
-    torch.set_num_threads(1)
-    with keep_freed_memory():
-        models = networks(task, job.network, cache)
-        knobs = knobs_of(job, folder, cache, choose)
-        quantized = {
-            domain: _quantized(task, models, domain, job, knobs, folder if keep else None) for domain in task.targets
-        }
-        tests = {domain: task.load(domain, "test") for domain in task.targets}
-        few = {domain: (x[:IMAGES], y[:IMAGES]) for domain, (x, y) in tests.items()}
-        rows = [row for domain in task.targets for row in _alone(quantized[domain], domain, few[domain])]
-        for pair in combinations(task.targets, 2):
-            rows += _between([quantized[domain] for domain in pair], method, pair, [few[domain] for domain in pair])
-        for count in range(2, len(task.targets) + 1):
-            for domains in combinations(task.targets, count):
-                chosen = [quantized[domain] for domain in domains]
-                for rule, merged in merges(chosen, method, job.network).items():
-                    if rule in ("nearest", "systematic", "average"):
-                        rows.append(_row(f"accuracy, {rule}", domains, _score(merged, tests, domains)))
-        if job.network == 0:
-            example = task.load(task.source, "train")[0][:32]
-            rows += _surfaces(quantized, fold(models[task.source], example), task.source, task.targets[:2], few)
-            if method.recipe != "full precision":
-                rows += _draws([quantized[domain] for domain in task.targets[:2]], task.targets[:2], tests)
-    facts = facts_of(job, knobs, models)
-    seconds = round(time.perf_counter() - start, 1)
-    write_atomically(path, written([{**facts, "seconds": seconds, **row} for row in rows], COLUMNS))
+def measured(
+    job: Job, models: dict[str, nn.Module], folder: Path, cache: Path, choose: bool, keep: bool
+) -> tuple[dict[str, Any], list[Row]]:
+    """Quantize a job's networks, and measure them."""
+    task, method = task_of(job.task), METHODS[job.method]
+    knobs = knobs_of(job, folder, cache, choose)
+    quantized = {
+        domain: _quantized(task, models, domain, job, knobs, folder if keep else None) for domain in task.targets
+    }
+    tests = {domain: task.load(domain, "test") for domain in task.targets}
+    few = {domain: (x[:IMAGES], y[:IMAGES]) for domain, (x, y) in tests.items()}
+    rows = [row for domain in task.targets for row in _alone(quantized[domain], domain, few[domain])]
+    for pair in combinations(task.targets, 2):
+        rows += _between([quantized[domain] for domain in pair], method, pair, [few[domain] for domain in pair])
+    for count in range(2, len(task.targets) + 1):
+        for domains in combinations(task.targets, count):
+            chosen = [quantized[domain] for domain in domains]
+            for rule, merged in merges(chosen, method, job.network).items():
+                if rule in ("nearest", "systematic", "average"):
+                    rows.append(_row(f"accuracy, {rule}", domains, _score(merged, tests, domains)))
+    if job.network == 0:
+        example = task.load(task.source, "train")[0][:32]
+        rows += _surfaces(quantized, fold(models[task.source], example), task.source, task.targets[:2], few)
+        if method.recipe != "full precision":
+            rows += _draws([quantized[domain] for domain in task.targets[:2]], task.targets[:2], tests)
+    return knobs, rows
 
 
 def _quantized(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
@@ -24,10 +23,11 @@ from torch import nn
 
 from hdrq import checks
 from hdrq._version import __version__
-from hdrq.checkpoint.files import write_atomically
+from hdrq.checkpoint.files import csv_text, write_atomically
 from hdrq.checkpoint.saving import save
 from hdrq.qat.settings import SELECTIONS
 from hdrq.qat.training import Trained, selected, train
+from hdrq.reproduce.jobs import shard_of
 from hdrq.reproduce.tasks import task_of
 
 SAMPLES = 1000  # of each training domain
@@ -88,9 +88,10 @@ def run(jobs: list[Job], out: Path, quick: Mapping[str, Any] | None = None) -> N
     for job in jobs:
         path = out / "rows" / f"{job.id}.csv"
         if not path.is_file():
-            write_atomically(path, _written(_rows(job, out, dict(quick or {}))))
+            write_atomically(path, csv_text(_rows(job, out, dict(quick or {})), COLUMNS))
     found = [path.read_text() for path in sorted((out / "rows").glob("*.csv"))]
-    write_atomically(out / "rows.csv", _written([row for text in found for row in csv.DictReader(io.StringIO(text))]))
+    rows = [row for text in found for row in csv.DictReader(text.splitlines())]
+    write_atomically(out / "rows.csv", csv_text(rows, COLUMNS))
 
 
 def domains_of(task: str, target: str) -> dict[str, Any]:
@@ -142,14 +143,6 @@ def _float(job: Job, domains: Mapping[str, Any], out: Path, quick: dict[str, Any
     return model
 
 
-def _written(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("leave-one-out"), help="folder of rows and models")
@@ -159,7 +152,7 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th job from the i-th on")
     given = parser.parse_args()
-    part, count = (int(number) for number in given.shard.split("/"))
+    part, count = shard_of(given.shard)
     jobs = grid(given.task, range(given.seeds), given.bits.split(","), given.arms.split(","))
     torch.set_num_threads(1)  # one order of sums on any machine
     run(jobs[part::count], given.out)

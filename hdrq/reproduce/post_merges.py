@@ -6,9 +6,7 @@ from, of networks that no table has. Test images choose nothing.
 
 from __future__ import annotations
 
-import copy
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +21,14 @@ from hdrq.evaluate.averaging import average
 from hdrq.methods.calibrated_merge import merge_calibrated
 from hdrq.methods.post_merge import post_merge
 from hdrq.methods.post_training import quantize
-from hdrq.methods.reconstruct.memory import keep_freed_memory
-from hdrq.reproduce.jobs import COLUMNS as OF_JOBS
-from hdrq.reproduce.jobs import Job, choose_rate, facts_of, in_processes, judged, rows_path, run, software, written
+from hdrq.reproduce.jobs import COLUMNS, Job, Kind, choose_rate, file_name, in_processes, judged, run, software
 from hdrq.reproduce.measures import contributions
 from hdrq.reproduce.networks import networks
 from hdrq.reproduce.protocol import ITERATIONS, RATE_SEED
 from hdrq.reproduce.statistics import Found, estimate, holm, read
 from hdrq.reproduce.tasks import Task, task_of
 
-ROWS = "post-merge"  # the folder of rows
-COLUMNS = (*OF_JOBS, "nearest", "best", "error")  # what objectives of layers came to, where a way has one
+OBJECTIVE = ("nearest", "best", "error")  # what those of layers came to, where a way has one
 SAMPLES, HELD_OUT = 256, 64  # calibration images of each task, and how many of them choose
 BITS = ("W4A16", "W4A4", "W3A3")
 CHOSEN_AT = "W4A4"
@@ -90,33 +85,30 @@ def run_all(jobs: Sequence[Job], folder: Path, cache: Path, *, processes: int = 
         tasks = dict.fromkeys(job.task for job in jobs)
         (folder / "rates").mkdir(parents=True, exist_ok=True)
         in_processes(chosen, [(task, name, folder, cache) for task in tasks for name in free], processes)
-    run(jobs, folder, cache, work=carry_out, rows=ROWS, processes=processes, **options)
+    run(jobs, folder, cache, kind=MERGES, processes=processes, **options)
 
 
-def carry_out(job: Job, folder: Path, cache: Path, choose: bool = True) -> None:
-    """Merge, quantize, judge on test images, and write the row. The work of :func:`hdrq.reproduce.jobs.run`."""
-    path = rows_path(folder, job, ROWS)
-    if path.is_file():
-        return
-    task, start = task_of(job.task), time.perf_counter()
-    torch.set_num_threads(1)
-    with keep_freed_memory():
-        models = networks(task, job.network, cache)
-        experts, images = [models[domain] for domain in task.targets], calibration(task)
-        knobs: dict[str, Any] = {}
-        if job.method == FLOAT:
-            merged = average(experts)
-        else:
-            knobs = chosen(job.task, job.method, folder, cache) if choose else {}
-            merged = made(job.method, experts, images, job.bits, knobs, job.network)
+def judged_merge(
+    job: Job, models: dict[str, nn.Module], folder: Path, cache: Path, choose: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Merge, quantize, and judge on test images."""
+    task = task_of(job.task)
+    experts, images = [models[domain] for domain in task.targets], calibration(task)
+    knobs: dict[str, Any] = {}
+    objective: dict[str, str] = {}
+    if job.method == FLOAT:
+        merged = average(experts)
+    else:
+        knobs = chosen(job.task, job.method, folder, cache) if choose else {}
+        merged = made(job.method, experts, images, job.bits, knobs, job.network)
+        if layers := [layer for block in report_of(merged).blocks for layer in block.layers]:
+            objective = {kind: f"{sum(getattr(layer, kind) for layer in layers):.6g}" for kind in OBJECTIVE}
     found = {domain: contributions(merged, *task.load(domain, "test")) for domain in task.targets}
-    objective = {"nearest": "", "best": "", "error": ""}
-    layers = [] if job.method == FLOAT else [layer for block in report_of(merged).blocks for layer in block.layers]
-    if layers:
-        objective = {kind: f"{sum(getattr(layer, kind) for layer in layers):.6g}" for kind in objective}
-    row = {**facts_of(job, knobs, models), "knobs": json.dumps(knobs, sort_keys=True), "rule": "", **judged(found)}
-    row |= {"domains": "+".join(task.targets), "distance": "", "seconds": round(time.perf_counter() - start, 1)}
-    write_atomically(path, written([row | objective], COLUMNS))
+    row = {"knobs": json.dumps(knobs, sort_keys=True), "rule": "", "domains": "+".join(task.targets)}
+    return knobs, [row | judged(found) | objective]
+
+
+MERGES = Kind("post-merge", (*COLUMNS, *OBJECTIVE), judged_merge)
 
 
 def calibration(task: Task) -> list[Tensor]:
@@ -132,11 +124,9 @@ def made(
     if name == "blocks, the merge's targets":
         recipe = options.pop("method")
         merged = average(experts)
-        data = torch.cat(list(images))[torch.randperm(len(images) * len(images[0]), generator=_generator(seed))]
-        return quantize(
-            merged, data, recipe, bits=bits, source=copy.deepcopy(merged), per_channel=True, seed=seed, progress=False,
-            **options,
-        )  # fmt: skip
+        order = torch.randperm(len(images) * len(images[0]), generator=torch.Generator().manual_seed(seed))
+        how = {"source": merged, "per_channel": True, "seed": seed, "progress": False, **options}
+        return quantize(merged, torch.cat(list(images))[order], recipe, bits=bits, **how)
     if "target" in options:
         own = zip(experts, images, strict=True)
         quantized = [quantize(m, x, "rtn", bits=bits, per_channel=True, seed=seed, progress=False) for m, x in own]
@@ -154,7 +144,7 @@ def chosen(task_name: str, name: str, folder: Path, cache: Path) -> dict[str, An
         return chosen(task_name, way.follows, folder, cache)
     if len(way.choices) == 1:
         return dict(way.choices[0])
-    path = folder / "rates" / f"{task_name}-post-merge-{''.join(c if c.isalnum() else '-' for c in name)}.json"
+    path = folder / "rates" / f"{task_name}-post-merge-{file_name(name)}.json"
     if path.is_file():
         return json.loads(path.read_text())["chosen"]
     task = task_of(task_name)
@@ -222,7 +212,3 @@ def _table(found: dict[tuple[str, str], dict[int, Found]]) -> list[str]:
         if any(scores):
             lines.append(f"| {way} | {' | '.join([*scores, *gains])} |")
     return lines
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)

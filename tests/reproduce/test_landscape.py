@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from hdrq.checkpoint.files import csv_text
 from hdrq.cli import app
 from hdrq.evaluate import error_barrier, hessian_trace, noisy_error_barrier
 from hdrq.methods.post_training import fold
 from hdrq.reproduce import jobs, landscape, tasks
 from hdrq.reproduce.figures import COLOURS, render
-from hdrq.reproduce.jobs import Job, collected, run, written
+from hdrq.reproduce.jobs import Job, collected, run
 from hdrq.reproduce.measured import (
     OUTCOME,
     correlation_among_methods,
@@ -61,8 +62,9 @@ def small(monkeypatch):
 
 
 def measured(plan, folder, keep=False):
-    run(plan, folder, folder / "cache", choose=False, work=landscape.Work(keep), rows=landscape.ROWS)
-    return list(csv.DictReader(collected(folder, landscape.ROWS, landscape.COLUMNS).splitlines()))
+    kind = landscape.measures(keep)
+    run(plan, folder, folder / "cache", choose=False, kind=kind)
+    return list(csv.DictReader(collected(folder, kind).splitlines()))
 
 
 def test_a_job_measures_models_and_pairs(small, tmp_path):
@@ -87,7 +89,7 @@ def test_a_job_measures_models_and_pairs(small, tmp_path):
     assert {"accuracy, nearest", "accuracy, systematic", "distance", "top eigenvalue", "loss"} <= {m for m, *_ in found}
     assert not any(m in ("plane", "draw, systematic") for m, *_ in found)  # of the first network alone
     before = [path.stat().st_mtime_ns for path in kept]
-    (tmp_path / landscape.ROWS / f"{Job('small', 1, 'RTN', 'W3A3').id}.csv").unlink()
+    (tmp_path / "landscape" / f"{Job('small', 1, 'RTN', 'W3A3').id}.csv").unlink()
     again = measured([Job("small", 1, "RTN", "W3A3")], tmp_path, keep=True)
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert [row["value"] for row in again] == [row["value"] for row in rows]
@@ -158,7 +160,7 @@ def table(path, runs):
         facts = {"task": "t", "network": network, "method": method, "bits": bits, "iterations": 400, "knobs": knobs}
         for (measure, domains, x, y), value in numbers.items():
             rows.append({**facts, "measure": measure, "domains": domains, "x": x, "y": y, "value": value})
-    path.write_text(written(rows, landscape.COLUMNS))
+    path.write_text(csv_text(rows, landscape.COLUMNS))
     return path
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hdrq.checkpoint.files import csv_text
 from hdrq.cli import app
 from hdrq.reproduce import post_merges
 from hdrq.reproduce.jobs import Job, networks
@@ -37,7 +38,7 @@ def test_every_way_has_a_row_and_a_place_in_the_table(small, few, tmp_path):
         if row["method"] == "E-PMQ-style":
             assert float(row["best"]) < float(row["error"]) < float(row["nearest"])
         assert (row["nearest"] == "") == (row["method"].startswith("blocks") or row["method"] in (FLOAT, "nearest"))
-    (tmp_path / "rows.csv").write_text(post_merges.written(rows, post_merges.COLUMNS))
+    (tmp_path / "rows.csv").write_text(csv_text(rows, post_merges.MERGES.columns))
     table = render(tmp_path / "rows.csv", tmp_path).splitlines()
     assert table[2].startswith("| seeds: 0, 1 | W3A3 | W3A3, less GPTQ |")
     assert [line.split(" | ")[0].strip("| ") for line in table[4:]] == [FLOAT, *WAYS]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from hdrq.checkpoint.files import csv_text
 from hdrq.cli import app
 from hdrq.reproduce import jobs, protocol
 from hdrq.reproduce.jobs import Job, collected, grid, run
@@ -214,7 +215,7 @@ def test_a_study_is_set_beside_the_table(tmp_path):
         for network in (0, 1, *((2,) if share == 50 else ()))
         for domains, rule in merges
     ]
-    (tmp_path / "rows.csv").write_text(jobs.written(rows))
+    (tmp_path / "rows.csv").write_text(csv_text(rows, jobs.COLUMNS))
     text = render(tmp_path / "rows.csv", tmp_path)
     table = text[text.index("**The pull towards the source") :].splitlines()
     assert table[2].startswith("| seeds: 0, 1 | single | pairs, nearest |")  # the third has no row without distance
