@@ -94,14 +94,13 @@ def gptq(
         codes[at] = q
         w[j].addcmul_(q.sub_(z), s, value=-1)
 
-    def compensate(values: torch.Tensor, start: int, stop: int, first: int) -> None:
+    def compensate(feedback: torch.Tensor, values: torch.Tensor, start: int, stop: int, first: int) -> None:
         """Round the columns from start to stop; row 0 of ``values`` is column ``first`` with all errors before it."""
-        assert feedback is not None
         if stop - start > block:
             middle = (start + stop) // 2
-            compensate(values, start, middle, first)
+            compensate(feedback, values, start, middle, first)
             values[middle - first : stop - first].addmm_(feedback[middle:stop, start:middle], w[start:middle])
-            compensate(values, middle, stop, first)
+            compensate(feedback, values, middle, stop, first)
             return
         for j in range(start, stop):
             value = values[j - first]
@@ -113,7 +112,9 @@ def gptq(
     else:
         for start in range(0, columns, TOGETHER):
             stop = min(start + TOGETHER, columns)
-            compensate(torch.addmm(w[start:stop], feedback[start:stop, :start], w[:start]), start, stop, start)
+            compensate(
+                feedback, torch.addmm(w[start:stop], feedback[start:stop, :start], w[:start]), start, stop, start
+            )
     return Compensated(codes.T.contiguous(), int(dead.sum()), feedback is None)
 
 

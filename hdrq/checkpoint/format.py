@@ -33,8 +33,10 @@ from hdrq.prepare.attention import OPERANDS
 
 FORMAT = 3
 FORMATS = {2: {"contract": 1}, FORMAT: {}}  # that are read, and what a manifest of each leaves unsaid
-# The keys of a manifest that say what the file holds; the rest says how the model was made.
-TABLES = ("format", "hdrq", "weights", "tied", "inputs", "shared", "attention", "statistics", "sha256")
+# The keys of a manifest that say what the file holds; the rest says how the model was made. A model that is made of
+# this one has its structure, and neither what its layers read nor its hashes.
+STRUCTURE = ("format", "hdrq", "weights", "tied", "inputs", "shared", "attention")
+TABLES = (*STRUCTURE, "statistics", "sha256")
 
 
 def packs(qmin: int, qmax: int) -> bool:

@@ -187,24 +187,27 @@ def _check_modules(model: nn.Module, manifest: Mapping[str, Any]) -> None:
 
 def load_either(file: str | os.PathLike, architecture: str, arguments: Mapping) -> nn.Module:
     """A model from a file of either kind: a quantized model, or a state of the architecture in full precision."""
-    if manifest_of(file):
+    if _is_quantized(file):
         return load(file, build(architecture, **arguments))
     return load_float(architecture, arguments, str(file))
 
 
 def manifest_of(file: str | os.PathLike) -> dict[str, Any]:
     """The manifest of a quantized model; empty for a state in full precision."""
-    if not os.path.isfile(file) or str(file).endswith((".json", ".bin", ".pt", ".pth")):
-        return {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            quantized = "hdrq" in (opened.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"files must be safetensors, got {file}: {error}") from error
-    if not quantized:
+    if not _is_quantized(file):
         return {}
     with Reader(file) as reader:
         return reader.manifest
+
+
+def _is_quantized(file: str | os.PathLike) -> bool:
+    if not os.path.isfile(file) or str(file).endswith((".json", ".bin", ".pt", ".pth")):
+        return False
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return "hdrq" in (opened.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"files must be safetensors, got {file}: {error}") from error
 
 
 def load_float(architecture: str, arguments: Mapping, weights: str | None) -> nn.Module:

@@ -100,9 +100,9 @@ def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         inputs[name] = [activation.qmin, activation.qmax]
         owners[id(activation)] = name
     shared = {n: owners[id(q)] for n, q in input_readers(model).items() if owners[id(q)] != n}
-    for name, (_, parts) in statistics_of(model).items():
+    layers: dict[str, Any] = {"weights": weights, "tied": tied, "inputs": inputs, "shared": shared}
+    layers["attention"] = operand_table(model)
+    for name, (facts, parts) in statistics_of(model).items():
+        layers.setdefault("statistics", {})[name] = facts
         tensors |= {f"{name}.statistics.{part}": value for part, value in parts.items()}
-    layers: dict[str, Any] = {"statistics": {name: facts for name, (facts, _) in statistics_of(model).items()}}
-    layers = layers if layers["statistics"] else {}
-    layers |= {"weights": weights, "tied": tied, "inputs": inputs, "shared": shared, "attention": operand_table(model)}
     return {"format": FORMAT, "hdrq": __version__, **layers, **origin(model)}, tensors

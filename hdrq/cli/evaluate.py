@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hdrq.cli.terminal import console
+from hdrq.cli.terminal import console, numbers
 
 
 def evaluate(
@@ -68,7 +68,7 @@ def evaluate(
         rows: Sequence[Row] = segmented
         tables = [classes_table(segmented, "IoU (%)"), table(rows, "mIoU (%)")]
     else:
-        made = {"resize": resize, "crop": crop, "mean": _numbers("mean", mean), "std": _numbers("std", std)}
+        made = {"resize": resize, "crop": crop, "mean": numbers("mean", mean), "std": numbers("std", std)}
         rows = evaluate_files(
             files, data, model, model_args=arguments, device=device, batch_size=batch_size or 100, **made
         )
@@ -85,12 +85,3 @@ def _size(text: str) -> tuple[int, int]:
     if not (height.isdecimal() and width.isdecimal()):
         raise ValueError(f"size must be height x width in pixels, like 512x1024, got {text!r}")
     return int(height), int(width)
-
-
-def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"{name} must be numbers between commas, got {text!r}") from error

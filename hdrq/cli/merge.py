@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from hdrq.cli.add import add_to_file
-from hdrq.cli.terminal import console, progress_bar
+from hdrq.cli.terminal import console, numbers, progress_bar
 
 if TYPE_CHECKING:
     from hdrq.merging.assessment import Readiness
@@ -94,7 +94,7 @@ def merge(
         "select": select,
         "mode": mode,
         "bits": bits,
-        "weights": None if weights is None else _numbers("weights", weights),
+        "weights": numbers("weights", weights),
         "extrapolate": extrapolate or None,
         "device": None if device == "cpu" else device,
     }
@@ -161,10 +161,3 @@ def _none_given(options: dict[str, Any], when: str) -> None:
     given = [name for name, value in options.items() if value not in (None, [])]
     if given:
         raise ValueError(f"{given[0]} must be left out {when}, got {options[given[0]]}")
-
-
-def _numbers(name: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"{name} must be numbers between commas, got {text!r}") from error

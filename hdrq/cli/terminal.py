@@ -81,6 +81,18 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         yield show
 
 
+def numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    """An option of numbers between commas; None where it was not given.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{name} must be numbers between commas, got {text!r}") from error
+
+
 def _line(error: Any) -> str:
     if hasattr(error, "format_message"):  # the options were wrong
         return plain(error.format_message())

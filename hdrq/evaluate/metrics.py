@@ -74,7 +74,7 @@ def accuracy_of(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Te
     for x, y in batches:
         if parameter is not None:
             x, y = x.to(parameter.device), y.to(parameter.device)
-        predicted = first_tensor(model(x), "output of the model").argmax(dim=1)
+        predicted = logits_of(model(x), "output of the model").argmax(dim=1)
         if predicted.shape != y.shape:
             got = f"{tuple(y.shape)} for {tuple(predicted.shape)}; label maps are measured by mean_iou"
             raise ValueError(f"labels must be one for each class that the model tells, got {got}")
@@ -113,13 +113,13 @@ def _outputs(model: nn.Module, call: Call, blocks: Sequence[str]) -> dict[str, t
 
     def keep(name, module, args, kwargs, output) -> None:
         if name not in seen:
-            seen[name] = first_tensor(output, f"output of block {name}").clone()  # what follows may work in place
+            seen[name] = logits_of(output, f"output of block {name}").clone()  # what follows may work in place
 
-    seen["output"] = first_tensor(observe(model, call, after=keep, names=blocks), "output of the model on held_out")
+    seen["output"] = logits_of(observe(model, call, after=keep, names=blocks), "output of the model on held_out")
     return seen
 
 
-def first_tensor(tree: Any, what: str) -> torch.Tensor:
+def logits_of(tree: Any, what: str) -> torch.Tensor:
     """The logits where an output names them, as it does beside a loss; else its first floating-point tensor."""
     named = tree.get("logits") if isinstance(tree, Mapping) else getattr(tree, "logits", None)
     for value in (named, *tree_leaves(tree)):

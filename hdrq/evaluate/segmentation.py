@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hdrq import checks
-from hdrq.evaluate.metrics import first_tensor
+from hdrq.evaluate.metrics import logits_of
 
 UNLABELLED = 255
 
@@ -75,7 +75,7 @@ def class_counts(
     for x, y in batches:
         if parameter is not None:
             x, y = x.to(parameter.device), y.to(parameter.device)
-        logits = first_tensor(model(x), "output of the model")
+        logits = logits_of(model(x), "output of the model")
         if logits.ndim != 4 or len(logits) != len(y):
             shape = tuple(logits.shape)
             raise ValueError(f"output of the model must be logits (N, C, H, W) to be measured by labels, got {shape}")

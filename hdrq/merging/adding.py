@@ -18,7 +18,7 @@ from hdrq._version import __version__
 from hdrq.calibrate.data import calibration_calls, data_hash
 from hdrq.calibrate.gptq import DAMPING
 from hdrq.calibrate.moments import MomentsInTurn
-from hdrq.checkpoint.format import TABLES, packs
+from hdrq.checkpoint.format import STRUCTURE, TABLES, packs
 from hdrq.checkpoint.loading import assign, load
 from hdrq.export.folders import is_folder
 from hdrq.merging.assessment import CLIPPED
@@ -249,9 +249,7 @@ def added_manifest(parent: Mapping[str, Any], facts: Mapping[str, Any], digest: 
     """
     history = {key: fact for key, fact in parent.items() if key not in TABLES}
     history |= {} if digest is None else {"sha256": digest}
-    kept = {key: parent[key] for key in (*TABLES, "folded", "architecture", "coverage") if key in parent}
-    kept.pop("sha256", None)  # the hashes of the parent's tensors
-    kept.pop("statistics", None)  # what its layers read
+    kept = {key: parent[key] for key in (*STRUCTURE, "folded", "architecture", "coverage") if key in parent}
     return {**kept, "hdrq": __version__, "contract": CONTRACT, "added": dict(facts), "parent": history}
 
 

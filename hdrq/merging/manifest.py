@@ -7,7 +7,7 @@ from typing import Any
 
 from hdrq import checks
 from hdrq._version import __version__
-from hdrq.checkpoint.format import TABLES
+from hdrq.checkpoint.format import STRUCTURE, TABLES
 from hdrq.merging.inputs import Inputs
 from hdrq.merging.settings import MergeSettings
 from hdrq.merging.sources import hash_of
@@ -30,9 +30,7 @@ def merged_manifest(inputs: Inputs, settings: MergeSettings) -> dict[str, Any]:
     for key in ("architecture", "coverage"):
         if all(key in facts and facts[key] == origins[0][key] for facts in origins):
             origin[key] = origins[0][key]
-    tables = {key: first[key] for key in TABLES if key in first and key not in ("sha256", "statistics")} | {
-        "hdrq": __version__
-    }
+    tables = {key: first[key] for key in STRUCTURE if key in first} | {"hdrq": __version__}
     tables["weights"] = {
         name: {**facts, "range": list(inputs.ranges[name])} for name, facts in first["weights"].items()
     }

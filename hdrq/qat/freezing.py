@@ -156,7 +156,7 @@ class DisorderFreezer:
         """The disorder over the last period, by name; None where nothing can be compared."""
         if self._signs is None:
             return dict.fromkeys(self.members)
-        flips, compared = (t.tolist() for t in self._counts())
+        flips, compared = (t.tolist() for t in self._counts(self._signs))
         own = {n: f / c if c else None for n, f, c in zip(self.scales, flips, compared, strict=True)}
         found: dict[str, float | None] = {}
         for owner, names in self.members.items():
@@ -209,10 +209,9 @@ class DisorderFreezer:
         row = [zeros[:n] if g is None else g.flatten() for g, n in zip(gradients, self._sizes, strict=True)]
         self._signs[self.steps % self.rule.period] = torch.cat(row).sign().to(torch.int8)
 
-    def _counts(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _counts(self, signs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Flips, and pairs that were compared, of each quantizer."""
-        assert self._signs is not None
-        in_order = self._signs.roll(-(self.steps % self.rule.period), 0)
+        in_order = signs.roll(-(self.steps % self.rule.period), 0)
         of = torch.arange(len(self._sizes)).repeat_interleave(torch.tensor(self._sizes))
         both = [part.sum(0).cpu() for part in _flips(in_order)]
         flips, compared = (torch.zeros(len(self._sizes), dtype=torch.int64).index_add_(0, of, part) for part in both)

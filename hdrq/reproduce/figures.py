@@ -119,7 +119,7 @@ def surfaces(runs: Sequence[Run], bits: str, path: Path) -> None:
     if not any(run.bits == bits for run in own):
         return
     kinds = ("plane", "around, weights")
-    drawing = _figure(WIDTH, 1.0 + 1.6 * WIDTH / max(len(own), 4))
+    drawing = blank(WIDTH, 1.0 + 1.6 * WIDTH / max(len(own), 4))
     panels = drawing.subplots(2, len(own), squeeze=False)
     for axes, kind in zip(panels, kinds, strict=True):
         grids = [_grid(run, kind) for run in own]
@@ -143,7 +143,7 @@ def surfaces(runs: Sequence[Run], bits: str, path: Path) -> None:
     panels[0][0].set_ylabel("plane of three\n(distance of weights)", fontsize=8)
     panels[1][0].set_ylabel("random directions\n(norm of each filter)", fontsize=8)
     drawing.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    _save(drawing, path)
+    save(drawing, path)
 
 
 def _grid(run: Run, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -160,7 +160,7 @@ def draws(runs: Sequence[Run], bits: str, path: Path) -> None:
     own = list({run.method: run for run in reversed(own)}.values())[::-1]  # of the first network that has them
     if not own:
         return
-    drawing = _figure(WIDTH, 3.2)
+    drawing = blank(WIDTH, 3.2)
     panels = drawing.subplots(1, len(DRAWN), sharey=True)
     for panel, rule in zip(panels, DRAWN, strict=True):
         for place, run in enumerate(own):
@@ -177,7 +177,7 @@ def draws(runs: Sequence[Run], bits: str, path: Path) -> None:
     lines = [panels[0].plot([], [], color="black", linestyle=style)[0] for style in ("-", ":")]
     drawing.legend(lines, ["mean of the draws", "to nearest"], loc="outside lower center", ncols=2, fontsize=8)
     drawing.suptitle(f"{bits}: merges of two targets, a point for each seed of the merge", fontsize=9)
-    _save(drawing, path)
+    save(drawing, path)
 
 
 def barriers(runs: Sequence[Run], path: Path) -> None:
@@ -185,7 +185,7 @@ def barriers(runs: Sequence[Run], path: Path) -> None:
     widths = _widths(_plain(runs))
     if not widths:
         return
-    drawing = _figure(WIDTH, 4.6)
+    drawing = blank(WIDTH, 4.6)
     kinds = {"loss between": "rounded (Eq. 2)", "noisy loss between": "with noise (Eq. 3)"}
     panels = drawing.subplots(len(kinds), len(widths), sharex=True, sharey="row", squeeze=False)
     for row, (kind, title) in zip(panels, kinds.items(), strict=True):
@@ -211,7 +211,7 @@ def barriers(runs: Sequence[Run], path: Path) -> None:
         panel.set_xlabel("λ", fontsize=8)
     drawing.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     drawing.suptitle("loss less the mean of both ends, mean over pairs and networks; bands: all networks", fontsize=9)
-    _save(drawing, path)
+    save(drawing, path)
 
 
 def curvature(runs: Sequence[Run], path: Path) -> None:
@@ -223,7 +223,7 @@ def curvature(runs: Sequence[Run], path: Path) -> None:
     widths = _widths(own)
     if not own:
         return
-    drawing = _figure(WIDTH, 5.2)
+    drawing = blank(WIDTH, 5.2)
     panels = drawing.subplots(2, 3, sharey=True)
     for panel, measure in zip(panels.flat, PREDICTORS, strict=False):
         for run in own:
@@ -248,7 +248,7 @@ def curvature(runs: Sequence[Run], path: Path) -> None:
         for mark, bits in zip(MARKERS, widths, strict=False)
     ]
     drawing.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
-    _save(drawing, path)
+    save(drawing, path)
 
 
 def distance(runs: Sequence[Run], path: Path) -> None:
@@ -258,7 +258,7 @@ def distance(runs: Sequence[Run], path: Path) -> None:
     varied = [run for run in runs if set(run.knobs) == {"distance"}]
     if not varied:
         return
-    drawing = _figure(WIDTH, 3.0)
+    drawing = blank(WIDTH, 3.0)
     panels = drawing.subplots(1, 3)
     for panel, measure in zip(panels, ("barrier", "noisy barrier", OUTCOME), strict=True):
         for method in _methods(varied):
@@ -291,16 +291,17 @@ def distance(runs: Sequence[Run], path: Path) -> None:
         panel.set_xlabel("weight of the distance to the source", fontsize=8)
         panel.tick_params(labelsize=7)
     drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    _save(drawing, path)
+    save(drawing, path)
 
 
-def _figure(width: float, height: float) -> Any:
+def blank(width: float, height: float) -> Any:
+    """A figure of so many inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(drawing: Any, path: Path) -> None:
+def save(drawing: Any, path: Path) -> None:
     """PNG, and SVG beside it."""
     for suffix in (".png", ".svg"):
         drawing.savefig(path.with_suffix(suffix), dpi=150)

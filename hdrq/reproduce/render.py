@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hdrq.checkpoint.files import write_atomically
+from hdrq.reproduce import figures
 from hdrq.reproduce.measures import measures_of
 from hdrq.reproduce.protocol import BITS, ITERATIONS, METHODS, RULE_SETS, RULES, STUDIES, TABLE, Study
 from hdrq.reproduce.statistics import Estimate, Results, Way, estimate, holm, read
@@ -53,9 +54,9 @@ def _tables(results: Results) -> list[str]:
     for study in STUDIES.values():
         if study.rules != "table":
             ways = [(method, bits) for method in study.methods for bits in study.bits]
-            of = f"{' and '.join(study.methods)} at {', '.join(study.bits)}"
+            over = f"{' and '.join(study.methods)} at {', '.join(study.bits)}"
             compared.append(
-                (f"{study.question}, less systematic, tau 0.1", of, ways, RULE_SETS[study.rules], "systematic")
+                (f"{study.question}, less systematic, tau 0.1", over, ways, RULE_SETS[study.rules], "systematic")
             )
     for what, over, ways, rules, first in compared:
         for count in counts[1:]:
@@ -210,15 +211,13 @@ def _paired(ours: Sequence[dict], theirs: Sequence[dict]) -> tuple[list[dict], l
     seeds = set.intersection(*(set(each) for each in (*ours, *theirs)))
     if not seeds:
         return None
-    cut: Callable[[dict], dict] = lambda found: {seed: found[seed] for seed in seeds}  # noqa: E731
-    return [cut(each) for each in ours], [cut(each) for each in theirs]
+    ours, theirs = ([{seed: found[seed] for seed in seeds} for found in side] for side in (ours, theirs))
+    return ours, theirs
 
 
 def figure(results: Results, path: Path, task: str) -> None:
     """Merged accuracy against bits, a line for each method, with intervals; PNG, and SVG beside it."""
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(6, 4), layout="constrained")
+    drawing = figures.blank(6, 4)
     axes = drawing.subplots()
     most = max((way.domains for way in results), key=lambda names: names.count("+"))
     for k, method in enumerate(m for m in TABLE if m != "full precision"):
@@ -231,7 +230,7 @@ def figure(results: Results, path: Path, task: str) -> None:
             x = [i + 0.06 * (k - 2) for i, _ in points]
             y = [one.mean for _, one in points]
             bars = [[one.mean - one.low for _, one in points], [one.high - one.mean for _, one in points]]
-            axes.errorbar(x, y, bars, marker="o", capsize=2, label=method)
+            axes.errorbar(x, y, bars, marker="o", capsize=2, label=method, color=figures.colour(method))
     if found := _found(results, "full precision", "", [most], ""):
         axes.axhline(estimate(found).mean, color="black", linestyle=":", label="full precision, average")
     axes.set(
@@ -241,5 +240,4 @@ def figure(results: Results, path: Path, task: str) -> None:
         title=f"{task}: all targets merged",
     )
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    for suffix in (".png", ".svg"):
-        drawing.savefig(path.with_suffix(suffix), dpi=150)
+    figures.save(drawing, path)

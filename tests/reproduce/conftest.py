@@ -9,11 +9,12 @@ from hdrq.reproduce.tasks import Task
 
 
 class Small(nn.Module):
-    """Two layers on four numbers: (N, 3, 2, 2) to (N, 3)."""
+    """A convolution and its norm, and a linear head, on four numbers: (N, 3, 2, 2) to (N, 3)."""
 
     def __init__(self):
         super().__init__()
-        self.body, self.head = nn.Sequential(nn.Conv2d(3, 16, 2), nn.ReLU(), nn.Flatten()), nn.Linear(16, 3)
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
+        self.head = nn.Linear(16, 3)
 
     def features(self, x):
         return self.body(x)

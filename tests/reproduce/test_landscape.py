@@ -12,7 +12,7 @@ from hdrq.checkpoint.files import csv_text
 from hdrq.cli import app
 from hdrq.evaluate import error_barrier, hessian_trace, noisy_error_barrier
 from hdrq.methods.post_training import fold
-from hdrq.reproduce import jobs, landscape, tasks
+from hdrq.reproduce import jobs, landscape
 from hdrq.reproduce.figures import COLOURS, render
 from hdrq.reproduce.jobs import Job, collected, run
 from hdrq.reproduce.measured import (
@@ -25,40 +25,13 @@ from hdrq.reproduce.measured import (
 )
 from hdrq.reproduce.networks import networks
 from hdrq.reproduce.protocol import METHODS
-from hdrq.reproduce.tasks import Task
-
-
-class Small(nn.Module):
-    """A convolution and its norm, and a linear head: (N, 3, 2, 2) to (N, 3)."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 16, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
-        self.head = nn.Linear(16, 3)
-
-    def features(self, x):
-        return self.body(x)
-
-    def forward(self, x):
-        return self.head(self.body(x))
-
-
-def points(domain, split):
-    """Three classes along as many directions, shifted a little in each domain."""
-    g = torch.Generator().manual_seed({"train": 0, "test": 1}[split])
-    labels = torch.randint(0, 3, (192,), generator=g)
-    x = torch.randn((192, 3, 2, 2), generator=g) * 0.7 + {"source": 0.0, "one": 0.3, "two": -0.3}[domain]
-    x[torch.arange(192), labels] += 1.5
-    return x, labels
 
 
 @pytest.fixture
-def small(monkeypatch):
-    task = Task("small", "source", ("one", "two"), points, Small, source_epochs=8, epochs=2)
-    monkeypatch.setitem(tasks.TASKS, "small", task)
+def small(small, monkeypatch):
     for name, value in {"GRID": 3, "DRAWS": 2, "POINTS": 3, "NOISE_DRAWS": 2, "PROBES": 2}.items():
         monkeypatch.setattr(landscape, name, value)
-    return task
+    return small
 
 
 def measured(plan, folder, keep=False):
@@ -73,8 +46,8 @@ def test_a_job_measures_models_and_pairs(small, tmp_path):
     found = {(row["measure"], row["domains"], row["x"]): float(row["value"]) for row in rows}
     kept = sorted((tmp_path / "models").iterdir())
     assert len(kept) == 2
-    first, second = (landscape.load(path, Small()) for path in kept)
-    tests = [points(domain, "test") for domain in small.targets]
+    first, second = (landscape.load(path, small.network()) for path in kept)
+    tests = [small.load(domain, "test") for domain in small.targets]
     loss = landscape._loss_on(tests)
     barrier, noisy = (
         error_barrier(first, second, loss, points=3),
@@ -136,13 +109,13 @@ def test_surfaces_and_draws_of_the_first_network(small, tmp_path):
 
 def test_the_source_on_a_plane_is_the_source_rounded(small, tmp_path):
     models = networks(small, 0, tmp_path)
-    example = points("source", "train")[0][:32]
+    example = small.load("source", "train")[0][:32]
     source = fold(models["source"], example)
     quantized = [
         landscape.quantized_one(small, models, d, landscape.METHODS["RTN"], "W8A8", 0, {}, 0) for d in small.targets
     ]
     like = landscape.source_like(quantized, source)
-    x = points("source", "test")[0]
+    x = small.load("source", "test")[0]
     with torch.no_grad():
         far = (quantized[0](x) - source(x)).abs().mean()
         assert (like(x) - source(x)).abs().mean() < 0.2 * far

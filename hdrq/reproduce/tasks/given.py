@@ -36,13 +36,13 @@ import torch
 from torch import Tensor, nn
 
 from hdrq import checks
-from hdrq.calibrate.images import MEAN, STD, image_reader
+from hdrq.calibrate.images import image_reader
 from hdrq.calibrate.labelmaps import LAYOUTS, checked_size
 from hdrq.checkpoint.architecture import build
 from hdrq.checkpoint.files import file_hash, write_atomically
 from hdrq.checkpoint.loading import load_float, read_state
 from hdrq.checkpoint.states import state_differences, tensors_of
-from hdrq.evaluate.metrics import first_tensor
+from hdrq.evaluate.metrics import logits_of
 from hdrq.methods.job import number, read_settings
 from hdrq.reproduce.classifier import PART, Classifier, last_linear
 from hdrq.reproduce.folders import Folders, Pictures
@@ -72,12 +72,12 @@ class Given:
     source_rate: float = 1e-3
     epochs: int = 30
     rate: float = 1e-4
-    resize: int = 256
-    crop: int = 224
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
-    test_share: float = 0.2
-    split_seed: int = 0
+    resize: int = Folders.resize
+    crop: int = Folders.crop
+    mean: tuple[float, ...] = Folders.mean
+    std: tuple[float, ...] = Folders.std
+    test_share: float = Folders.test_share
+    split_seed: int = Folders.split_seed
     layouts: dict = field(default_factory=dict)  # of targets with label maps: names of hdrq.calibrate.labelmaps.LAYOUTS
     size: tuple[int, int] = (512, 1024)  # height and width of their images
     label_size: tuple[int, int] | None = None  # of their label maps, on which mIoU is told; None for that of images
@@ -229,7 +229,7 @@ def check_outputs(model: nn.Module, image: Tensor, classes: int | None, ndim: in
     """That a network makes a logit for each class of an image, or of its pixels; a trained one, in its head."""
     model.eval()
     try:
-        logits = first_tensor(model(image), "output of the model")
+        logits = logits_of(model(image), "output of the model")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the model's code may raise anything
