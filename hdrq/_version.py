@@ -1,3 +1,3 @@
 """The version of the package, alone: nothing is imported here, so anything may import it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
