@@ -22,7 +22,7 @@ from hdrq.backends.eager import per_element, sum_but
 from hdrq.ops.fakequant import GRADIENTS, ROUNDINGS
 from hdrq.rng import LOW, rng_state
 
-SUM_BOUND = 1e-6  # of a sum, relative to the sum of magnitudes (DESIGN.md)
+SUM_BOUND = 1e-6  # of a sum, relative to the sum of magnitudes (docs/contract.md)
 SEARCH_BOUND = 1e-5  # of a searched scale's error, relative to the least
 SMALL, LARGE = 2_000, 200_000  # about the most elements of a case of even and of odd number
 EXTREMES = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, 3e38, 1e-40, torch.nan])

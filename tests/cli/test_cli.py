@@ -142,7 +142,7 @@ def test_demo_repeats_to_the_digit_and_tells_its_progress(small, made):
 
 def test_shipped_models_merge_well_in_full_precision(made):
     full = json.loads((made[1] / "table.json").read_text())["rows"][0]
-    assert full["harmonic_mean"] > 60  # 73 in the prototype of METHOD.md, on all images
+    assert full["harmonic_mean"] > 60  # 73 in a prototype, on all images
     for domain in data.TARGETS:
         assert accuracy(nets.load_model(domain), *few(domain, "test")) > full["accuracies"][domain] - 5
 

@@ -1,4 +1,4 @@
-"""The numerical contract (DESIGN: random stream, noise, quantize, merge) once more, one element at a time.
+"""The numerical contract (docs/contract.md) once more, one element at a time.
 
 Written from the text of the contract alone, in Python integers and float32 scalars: it shares no line with
 ``hdrq.backends.reference``, so a mistake there does not hide here.

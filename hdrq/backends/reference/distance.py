@@ -1,4 +1,4 @@
-"""Distance to the source weights: the pull that keeps adapted models near one another (METHOD.md, second idea)."""
+"""Distance to the source weights: the pull that keeps adapted models near one another (HDRQ, Section 4.2)."""
 
 from __future__ import annotations
 

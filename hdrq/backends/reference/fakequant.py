@@ -1,4 +1,4 @@
-"""Fake-quantize with the straight-through gradient, and the integer codes themselves (METHOD.md, Eq. 8; LSQ)."""
+"""Fake-quantize with the straight-through gradient, and the integer codes themselves (HDRQ, Eq. 8; LSQ)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging quantized tensors on their integers, with noise-sampled rounding (METHOD.md, Eq. 12)."""
+"""Merging quantized tensors on their integers, with noise-sampled rounding (HDRQ, Eq. 12)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noise in place of rounding: ``y = clamp(x + ε)``, ε uniform or empirical, and its gradients (METHOD.md, Eq. 8-9)."""
+"""Noise in place of rounding: ``y = clamp(x + ε)``, ε uniform or empirical, and its gradients (HDRQ, Eq. 8-9)."""
 
 from __future__ import annotations
 
