@@ -12,6 +12,7 @@ from hdrq.merging.models import merge
 from hdrq.methods.post_merge import post_merge
 from hdrq.methods.post_training import quantize
 from hdrq.methods.reconstruct.memory import keep_freed_memory
+from hdrq.methods.sensitivity import sensitivity
 from hdrq.rng import rng_state
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "report",
     "rng_state",
     "save",
+    "sensitivity",
     "use_backend",
 ]
 

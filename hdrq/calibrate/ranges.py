@@ -80,12 +80,17 @@ def _weight_quantizers(
             layer: Any = model.get_submodule(name)
             weight = id(layer.weight)
             if weight not in tied:
-                tied[weight] = _search_weight(name, layer, widths, plan)
+                tied[weight] = search_weight(name, layer, widths.weight, plan)
             quantizers[name] = tied[weight]
     return quantizers
 
 
-def _search_weight(name: str, layer: Any, bits: BitWidths, plan: Recipe) -> WeightQuantizer:
+def search_weight(name: str, layer: Any, bits: int, plan: Recipe) -> WeightQuantizer:
+    """A quantizer for the weight of a layer called ``name``, its scale searched as the recipe says.
+
+    Raises:
+        ValueError: the weight is not finite, or its shape has no such groups or channels.
+    """
     weight = layer.weight
     axis, group_size = None, None
     if plan.group_size is not None and weight.ndim == 2:
@@ -98,7 +103,7 @@ def _search_weight(name: str, layer: Any, bits: BitWidths, plan: Recipe) -> Weig
                 "convolution's groups have their channels along one axis; per_channel=False, or keep it in float"
             )
     checks.finite(f"weight of {name}", weight)
-    qmin, qmax = integer_range(bits.weight, signed=True)
+    qmin, qmax = integer_range(bits, signed=True)
     options: Any = {"norm": plan.norm, "candidates": plan.candidates, "axis": axis, "group_size": group_size}
     if plan.affine_weights:
         scale, zero_point = ops.search_affine(weight, qmin, qmax, **options)

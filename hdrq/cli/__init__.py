@@ -25,6 +25,7 @@ try:
         quantize,
         recipes,
         reproduce,
+        sensitivity,
     )
     from hdrq.cli.terminal import Commands, Log
 except ImportError as error:
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.command()(info.info)
 app.command()(quantize.quantize)
+app.command()(sensitivity.sensitivity)
 app.command()(recipes.recipes)
 app.command()(merge.merge)
 app.command("post-merge")(post_merge.post_merge)

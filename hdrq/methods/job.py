@@ -6,7 +6,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from hdrq.checkpoint.loading import float_dtype, load_float
 from hdrq.checkpoint.saving import check_storable, save
 from hdrq.methods.post_merge import METHODS, post_merge
 from hdrq.methods.post_training import quantize
+from hdrq.methods.sensitivity import Sensitivity, sensitivity
+from hdrq.quantizers.bits import check_bits
 from hdrq.quantizers.provenance import origin, set_origin
 
 DEEPEST = 20  # levels of a YAML file: a parser's time grows with their square
@@ -187,6 +189,14 @@ def execute(run: Run, progress: Callable[[Step], None] | bool = True) -> nn.Modu
     return quantized
 
 
+def measure_sensitivity(
+    run: Run, samples: int = 128, progress: Callable[[int, int, str], None] | None = None
+) -> Sensitivity:
+    """:func:`hdrq.sensitivity` of the model and the data of a run, whose ``bits`` must ask for a budget."""
+    plan, model, _, data, _ = _prepare(replace(run, source=None, out=None))
+    return sensitivity(model, data, plan, bits=run.bits, samples=samples, progress=progress)
+
+
 def post_merge_files(
     paths: Sequence[str | os.PathLike],
     data: Sequence[str | os.PathLike],
@@ -271,6 +281,7 @@ def _least(model: nn.Module) -> int:
 
 def _prepare(run: Run):
     plan = recipes.recipe(run.recipe, run.preset, **run.knobs)
+    check_bits(run.bits)
     if run.out is not None:
         output_path(run.out)
     share = checks.real("held_out", run.held_out, 0.0, 0.5)

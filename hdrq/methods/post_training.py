@@ -32,10 +32,12 @@ from hdrq.methods.awq import AWQ
 from hdrq.methods.layerwise import LayerWise
 from hdrq.methods.nearest import round_to_nearest
 from hdrq.methods.reconstruct.method import Reconstruction
+from hdrq.methods.sensitivity import chosen_bits
 from hdrq.prepare.attention import quantized_operands
 from hdrq.prepare.coverage import coverage, warn_of_float, warn_of_products
 from hdrq.prepare.float_model import check_module, device_of, prepare_float
 from hdrq.prepare.prepared import prepare
+from hdrq.quantizers.bits import check_bits
 from hdrq.quantizers.layers import input_quantizers, quantized_layers
 from hdrq.quantizers.provenance import set_origin, set_statistics
 from hdrq.recipes import Recipe
@@ -89,6 +91,8 @@ def quantize(
             for each group (``group_size``), and each layer is fitted to what it reads behind the quantized prefix.
         bits: ``"W4A4"``, with 8 bits for the first and the last layer; or patterns of layer names,
             ``{"stem": "W8A8", "head": "float", "*": "W4A4"}``, of which the first that matches decides.
+            ``"auto:W4.5A8"``, or that in a pattern, gives each layer's weight the bits that are best for 4.5 in the
+            mean (:func:`hdrq.sensitivity`). Models that are to be merged need the same: find them once.
         blocks: the names of the units of reconstruction, blocks or single layers; None finds blocks
             (:func:`hdrq.prepare.units.find_blocks`).
         source: the model before its adaptation; needed where weights are learned with a distance.
@@ -127,6 +131,7 @@ def quantize(
     if iterations is not None:
         knobs["iterations"] = iterations
     plan = make_recipe(recipe, preset, **knobs)
+    check_bits(bits)
     seed = checks.integer("seed", seed, 0, 2**63 - 1)
     checks.integer("checkpoint_every", checkpoint_every, 0, 2**31)
     checks.choice("graph", graph, ("auto", True, False))
@@ -143,6 +148,7 @@ def quantize(
         check_call(model, checked[0], "held_out")
     if plan.needs_source and source is None:
         raise ValueError("source must be the model before its adaptation where distance > 0, got None; or distance=0")
+    bits = chosen_bits(model, batches, plan, bits)
     folder = None
     states = {"model": state_hash(model.state_dict()), "calibration": data_hash(batches)}
     if source is not None:

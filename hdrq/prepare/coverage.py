@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -93,17 +93,31 @@ def _weights(quantized: nn.Module, full: nn.Module) -> dict[int, nn.Parameter]:
     return {id(weight): weight for weight in weights}
 
 
-@torch.no_grad()
 def _macs(quantized: nn.Module, full: nn.Module, run: Callable) -> tuple[int, int, dict[str, int]]:
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton
-
     layers, attentions = quantized_layers(quantized), quantized_operands(quantized)
     known = {*layers, *attentions}
-    spent: defaultdict[str, int] = defaultdict(int)  # in a layer, in an attention outside of its layers, or elsewhere
+    spent, total = multiply_adds(full, run, known)
+    own: float = sum(spent[name] for name in layers)
+    for name, labels in attentions.items():  # its two products are of one size
+        own += spent[name] * (({"q", "k"} <= {*labels}) + ({"softmax", "v"} <= {*labels})) / 2
+    weighted = {name for name, module in full.named_modules() if any(p.ndim > 1 for p in module.parameters(False))}
+    products = {name: n for name, n in spent.items() if n and name not in known and name not in weighted}
+    return round(own), total, products
+
+
+@torch.no_grad()
+def multiply_adds(model: nn.Module, run: Callable, known: Collection[str]) -> tuple[defaultdict[str, int], int]:
+    """The multiply-adds of ``run(model)`` that each module does itself, by name, and those of the whole model.
+
+    What modules inside one that is ``known`` do is its own, unless they are known too.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
+    spent: defaultdict[str, int] = defaultdict(int)
     running: list[tuple[str, int]] = []  # whose a call is, and what the counter said when it began
 
     def enter(name, module, args, kwargs) -> None:
-        caller = running[-1][0] if running else None
+        caller = running[-1][0] if running else ""
         running.append((caller if caller in known and name not in known else name, counter.get_total_flops()))
 
     def leave(name, module, args, kwargs, output) -> None:
@@ -113,13 +127,8 @@ def _macs(quantized: nn.Module, full: nn.Module, run: Callable) -> tuple[int, in
             spent[running[-1][0]] -= own
 
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        observe(full, run, before=enter, after=leave)
-    own: float = sum(spent[name] for name in layers)
-    for name, labels in attentions.items():  # its two products are of one size
-        own += spent[name] * (({"q", "k"} <= {*labels}) + ({"softmax", "v"} <= {*labels})) / 2
-    weighted = {name for name, module in full.named_modules() if any(p.ndim > 1 for p in module.parameters(False))}
-    products = {name: n // 2 for name, n in spent.items() if n and name not in known and name not in weighted}
-    return round(own) // 2, counter.get_total_flops() // 2, products
+        observe(model, run, before=enter, after=leave)
+    return defaultdict(int, {name: n // 2 for name, n in spent.items()}), counter.get_total_flops() // 2
 
 
 def warn_of_float(quantized: nn.Module, full: nn.Module, found: Coverage, bits: str | Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from hdrq import checks
 from hdrq.checks import listed
@@ -30,6 +31,55 @@ class BitWidths:
         return cls(checks.bits("weight bits", weight), checks.bits("activation bits", activation))
 
 
+@dataclass(frozen=True)
+class Budget:
+    """Bits of weights that are chosen layer by layer, so many in the mean, and the bits of activations."""
+
+    weight: float
+    activation: int = 8
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """``"auto:W4.5A4"``; ``"auto:4.5"`` has 8-bit activations."""
+        match = re.fullmatch(r"auto:(?:W(\d+(?:\.\d+)?)A(\d+)|(\d+(?:\.\d+)?))", text)
+        if match is None:
+            raise ValueError(f'bits must be written like "auto:4.5" or "auto:W4.5A8", got {text!r}')
+        paired, activation, alone = match.groups()
+        weight = checks.real("weight bits", float(paired or alone), 2.0, 16.0)
+        return cls(weight, cls.activation if activation is None else checks.bits("activation bits", int(activation)))
+
+
+def budget_of(bits: str | Mapping[str, str]) -> Budget | None:
+    """The budget that ``bits``, or a pattern of it, asks for; None where every width is given.
+
+    Raises:
+        ValueError: two patterns ask for different ones.
+    """
+    texts = {text for text in ([bits] if isinstance(bits, str) else bits.values()) if is_automatic(text)}
+    if len(texts) > 1:
+        raise ValueError(f"bits must have one budget, got {listed(sorted(texts))}")
+    return Budget.parse(texts.pop()) if texts else None
+
+
+def is_automatic(text: Any) -> bool:
+    """Whether bits of weights are to be chosen: ``"auto:…"``."""
+    return isinstance(text, str) and text.startswith("auto:")
+
+
+def check_bits(bits: Any) -> None:
+    """``bits`` is a text of bit widths or a budget, or patterns with such texts: what is known before a model is.
+
+    Raises:
+        TypeError, ValueError: "bits must be …, got …".
+    """
+    if not isinstance(bits, str | Mapping):
+        raise TypeError(f'bits must be a string like "W4A4" or a mapping from patterns, got {type(bits).__name__}')
+    for text in [bits] if isinstance(bits, str) else bits.values():
+        if not is_automatic(text) and (text != "float" or isinstance(bits, str)):
+            BitWidths.parse(text)
+    budget_of(bits)
+
+
 def bit_policy(
     layers: list[str], bits: str | Mapping[str, str], shared: Sequence[Sequence[str]] = ()
 ) -> dict[str, BitWidths | None]:
@@ -45,8 +95,9 @@ def bit_policy(
         TypeError: ``bits`` is neither a string nor a mapping.
         ValueError: a pattern matches no layer, or a layer no pattern; patterns give a shared weight two widths.
     """
-    if not isinstance(bits, str | Mapping):
-        raise TypeError(f'bits must be a string like "W4A4" or a mapping from patterns, got {type(bits).__name__}')
+    check_bits(bits)
+    if budget_of(bits) is not None:
+        raise ValueError(f"bits must be widths here, got {bits!r}; hdrq.sensitivity finds them for each layer")
     if isinstance(bits, str):
         edge = BitWidths(EDGE_BITS, EDGE_BITS)
         inner = BitWidths.parse(bits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from hdrq.checks import plain
 from hdrq.evaluate.metrics import IoURow, Row
 from hdrq.merging.adding import AddReport
 from hdrq.merging.assessment import Readiness
+from hdrq.methods.sensitivity import Sensitivity
 
 
 def shown(text: object) -> str:
@@ -38,6 +40,32 @@ def table(rows: Sequence[Row], title: str):
     for row in rows:
         result.add_row(shown(row.method), *(f"{v:.1f}" for v in row.accuracies.values()), f"{row.harmonic_mean:.1f}")
     return result
+
+
+def sensitivity_table(found: Sensitivity, widths: Mapping[str, int], title: str):
+    """The output's signal-to-noise ratio at each layer's bits, and those it is given: :class:`rich.table.Table`."""
+    result = Table(title=shown(title))
+    result.add_column("layer", overflow="fold")
+    for head in ("weights", "MACs", *(f"W{width}" for width in found.layers[0].errors), "bits"):
+        result.add_column(head, justify="right")
+    for layer in found.layers:
+        counts = (_short(layer.weights), _short(layer.macs))
+        ratios = map(decibels, layer.errors.values())
+        result.add_row(shown(", ".join(layer.layers)), *counts, *ratios, str(widths[layer.layers[0]]))
+    return result
+
+
+def decibels(error: float) -> str:
+    """A relative squared error as a signal-to-noise ratio, ``−10·log10(error)``."""
+    return f"{-10 * math.log10(error):.1f}" if error > 0 else "∞"
+
+
+def _short(count: int) -> str:
+    """``"82.9k"``."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
 
 
 def classes_table(rows: Sequence[IoURow], title: str):
