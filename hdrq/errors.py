@@ -23,3 +23,7 @@ class DivergenceError(FloatingPointError):
         )
         self.block, self.layer, self.iteration, self.good = block, layer, iteration, good
         self.model: nn.Module | None = None
+
+
+class RankError(ConnectionError):
+    """Another process of the group has failed, with the message that this one repeats, or is gone."""

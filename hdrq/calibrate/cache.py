@@ -32,18 +32,26 @@ class Cache:
         where: ``"auto"`` (the device, then pinned memory of the host, then disk), or one of :data:`TIERS` for all.
         budget: bytes that may be taken on the device, and again on the host; None for half of what is free now.
         folder: where files are mapped from; they have no name there, so that none outlives the process. None for the
-            system's folder of temporary files.
+            system's folder of temporary files, as where there is none.
+        sharers: processes of one run on this machine, each with as much of what is free on the host.
 
     ``peak`` says how many bytes each tier held at most.
     """
 
     def __init__(
-        self, device: torch.device, where: str = "auto", budget: int | None = None, folder: Path | None = None
+        self,
+        device: torch.device,
+        where: str = "auto",
+        budget: int | None = None,
+        folder: Path | None = None,
+        sharers: int = 1,
     ) -> None:
         self.device, self.where, self.folder = device, checks.choice("cache", where, ("auto", *TIERS)), folder
+        if folder is not None and not folder.is_dir():  # another rank has made it, on a machine of its own
+            self.folder = None
         if budget is not None:
             budget = checks.integer("cache_bytes", budget, 0, 2**63 - 1)
-        self._room = {"device": budget, "host": budget} if budget is not None else _half_of_free(device)
+        self._room = {"device": budget, "host": budget} if budget is not None else _half_of_free(device, sharers)
         if device.type == "cpu":
             self._room["host"] = 0  # the host is the device
         self._room["disk"] = 2**63 - 1
@@ -138,8 +146,8 @@ def batches(sources: Sequence[Rows], indices: torch.Tensor) -> Iterator[list[tor
             yield arrived(coming.popleft().result())
 
 
-def _half_of_free(device: torch.device) -> dict[str, int]:
-    host = _free_on_host() // 2
+def _half_of_free(device: torch.device, sharers: int = 1) -> dict[str, int]:
+    host = _free_on_host() // 2 // sharers
     own = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else host
     return {"device": own, "host": host}
 

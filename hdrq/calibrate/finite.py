@@ -11,11 +11,18 @@ from torch import nn
 
 from hdrq import tree
 from hdrq.calibrate.data import Call, spans
+from hdrq.calibrate.ranks import ALONE, Ranks
 from hdrq.prepare.observe import observe
 
 
 @torch.no_grad()
-def check_finite(model: nn.Module, calls: Sequence[Call], units: Sequence[str], name: str = "calibration") -> None:
+def check_finite(
+    model: nn.Module,
+    calls: Sequence[Call],
+    units: Sequence[str],
+    name: str = "calibration",
+    ranks: Ranks = ALONE,
+) -> None:
     """What units return first is finite on all calls, and the model returns no NaN.
 
     Infinities that the model returns, while its units do not, are a warning: no unit is learned from them, and masked
@@ -24,12 +31,14 @@ def check_finite(model: nn.Module, calls: Sequence[Call], units: Sequence[str], 
     Args:
         units: :func:`hdrq.prepare.units.find_blocks`.
         name: what messages call the data.
+        ranks: share the samples; each looks at its own.
 
     Raises:
         ValueError: a value is not; the message names the first module that returns one, and the samples.
     """
-    infinite = False
-    for call, (start, stop) in zip(calls, spans(list(calls)), strict=True):
+    infinite, own = False, ranks.share(calls)
+    before = ranks.span(sum(call.size for call in calls))[0]
+    for call, (start, stop) in zip(own, spans(own), strict=True):
         broken: list[str] = []
 
         def look(unit: str, module: nn.Module, args: tuple, kwargs: dict, output: Any, broken=broken) -> None:
@@ -39,9 +48,9 @@ def check_finite(model: nn.Module, calls: Sequence[Call], units: Sequence[str], 
         output = observe(model, call, after=look, names=units)
         if broken or any(x.isnan().any() for x in _floats(output)):
             raise ValueError(
-                f"model must return finite values on {name}, got NaN or infinity among samples {start} to {stop - 1}, "
-                f"first from {_origin(model, call)}; leave out those samples, mend its weights or what it reads, or "
-                "call model.float() where half types overflow"
+                f"model must return finite values on {name}, got NaN or infinity among samples {before + start} to "
+                f"{before + stop - 1}, first from {_origin(model, call)}; leave out those samples, mend its weights or "
+                "what it reads, or call model.float() where half types overflow"
             )
         infinite |= any(x.isinf().any() for x in _floats(output))
     if infinite:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hdrq.calibrate.data import Call, run_all
+from hdrq.calibrate.ranks import ALONE, Ranks
 from hdrq.prepare.observe import observe
 from hdrq.quantizers.attach import first_tensor
 
@@ -61,17 +62,21 @@ class Moments:
         return (flat.T if self.transposed else flat).reshape(shape)
 
 
-def second_moments(model: nn.Module, calls: list[Call], names: Iterable[str]) -> dict[str, Moments]:
-    """:func:`moments_of_run` of a model that is run on calibration data."""
-    return moments_of_run(model, run_all(calls, "model must run on calibration"), names)
+def second_moments(
+    model: nn.Module, calls: list[Call], names: Iterable[str], ranks: Ranks = ALONE
+) -> dict[str, Moments]:
+    """:func:`moments_of_run` of a model that is run on calibration data, this rank's part of it."""
+    return moments_of_run(model, run_all(calls, "model must run on calibration"), names, ranks)
 
 
 @torch.no_grad()
-def moments_of_run(model: nn.Module, run: Callable[[nn.Module], Any], names: Iterable[str]) -> dict[str, Moments]:
+def moments_of_run(
+    model: nn.Module, run: Callable[[nn.Module], Any], names: Iterable[str], ranks: Ranks = ALONE
+) -> dict[str, Moments]:
     """The moments of those of the named layers that have any: a layer that never ran, or is of another kind, has none.
 
     Kinds are ``nn.Linear``, ``nn.Conv1d`` to ``3d`` and ``Conv1D`` of transformers, with the forward of their class.
-    Inputs are taken as the weight meets them, behind the layer's own quantizer.
+    Inputs are taken as the weight meets them, behind the layer's own quantizer. Sums go over what all ``ranks`` run.
     """
     found, sums = {}, {}
     for name in names:
@@ -91,17 +96,22 @@ def moments_of_run(model: nn.Module, run: Callable[[nn.Module], Any], names: Ite
             sums[name] += torch.stack([x.sum(1), x.abs().sum(1)])
 
     observe(model, run, before=add, names=found)
+    for name, moments in found.items():
+        ranks.add([moments.hessian, sums[name]])
+        moments.rows = int(ranks.total(moments.rows)[0])
     return {name: moments for name, moments in found.items() if moments.rows}
 
 
 class MomentsInTurn:
     """The moments of many layers, asked for in the order of ``names``: so many are held as ``TOGETHER`` allows.
 
+    ``calls`` are this rank's.
+
     The data is run through the model once for each part of the layers.
     """
 
-    def __init__(self, model: nn.Module, calls: list[Call], names: Iterable[str]) -> None:
-        self.model, self.calls, self.names = model, calls, list(names)
+    def __init__(self, model: nn.Module, calls: list[Call], names: Iterable[str], ranks: Ranks = ALONE) -> None:
+        self.model, self.calls, self.names, self.ranks = model, calls, list(names), ranks
         self._held: dict[str, Moments] = {}
         self._next = 0
 
@@ -117,7 +127,7 @@ class MomentsInTurn:
                 if self._next > place and size > TOGETHER:
                     break
                 self._next += 1
-            self._held = second_moments(self.model, self.calls, self.names[place : self._next])
+            self._held = second_moments(self.model, self.calls, self.names[place : self._next], self.ranks)
         return self._held.pop(name, None)
 
 

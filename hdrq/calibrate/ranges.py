@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,13 +14,15 @@ from torch.nn.utils import parametrize
 from hdrq import checks, ops
 from hdrq.calibrate.data import Call, first_samples, run_all
 from hdrq.calibrate.placement import place_quantizers
+from hdrq.calibrate.ranks import ALONE, Ranks
 from hdrq.prepare.observe import observe
 from hdrq.quantizers.attach import attach_input_quantizer, first_tensor
 from hdrq.quantizers.bits import BitWidths, integer_range
 from hdrq.quantizers.layers import TRANSPOSED, output_axis
-from hdrq.quantizers.modules import ActivationQuantizer, WeightQuantizer
+from hdrq.quantizers.modules import ActivationQuantizer, Quantizer, WeightQuantizer
 from hdrq.recipes import Recipe
 
+Q = TypeVar("Q", bound=Quantizer)
 SAMPLED = 2**20  # elements of what a module reads, of all samples together, that its scale is searched on
 
 
@@ -33,6 +35,7 @@ def attach_quantizers(
     blocks: Sequence[str],
     operands: Sequence[str] = (),
     seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> dict[str, str]:
     """Give every layer that the calls reach quantizers for its weight and for its input, in place.
 
@@ -49,6 +52,7 @@ def attach_quantizers(
         blocks: :func:`hdrq.prepare.units.find_blocks`.
         operands: more modules to quantize the inputs of (:func:`hdrq.prepare.attention.expose_operands`).
         seed: of the draw of elements.
+        ranks: share the work: a sample is read, and a scale searched, by one of them. No bit depends on how many.
 
     Returns:
         For each block, where what it reads is quantized: at the ``"block"``, or at its ``"layers"``.
@@ -58,10 +62,14 @@ def attach_quantizers(
     """
     where = (plan.activation_placement, plan.quantize_input)
     placement = place_quantizers(model, run_all(calls), bits, *where, blocks, operands)
-    weights = _weight_quantizers(model, placement.layers, plan)
+    weights = _weight_quantizers(model, placement.layers, plan, ranks)
     widths = {owner: width for owner, width in placement.inputs.values()}
-    samples = _read_samples(model, first_samples(calls, plan.range_samples), list(widths), seed)
-    quantizers = {name: _search_activation(name, samples[name], width, plan) for name, width in widths.items()}
+    samples = _read_samples(model, first_samples(calls, plan.range_samples), list(widths), seed, ranks)
+
+    def search(name: str) -> ActivationQuantizer:
+        return _search_activation(name, samples[name], widths[name], plan)
+
+    quantizers = _searched(model, widths, search, ranks)
     for name, quantizer in weights.items():
         parametrize.register_parametrization(model.get_submodule(name), "weight", quantizer)
     for name, (owner, _) in placement.inputs.items():
@@ -70,19 +78,28 @@ def attach_quantizers(
 
 
 def _weight_quantizers(
-    model: nn.Module, policy: Mapping[str, BitWidths | None], plan: Recipe
+    model: nn.Module, policy: Mapping[str, BitWidths | None], plan: Recipe, ranks: Ranks
 ) -> dict[str, WeightQuantizer]:
     """A quantizer for the weight of each layer; layers that share a weight share the quantizer of the first."""
-    quantizers: dict[str, WeightQuantizer] = {}
-    tied: dict[int, WeightQuantizer] = {}
-    for name, widths in policy.items():
-        if widths is not None:
-            layer: Any = model.get_submodule(name)
-            weight = id(layer.weight)
-            if weight not in tied:
-                tied[weight] = search_weight(name, layer, widths.weight, plan)
-            quantizers[name] = tied[weight]
-    return quantizers
+    widths = {name: width for name, width in policy.items() if width is not None}
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in widths}
+    first: dict[int, str] = {}
+    owners = {name: first.setdefault(id(layer.weight), name) for name, layer in layers.items()}
+
+    def search(name: str) -> WeightQuantizer:
+        return search_weight(name, layers[name], widths[name].weight, plan)
+
+    found = _searched(model, first.values(), search, ranks)
+    return {name: found[owner] for name, owner in owners.items()}
+
+
+def _searched(model: nn.Module, names: Iterable[str], search: Callable[[str], Q], ranks: Ranks) -> dict[str, Q]:
+    """The quantizer of each name, searched by one of the ranks."""
+    if ranks.size == 1:
+        return {name: search(name) for name in names}
+    device = next(model.parameters()).device
+    found = ranks.dealt(list(names), lambda name: search(name).cpu())
+    return {name: quantizer.to(device) for name, quantizer in found.items()}
 
 
 def search_weight(name: str, layer: Any, bits: int, plan: Recipe) -> WeightQuantizer:
@@ -206,6 +223,11 @@ class _Sampled:
         """All of them, and the extremes where they may be missing."""
         return torch.cat([*self.parts, *([self.extremes] if self.cut and self.extremes is not None else [])])
 
+    def to(self, device: torch.device | str) -> _Sampled:
+        """The same on a device."""
+        extremes = None if self.extremes is None else self.extremes.to(device)
+        return _Sampled([part.to(device) for part in self.parts], extremes, self.cut)
+
     def add(self, x: torch.Tensor, count: int, generator: torch.Generator) -> None:
         """At most ``count`` elements of a tensor, drawn at random."""
         flat = x.detach().flatten()
@@ -218,7 +240,9 @@ class _Sampled:
             self.extremes = torch.stack(torch.aminmax(torch.cat([*known, found])))
 
 
-def _read_samples(model: nn.Module, calls: Sequence[Call], names: list[str], seed: int) -> dict[str, _Sampled]:
+def _read_samples(
+    model: nn.Module, calls: Sequence[Call], names: list[str], seed: int, ranks: Ranks = ALONE
+) -> dict[str, _Sampled]:
     """Elements of what modules read, few enough to keep for all of them.
 
     Each sample runs by itself. A model that cannot do that, or does not reach the same modules then, is run as the
@@ -228,6 +252,9 @@ def _read_samples(model: nn.Module, calls: Sequence[Call], names: list[str], see
         ValueError: the calls do not reach a module.
     """
     count = sum(call.size for call in calls)
+    shared = None if ranks.size == 1 else _sampled_by(ranks, model, calls, names, max(1, SAMPLED // count), seed)
+    if shared is not None:
+        return shared
     alone = (call.at(torch.tensor([k])) for call in calls for k in range(call.size))
     try:
         samples = _sampled(model, alone, names, max(1, SAMPLED // count), seed)
@@ -259,6 +286,53 @@ def _sampled(model: nn.Module, calls: Iterable[Call], names: list[str], count: i
     for call in calls:
         observe(model, call, before=keep, names=names)
     return samples
+
+
+def _sampled_by(
+    ranks: Ranks, model: nn.Module, calls: Sequence[Call], names: list[str], count: int, seed: int
+) -> dict[str, _Sampled] | None:
+    """What :func:`_sampled` gives, each sample read by one of the ranks; None where samples are not read alike.
+
+    A rank makes the draws of others' samples too, as if they were the first, so that its own are those of one process.
+    """
+    alone = [call.at(torch.tensor([k])) for call in calls for k in range(call.size)]
+    generator = torch.Generator().manual_seed(seed)
+    reads: list[list[tuple[str, int]]] = []
+    samples: dict[str, _Sampled] = {}
+
+    def keep(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = first_tensor(args, kwargs, name)
+        reads[-1].append((name, x.numel()))
+        samples.setdefault(name, _Sampled()).add(x, count, generator)
+
+    try:
+        for number, call in enumerate(alone):
+            if number and number % ranks.size != ranks.rank:
+                for _, length in reads[0]:
+                    if length > count:
+                        _drawn(length, count, generator)
+                continue
+            reads.append([])
+            observe(model, call, before=keep, names=names)
+            if number == 0 and ranks.rank:
+                samples.clear()
+    except Exception:  # whatever the model raises: it runs on batches then, or says so there
+        reads.append([])
+    alike = all(each == reads[0] for each in reads) and {name for name, _ in reads[0]} == set(names)
+    if not all(ranks.gather(alike)) or len({tuple(each) for each in ranks.gather(reads[0])}) > 1:
+        return None
+    device = next(model.parameters()).device
+    found = {name: ranks.gather(samples.get(name, _Sampled()).to("cpu")) for name in names}
+    return {name: _in_turn(parts, len(alone)).to(device) for name, parts in found.items()}
+
+
+def _in_turn(found: Sequence[_Sampled], count: int) -> _Sampled:
+    """What ranks have read of ``count`` samples, of which each has every ``len(found)``-th, in the samples' order."""
+    calls = sum(len(one.parts) for one in found) // count  # of each sample
+    turns = [divmod(number, len(found)) for number in range(count)]
+    parts = [part for turn, rank in turns for part in found[rank].parts[turn * calls : (turn + 1) * calls]]
+    extremes = torch.cat([one.extremes for one in found if one.extremes is not None])
+    return _Sampled(parts, torch.stack(torch.aminmax(extremes)), any(one.cut for one in found))
 
 
 def _drawn(length: int, count: int, generator: torch.Generator) -> torch.Tensor:

@@ -19,10 +19,12 @@ from hdrq.calibrate.cache import Cache, Rows
 from hdrq.calibrate.data import Call
 from hdrq.calibrate.progress import Step
 from hdrq.calibrate.propagate import Activations
+from hdrq.calibrate.ranks import ALONE, Ranks
 from hdrq.calibrate.replay import check_replay, representative
 from hdrq.calibrate.report import BlockReport, LayerReport
+from hdrq.calibrate.settings import DEFAULT, RunSettings
 from hdrq.calibrate.trace import Node, trace
-from hdrq.checkpoint.workdir import Workdir
+from hdrq.checkpoint.workdir import Workdir, state_hash
 from hdrq.quantizers.layers import QuantizedLayer, quantized_layers
 from hdrq.quantizers.modules import ActivationQuantizer
 
@@ -32,7 +34,10 @@ LossRow = tuple[str, int, float]  # the unit, the iteration, the reconstruction 
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit of a model, and all that a method may fit it by. Rows have one entry for each calibration sample."""
+    """One unit of a model, and all that a method may fit it by. Rows have one entry for each calibration sample.
+
+    Where ranks share the samples, these are this rank's, and a method leaves the unit the same on all of them.
+    """
 
     index: int
     node: Node  # its name, and how its arguments and results are made of rows
@@ -49,6 +54,8 @@ class Unit:
     entry: ActivationQuantizer | None = (
         None  # it quantizes its first input; an earlier unit has fitted it as its output
     )
+    ranks: Ranks = ALONE  # share the samples
+    samples: int | None = None  # of all ranks together; None for those of the rows
 
     @property
     def name(self) -> str:
@@ -56,8 +63,8 @@ class Unit:
 
     @property
     def count(self) -> int:
-        """How many calibration samples there are."""
-        return len(self.target.tensor)
+        """How many calibration samples there are, on all ranks together."""
+        return len(self.target.tensor) if self.samples is None else self.samples
 
     @property
     def weights(self) -> list[QuantizedLayer]:
@@ -110,6 +117,12 @@ class Journal:
     every: int = 0
     losses: list[LossRow] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, settings: RunSettings, units: int, part: str, losses: Sequence[LossRow]) -> Journal:
+        """The journal of a run in which ``losses`` were noted before."""
+        every = settings.checkpoint_every if settings.workdir else 0
+        return cls(units, part, settings.progress or None, settings.workdir, every, list(losses))  # type: ignore[arg-type]
+
     def note(self, unit: Unit, iteration: int, iterations: int, loss: float) -> None:
         """The loss after so many iterations."""
         self.losses.append((unit.name + self.part, iteration, loss))
@@ -155,10 +168,8 @@ def walk(
     batches: list[Call],
     method: Method,
     cache: Cache,
+    settings: RunSettings = DEFAULT,
     *,
-    progress: Callable[[Step], None] | None = None,
-    workdir: Workdir | None = None,
-    checkpoint_every: int = 0,
     walks: tuple[int, int] = (0, 1),
     losses: Sequence[LossRow] = (),
     teachers: Sequence[nn.Module] | None = None,
@@ -169,6 +180,8 @@ def walk(
         full: the model in full precision.
         model: a copy of it with quantizers.
         names: the units (:func:`hdrq.prepare.units.find_blocks`).
+        batches: of all ranks; each runs its own.
+        settings: ``progress`` is a callable or None.
         walks: the number of this walk among how many over the same units. Units are numbered through all of them.
         losses: those that earlier walks noted.
         teachers: one model in full precision for each batch, of whose units inputs and outputs are kept in place of
@@ -176,16 +189,20 @@ def walk(
 
     Returns:
         A report of each unit that had something to fit, and the losses that were noted, the earlier ones first.
+
+    Raises:
+        ValueError: a unit that was fitted is not the same on all ranks.
     """
+    ranks, samples = settings.ranks, sum(call.size for call in batches)
     nodes = trace(full, list(names), representative(full, names, batches[0]))
+    batches = ranks.share(batches)
     teaching = [full] * len(batches) if teachers is None else list(teachers)
     for each in dict.fromkeys(teaching):
         check_replay(each, nodes, [call for call, own in zip(batches, teaching, strict=True) if own is each])
     in_full, behind_quantized = Activations(teaching, nodes, batches, cache), Activations(model, nodes, batches, cache)
     number, count = walks
     part = f": {method.fits[0]}" if count > 1 else ""
-    every = checkpoint_every if workdir else 0
-    journal = Journal(count * len(nodes), part, progress, workdir, every, list(losses))
+    journal = Journal.of(settings, count * len(nodes), part, losses)
     fitted_before: set[int] = set()
     reports = []
     for index, node in enumerate(nodes):
@@ -206,8 +223,10 @@ def walk(
         if layers or activations:
             place, placed = number * len(nodes) + index, replace(node, inputs=behind_quantized.layout(index, model))
             rows = (quantized, inputs, target)
-            unit = Unit(place, placed, module, reference, layers, activations, *rows, output=output, entry=entry)
+            unit = Unit(place, placed, module, reference, layers, activations, *rows, output, entry, ranks, samples)
             fitted = _fit(unit, method, journal)
+            if ranks.size > 1:
+                ranks.check_same({f"block {node.name or 'model'}": state_hash(module.state_dict())})
             seconds = time.perf_counter() - began
             reports.append(BlockReport(node.name + part, **fitted.losses, seconds=seconds, layers=fitted.layers))
 

@@ -10,6 +10,7 @@ from torch import nn
 from hdrq import checks
 from hdrq.calibrate.data import Call
 from hdrq.calibrate.moments import Moments, MomentsInTurn
+from hdrq.calibrate.ranks import ALONE, Ranks
 from hdrq.quantizers.layers import quantized_layers
 from hdrq.quantizers.provenance import Statistics
 
@@ -25,15 +26,16 @@ def check_rank(value: Any) -> int | None:
     return None if value is True else checks.integer("statistics", value, 1, 2**16)
 
 
-def collect(model: nn.Module, calls: list[Call], rank: int | None) -> dict[str, Statistics]:
+def collect(model: nn.Module, calls: list[Call], rank: int | None, ranks: Ranks = ALONE) -> dict[str, Statistics]:
     """The statistics of each weight of a quantized model, by the layer that has it: behind all that is quantized.
 
     Layers that share a weight have the sum of their moments. A weight of which one of them has none has none.
+    ``calls`` are this rank's; ``rank`` is that of a sketch.
     """
     readers: dict[int, list[str]] = {}
     for name, layer in quantized_layers(model).items():
         readers.setdefault(id(layer.latent), []).append(name)
-    turns = MomentsInTurn(model, calls, [name for names in readers.values() for name in names])
+    turns = MomentsInTurn(model, calls, [name for names in readers.values() for name in names], ranks)
     found = {}
     for names in readers.values():
         parts = [turns.of(name) for name in names]

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from hdrq import checks
 from hdrq.calibrate.data import Call
+from hdrq.calibrate.ranks import ALONE, Ranks
 from hdrq.prepare.observe import observe
 
 
@@ -85,16 +86,17 @@ def accuracy_of(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Te
 
 @torch.no_grad()
 def accumulated_errors(
-    model: nn.Module, full: nn.Module, batches: Sequence[Call], blocks: Sequence[str]
+    model: nn.Module, full: nn.Module, batches: Sequence[Call], blocks: Sequence[str], ranks: Ranks = ALONE
 ) -> dict[str, float]:
     """How far a quantized model is from full precision: ``‖y_q − y‖² / ‖y‖²`` of each block's output and the model's.
 
     Nothing is reset between blocks, so the error of a block contains that of all before it. Sums run over all
-    samples of ``batches``, in float64, of the first tensor that a block returns at its first call.
+    samples of ``batches``, in float64, of the first tensor that a block returns at its first call. Each of ``ranks``
+    runs its part of them.
     """
     names = (*blocks, "output")
     wrong, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    for call in batches:
+    for call in ranks.share(batches):
         ours, theirs = (_outputs(m, call, blocks) for m in (model, full))
         for name in names:
             y = theirs[name].double()
@@ -105,7 +107,8 @@ def accumulated_errors(
                 )
             wrong[name] += float((ours[name].double() - y).square().sum())
             size[name] += float(y.square().sum())
-    return {name: wrong[name] / max(size[name], 1e-300) for name in names}
+    sums = ranks.total(*wrong.values(), *size.values())
+    return {name: each / max(of, 1e-300) for name, each, of in zip(names, sums, sums[len(names) :], strict=False)}
 
 
 def _outputs(model: nn.Module, call: Call, blocks: Sequence[str]) -> dict[str, torch.Tensor]:

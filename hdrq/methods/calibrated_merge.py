@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -16,10 +15,11 @@ from hdrq import checks
 from hdrq.calibrate.cache import Cache
 from hdrq.calibrate.data import data_hash, run_all
 from hdrq.calibrate.finite import check_finite
-from hdrq.calibrate.progress import Step, bars
+from hdrq.calibrate.progress import Step
 from hdrq.calibrate.replay import without_caches
 from hdrq.calibrate.report import RunReport, set_report
 from hdrq.calibrate.sequential import walk
+from hdrq.calibrate.settings import RunSettings
 from hdrq.checkpoint.files import output_path
 from hdrq.checkpoint.loading import float_dtype, load
 from hdrq.checkpoint.saving import save
@@ -86,8 +86,8 @@ def merge_calibrated(
     targets = [{n: Target(layer.latent, layer.module.bias) for n, layer in each.items()} for each in own]
     method = guided.method(targets, spans(by_task))
     report = RunReport(f"merge towards {guided.target}")
-    with without_caches(full, merged), bars() if progress is True else nullcontext(progress or None) as show:
-        report.blocks, report.losses = walk(full, merged, units, batches, method, Cache(device_of(full)), progress=show)
+    with without_caches(full, merged), RunSettings(progress=progress).shown() as told:
+        report.blocks, report.losses = walk(full, merged, units, batches, method, Cache(device_of(full)), told)
     round_to_nearest(merged)
     warn_of_layers(report)
     set_report(merged, report)

@@ -149,7 +149,7 @@ class LayerWise:
         if self.moments is not None:
             parts = [self.moments(unit, layer.name) for layer in layers]
         else:
-            parts = [unit_moments(unit, layer.name, self.tasks or [(0, unit.count)]) for layer in layers]
+            parts = [unit_moments(unit, layer.name, self.tasks or [(0, len(unit.target.tensor))]) for layer in layers]
         if not all(parts):
             return None
         total, *others = (part for part in parts if part is not None)
@@ -261,7 +261,8 @@ def run_unit(unit: Unit, rows: Sequence[Rows], start: int, stop: int) -> Callabl
 def unit_moments(unit: Unit, name: str, tasks: Sequence[tuple[int, int]]) -> list[Moments] | None:
     """The second moments of what a layer of a unit reads, behind the quantized prefix, on the samples of each task."""
     own = own_name(unit, name)
-    found = [moments_of_run(unit.module, run_unit(unit, unit.quantized, *task), [own]) for task in tasks]
+    runs = [run_unit(unit, unit.quantized, *task) for task in tasks]
+    found = [moments_of_run(unit.module, run, [own], unit.ranks) for run in runs]
     return [moments[own] for moments in found] if all(own in moments for moments in found) else None
 
 

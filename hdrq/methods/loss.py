@@ -54,13 +54,14 @@ class UnitLoss:
 
     @torch.no_grad()
     def measured(self, samples: torch.Tensor, batch_size: int) -> float:
-        """Behind the quantized prefix, on the samples of these numbers."""
-        total = 0.0
-        for index in samples.split(batch_size):
+        """Behind the quantized prefix, on the samples of these numbers: of all ranks, of which each runs its own."""
+        total, ranks = 0.0, self.unit.ranks
+        own = ranks.own(samples, self.unit.count)
+        for index in own.split(batch_size) if len(own) else ():
             rows = (*self.unit.quantized, self.unit.target)
             *inputs, target = (each.gather(index).to(each.device) for each in rows)
             total += float(self(inputs, target)) * len(index)
-        return total / len(samples)
+        return ranks.total(total)[0] / len(samples)
 
 
 @torch.no_grad()

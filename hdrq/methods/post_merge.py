@@ -18,6 +18,7 @@ from hdrq.calibrate.progress import Step
 from hdrq.calibrate.ranges import search_weight_scale
 from hdrq.calibrate.report import report_of, set_report
 from hdrq.calibrate.sequential import Method, Unit
+from hdrq.calibrate.settings import RunSettings
 from hdrq.checkpoint.workdir import state_hash
 from hdrq.checks import listed
 from hdrq.merging.float_merges import FloatMerge, merge_float
@@ -175,12 +176,9 @@ def post_merge(
         checked,
         plan,
         methods,
+        RunSettings(seed, cache, cache_bytes, progress),
         bits=bits,
         blocks=blocks,
-        seed=seed,
-        cache=cache,
-        cache_bytes=cache_bytes,
-        progress=progress,
         facts={"post_merge": how, "fingerprints": {"calibration": data_hash(batches)}},
         reaching=_in_turn([first_samples(calls, each) for calls in by_task]),
         rounds=rounds,

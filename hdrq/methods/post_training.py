@@ -6,9 +6,8 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,14 +16,17 @@ from hdrq import checks
 from hdrq.calibrate.cache import Cache
 from hdrq.calibrate.data import Call, calibration_calls, check_call, data_hash, first_samples, run_all
 from hdrq.calibrate.finite import check_finite
-from hdrq.calibrate.progress import Step, bars
+from hdrq.calibrate.progress import Step
 from hdrq.calibrate.ranges import attach_quantizers
+from hdrq.calibrate.ranks import Ranks
 from hdrq.calibrate.replay import without_caches
 from hdrq.calibrate.report import RunReport, peak_memory, set_report
 from hdrq.calibrate.sequential import Method, walk
+from hdrq.calibrate.settings import RunSettings
+from hdrq.calibrate.shared_workdir import SharedWorkdir
 from hdrq.calibrate.statistics import check_rank, collect
 from hdrq.checkpoint.saving import check_storable
-from hdrq.checkpoint.workdir import Workdir, fingerprint, state_hash
+from hdrq.checkpoint.workdir import fingerprint, state_hash
 from hdrq.checks import listed
 from hdrq.errors import DivergenceError
 from hdrq.evaluate.metrics import accumulated_errors
@@ -32,6 +34,7 @@ from hdrq.methods.awq import AWQ
 from hdrq.methods.layerwise import LayerWise
 from hdrq.methods.nearest import round_to_nearest
 from hdrq.methods.reconstruct.method import Reconstruction
+from hdrq.methods.reconstruct.samples import part, split
 from hdrq.methods.sensitivity import chosen_bits
 from hdrq.prepare.attention import quantized_operands
 from hdrq.prepare.coverage import coverage, warn_of_float, warn_of_products
@@ -43,6 +46,9 @@ from hdrq.quantizers.provenance import set_origin, set_statistics
 from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
 from hdrq.rng import CONTRACT
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 REACHING = 128  # samples, at least, that say which modules of a model are reached
 
@@ -69,6 +75,7 @@ def quantize(
     checkpoint_every: int = 0,
     statistics: bool | int = False,
     progress: Callable[[Step], None] | bool = True,
+    process_group: ProcessGroup | None = None,
     **knobs,
 ) -> nn.Module:
     """Quantize a model after training, from unlabelled data.
@@ -113,6 +120,11 @@ def quantize(
             are rounded for them with no data (:class:`hdrq.methods.statistics_merge.StatisticsMerge`): True for all of
             them, 2·K² bytes for a weight of K inputs, or the rank r of a sketch, 4·K·(r + 2) bytes.
         progress: called with a :class:`Step` from time to time; True for bars if standard error is a terminal.
+            Rank 0 of a process group alone is asked.
+        process_group: a group of torch.distributed, such as ``torch.distributed.group.WORLD``. Every rank of it makes
+            this call with the same arguments: together they reconstruct each block, each from its part of the samples,
+            and return the same model. Rank 0 alone touches ``workdir``. None: this process alone, whatever is
+            initialised. ``docs/distributed.md`` says what is equal to the bit.
         knobs: any other field of the recipe.
 
     Returns:
@@ -124,68 +136,104 @@ def quantize(
         DivergenceError: a loss is not finite (a FloatingPointError). It names block, layer and iteration, and holds
             the model.
         OSError: a disk is full; what is finished stays in ``workdir``.
+        RankError: another rank of the process group has failed (a ConnectionError).
 
     Source: HDRQ (Shin et al., ICML 2025); QDrop (Wei et al., ICLR 2022); BRECQ (Li et al., ICLR 2021);
     GPTQ (Frantar et al., ICLR 2023); AWQ (Lin et al., MLSys 2024).
     """
-    if iterations is not None:
-        knobs["iterations"] = iterations
-    plan = make_recipe(recipe, preset, **knobs)
-    check_bits(bits)
-    seed = checks.integer("seed", seed, 0, 2**63 - 1)
-    checks.integer("checkpoint_every", checkpoint_every, 0, 2**31)
-    checks.choice("graph", graph, ("auto", True, False))
-    rank = None if statistics is False else check_rank(statistics)
-    if resume and workdir is None:
-        raise ValueError("workdir must be the folder of the run to resume, got None")
-    check_module("model", model, bits)
-    if source is not None:
-        check_module("source", source, bits)
-    batches = calibration_calls(calibration)
-    checked = None if held_out is None else calibration_calls(held_out, "held_out")
-    check_call(model, batches[0])
-    if checked is not None:
-        check_call(model, checked[0], "held_out")
-    if plan.needs_source and source is None:
-        raise ValueError("source must be the model before its adaptation where distance > 0, got None; or distance=0")
-    bits = chosen_bits(model, batches, plan, bits)
-    folder = None
-    states = {"model": state_hash(model.state_dict()), "calibration": data_hash(batches)}
-    if source is not None:
-        states["source"] = state_hash(source.state_dict())
-    if workdir is not None:
-        check_storable(model)
-        folder = Workdir(workdir, fingerprint(model, states, plan, bits, seed, blocks), resume)
+    ranks = Ranks.of(process_group)
+    with ranks.together():
+        if iterations is not None:
+            knobs["iterations"] = iterations
+        plan = make_recipe(recipe, preset, **knobs)
+        check_bits(bits)
+        seed = checks.integer("seed", seed, 0, 2**63 - 1)
+        checks.integer("checkpoint_every", checkpoint_every, 0, 2**31)
+        checks.choice("graph", graph, ("auto", True, False))
+        rank = None if statistics is False else check_rank(statistics)
+        if resume and workdir is None:
+            raise ValueError("workdir must be the folder of the run to resume, got None")
+        check_module("model", model, bits)
+        if source is not None:
+            check_module("source", source, bits)
+        batches = calibration_calls(calibration)
+        checked = None if held_out is None else calibration_calls(held_out, "held_out")
+        check_call(model, batches[0])
+        if checked is not None:
+            check_call(model, checked[0], "held_out")
+        if plan.needs_source and source is None:
+            raise ValueError(
+                "source must be the model before its adaptation where distance > 0, got None; or distance=0"
+            )
+        check_shareable(plan, graph, sum(call.size for call in batches), ranks)
+        bits = chosen_bits(model, batches, plan, bits)
+        states = {"model": state_hash(model.state_dict()), "calibration": data_hash(batches)}
+        if source is not None:
+            states["source"] = state_hash(source.state_dict())
+        run = fingerprint(model, states, plan, bits, seed, blocks)
+        if ranks.size > 1:
+            run["processes"] = ranks.size
+            ranks.check_same({**run, "workdir": workdir is not None, "resume": resume, "statistics": statistics})
+        folder = None
+        if workdir is not None:
+            check_storable(model)
+            folder = SharedWorkdir(workdir, run, resume, ranks)
+        settings = RunSettings(seed, cache, cache_bytes, progress, folder, checkpoint_every, ranks)
 
-    def methods(quantized: nn.Module) -> list[Method]:
-        if plan.method == "awq":
-            return [AWQ(plan, quantized, seed)]
-        if plan.method == "gptq":
-            return [LayerWise(plan.damping, plan.act_order)]
-        if not plan.iterations:
-            return []
-        weights = source_weights(source, quantized, batches) if source is not None and plan.needs_source else {}
-        return [Reconstruction(part, weights, seed, graph) for part in plan.walks()]
+        def methods(quantized: nn.Module) -> list[Method]:
+            if plan.method == "awq":
+                return [AWQ(plan, quantized, seed)]
+            if plan.method == "gptq":
+                return [LayerWise(plan.damping, plan.act_order)]
+            if not plan.iterations:
+                return []
+            weights = source_weights(source, quantized, batches) if source is not None and plan.needs_source else {}
+            return [Reconstruction(part, weights, seed, graph) for part in plan.walks()]
 
-    quantized, _ = fit(
-        model,
-        batches,
-        checked,
-        plan,
-        methods,
-        bits=bits,
-        blocks=blocks,
-        seed=seed,
-        cache=cache,
-        cache_bytes=cache_bytes,
-        folder=folder,
-        checkpoint_every=checkpoint_every,
-        progress=progress,
-        facts={"fingerprints": states},
-    )
-    if statistics is not False:
-        set_statistics(quantized, collect(quantized, batches, rank))
-    return quantized
+        facts: dict[str, Any] = {"fingerprints": states}
+        if ranks.size > 1:
+            facts["processes"] = ranks.size
+        quantized, _ = fit(model, batches, checked, plan, methods, settings, bits=bits, blocks=blocks, facts=facts)
+        if statistics is not False:
+            set_statistics(quantized, collect(quantized, ranks.share(batches), rank, ranks))
+        return quantized
+
+
+def check_shareable(plan: Recipe, graph: bool | str, samples: int, ranks: Ranks) -> None:
+    """Refuse what several ranks cannot do together.
+
+    Args:
+        samples: of all ranks.
+
+    Raises:
+        ValueError: names it, and the way out.
+    """
+    if ranks.size == 1:
+        return
+    if plan.method == "awq":
+        raise ValueError(
+            'recipe must be another than "awq" in a process_group: its folds are tried on the samples of one process; '
+            'use one process, or "gptq"'
+        )
+    if graph is True:
+        raise ValueError('graph must be False or "auto" in a process_group, whose exchanges no graph has, got True')
+    if not plan.iterations:
+        return
+    if plan.noise_activations and plan.noise == "empirical":
+        raise ValueError(
+            'noise_activations must be False in a process_group, or noise "uniform": empirical noise has the '
+            "distribution of a whole batch's rounding errors, of which a rank has a part; use one process"
+        )
+    if plan.batch_size % ranks.size:
+        raise ValueError(
+            f"batch_size must be a multiple of the {ranks.size} ranks, which have equal parts of a batch, got "
+            f"{plan.batch_size}"
+        )
+    if not part(split(samples, plan.judged_samples)[0], samples, plan.batch_size, ranks):
+        raise ValueError(
+            f"calibration must have a sample to learn from for each of {ranks.size} ranks, got {samples} of which "
+            f"{min(plan.judged_samples, samples // 8)} are judged by; give more, or take fewer ranks"
+        )
 
 
 def fit(
@@ -194,16 +242,11 @@ def fit(
     checked: list[Call] | None,
     plan: Recipe,
     methods: Callable[[nn.Module], list[Method]],
+    settings: RunSettings,
     *,
     bits: str | Mapping[str, str],
     blocks: Sequence[str] | None,
-    seed: int,
-    cache: str,
-    cache_bytes: int | None,
-    progress: Callable[[Step], None] | bool,
     facts: Mapping[str, Any],
-    folder: Workdir | None = None,
-    checkpoint_every: int = 0,
     reaching: list[Call] | None = None,
     rounds: bool = True,
     folds: bool = True,
@@ -222,17 +265,19 @@ def fit(
     Returns:
         The quantized model, and the model in full precision that it was made of.
     """
-    began = time.perf_counter()
+    began, ranks = time.perf_counter(), settings.ranks
     reaching = reaching or first_samples(batches, max(plan.range_samples, REACHING))
     first, example = run_all(batches[:1], "model must run on calibration"), run_all(reaching)
     ready = prepare(model, first, example, bits, blocks=blocks, attention=plan.attention, fold=folds)
     full, quantized, units = ready.full, ready.quantized, ready.units
     if checked is not None:
         run_all(first_samples(checked, 1), "model must run on held_out")(full)
-        check_finite(full, checked, units, "held_out")
+        check_finite(full, checked, units, "held_out", ranks)
     walks = plan.iterations > 0 or plan.in_closed_form
-    check_finite(full, batches if walks else reaching, units)
-    placement = attach_quantizers(quantized, reaching, bits, plan, units, ready.operands, seed)
+    check_finite(full, batches if walks else reaching, units, ranks=ranks)
+    placement = attach_quantizers(quantized, reaching, bits, plan, units, ready.operands, settings.seed, ranks)
+    if ranks.size > 1:
+        ranks.check_same({"the prepared model": state_hash(quantized.state_dict()), "units": units})
     share = coverage(quantized, full, example, sum(call.size for call in reaching))
     if rounds:
         warn_of_float(quantized, full, share, bits)
@@ -240,7 +285,7 @@ def fit(
         warn_of_products(quantized, share, bits)
 
     def errors() -> dict[str, float]:
-        return {} if checked is None else accumulated_errors(quantized, full, checked, units)
+        return {} if checked is None else accumulated_errors(quantized, full, checked, units, ranks)
 
     report = RunReport(
         plan.name,
@@ -250,11 +295,13 @@ def fit(
         coverage=share,
     )
     if walks:
-        store = Cache(device_of(full), cache, cache_bytes, None if folder is None else folder.path)
+        folder = None if settings.workdir is None else settings.workdir.path
+        sharers = ranks.on_this_host()
+        store = Cache(device_of(full), settings.cache, settings.cache_bytes, folder, sharers)
         found = methods(quantized)
         with (
             without_caches(full, quantized, *(teachers or ())),
-            bars() if progress is True else nullcontext(progress or None) as show,
+            settings.shown() as told,
         ):
             try:
                 for number, method in enumerate(found):
@@ -267,9 +314,7 @@ def fit(
                         batches,
                         method,
                         store,
-                        progress=show,
-                        workdir=folder,
-                        checkpoint_every=checkpoint_every,
+                        told,
                         walks=(number, len(found)),
                         losses=report.losses,
                         teachers=teachers,
@@ -285,7 +330,7 @@ def fit(
     report.errors = errors() if walks else report.nearest
     report.seconds, report.peak_memory = time.perf_counter() - began, peak_memory(device_of(full))
     policy = bits if isinstance(bits, str) else dict(bits)
-    how = {"contract": CONTRACT, "recipe": asdict(plan), "bits": policy, "seed": seed, **facts}
+    how = {"contract": CONTRACT, "recipe": asdict(plan), "bits": policy, "seed": settings.seed, **facts}
     set_origin(quantized, {"folded": ready.folded, **how, "coverage": share.as_dict()})
     set_report(quantized, report)
     return quantized, full

@@ -12,6 +12,7 @@ from torch import nn
 from hdrq import checks, recipes
 from hdrq.calibrate.data import Call, calibration_calls, check_call, data_hash, first_samples, run_all
 from hdrq.calibrate.report import report_of
+from hdrq.calibrate.settings import RunSettings
 from hdrq.checkpoint.workdir import state_hash
 from hdrq.methods.nearest import round_to_nearest
 from hdrq.methods.post_training import fit
@@ -108,12 +109,9 @@ def prepare(
             None,
             plan,
             lambda _: [],
+            RunSettings(seed),
             bits=policy,
             blocks=None,
-            seed=seed,
-            cache="auto",
-            cache_bytes=None,
-            progress=False,
             facts={"fingerprints": {"model": state_hash(model.state_dict()), "calibration": data_hash(batches)}},
             rounds=False,
             folds=batchnorm == "fold",

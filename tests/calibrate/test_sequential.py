@@ -13,6 +13,7 @@ from hdrq.calibrate.cache import Cache
 from hdrq.calibrate.data import calibration_calls, first_samples, run_all
 from hdrq.calibrate.ranges import attach_quantizers
 from hdrq.calibrate.sequential import PARTS, Fitted, walk
+from hdrq.calibrate.settings import RunSettings
 from hdrq.calibrate.trace import trace
 from hdrq.methods.nearest import Nearest
 from hdrq.methods.post_training import fold
@@ -122,7 +123,7 @@ def test_what_a_method_returns_is_what_a_resumed_walk_restores(tmp_path):
             calls,
             method,
             Cache(torch.device("cpu")),
-            workdir=Workdir(tmp_path, {"run": 1}, resume),
+            RunSettings(workdir=Workdir(tmp_path, {"run": 1}, resume)),
         )
         results.append(state(quantized))
     assert same(*results)

@@ -39,7 +39,11 @@ class Best(NamedTuple):
 
 
 class Learner:
-    """A unit while it is learned.
+    """A unit while it is learned, by all ranks that share its samples.
+
+    Each rank runs its part of a batch. Gradients of quantized weights, of activations' scales and of biases are
+    averaged before anything else is made of them, so every rank takes the same step. Noise of weights is the same on
+    all ranks; drops and noise of activations are of other streams on each.
 
     Args:
         source: the source's weights for the unit's layers; empty where no distance is asked for.
@@ -51,31 +55,40 @@ class Learner:
         self, unit: Unit, recipe: Recipe, source: dict[str, torch.Tensor], seed: int, graph: bool | str = "auto"
     ) -> None:
         self.unit, self.recipe, self.source, self.graph = unit, recipe, source, graph
-        self.device = unit.target.device
+        self.device, self.ranks = unit.target.device, unit.ranks
         self.weights = unit.weights
+        self.quantizers = [layer.weight_quantizer for layer in self.weights]
         self.loss = UnitLoss(unit, channel_axis(unit), recipe.norm if recipe.learns == "activations" else 2.0)
         self._give_streams(seed)
         learned_from, self.judged = samples.split(unit.count, recipe.judged_samples)
-        size = min(recipe.batch_size, len(learned_from))
-        last = rng_state(seed, (unit.index << 16) + 2**16 - 1)
-        order = samples.order(len(learned_from), recipe.iterations * size, last)
-        self.indices = learned_from[order].view(recipe.iterations, size)
+        size = samples.part(learned_from, unit.count, recipe.batch_size, self.ranks)
+        own = self.ranks.own(learned_from, unit.count)
+        last = rng_state(seed, (unit.index << 16) + 2**16 - 1, self.ranks.rank)
+        order = samples.order(len(own), recipe.iterations * size, last)
+        self.indices = own[order].view(recipe.iterations, size)
         self.schedule = schedule(recipe).to(self.device)
         self.row = self.schedule.new_zeros(self.schedule.shape[1])  # of the schedule, for this iteration
         self.parameters = Parameters(unit, recipe, self.row)
-        self.quantizers = [layer.weight_quantizer for layer in self.weights]
         self.phase = self._phase(0)
         self.best = Best(math.inf, math.inf, 0, {})
+        self._differentiated: list[str] | None = None  # what had a gradient in the first step
 
     def _give_streams(self, seed: int) -> None:
         """Give every quantizer a random stream of its own, and every input of the unit one for its mix.
 
-        A unit has 2¹⁶ streams, of which the last is that of the order of samples.
+        A unit has 2¹⁶ streams, of which the last is that of the order of samples: rank r's order is of step r there.
+        Weights have the same streams on all ranks, and what depends on samples has others on each.
         """
-        quantizers: list[Quantizer] = [layer.weight_quantizer for layer in self.weights]
-        quantizers += self.unit.activations.values()
-        first = self.unit.index << 16
-        streams = range(first, first + len(quantizers) + len(self.unit.quantized))
+        weights, activations = self.quantizers, list(self.unit.activations.values())
+        quantizers: list[Quantizer] = [*weights, *activations]
+        first, each = self.unit.index << 16, len(activations) + len(self.unit.quantized)
+        if len(weights) + each * self.ranks.size >= 2**16:
+            raise ValueError(
+                f"block {self.unit.name or 'model'} must have fewer than {2**16} random streams, got {len(weights)} "
+                f"for its weights and {each} for each of {self.ranks.size} ranks; take fewer, or smaller blocks="
+            )
+        own = first + len(weights) + each * self.ranks.rank
+        streams = [*range(first, first + len(weights)), *range(own, own + each)]
         self.rngs = torch.stack([rng_state(seed, stream) for stream in streams]).to(self.device)
         for quantizer, rng in zip(quantizers, self.rngs, strict=False):
             quantizer.rng = rng
@@ -130,10 +143,11 @@ class Learner:
             error = self._reconstruction_loss(batch)
             if error.requires_grad:
                 error.backward()
+        error = self._averaged(error.detach(), leaves)
         reached = [(weight, leaf.grad) for weight, leaf in zip(weights, leaves, strict=True) if leaf.grad is not None]
         if self.weights and not reached:
             raise self._unreached()
-        loss = error.detach()
+        loss = error
         roots, grads = [weight for weight, _ in reached], [grad for _, grad in reached]
         if isinstance(regularizer, torch.Tensor) and regularizer.requires_grad:
             loss = loss + regularizer.detach()
@@ -143,7 +157,38 @@ class Learner:
         self.parameters.step()
         with torch.no_grad():
             self.rngs[:, 2] += 1
-        return error.detach(), loss
+        return error, loss
+
+    def _averaged(self, error: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Tensor:
+        """The loss of the whole batch; gradients, in place, are made those of it too.
+
+        LSQ's factor of an activation's scale counts the elements of a rank's part, of which the batch has ``size``
+        times as many: the mean gradient is divided by the root of that.
+
+        Raises:
+            ValueError: a rank, or this step, has gradients of other tensors than the others.
+        """
+        if self.ranks.size == 1:
+            return error
+        of_weights = {layer.name: leaf.grad for layer, leaf in zip(self.weights, leaves, strict=True)}
+        of_others = {name: p.grad for name, p in self.parameters.by_name.items()}
+        grads = {name: grad for name, grad in (of_weights | of_others).items() if grad is not None}
+        if self._differentiated is None:
+            self.ranks.check_same({f"gradients of block {self.unit.name or 'model'}": list(grads)})
+            self._differentiated = list(grads)
+        if list(grads) != self._differentiated:
+            odd = sorted(set(self._differentiated).symmetric_difference(grads))
+            raise ValueError(
+                f"block {self.unit.name or 'model'} must have gradients of the same tensors in every step where ranks "
+                f"share samples, got a step that differs in {checks.listed(odd)}; keep those in float, or use one "
+                "process"
+            )
+        error = error.clone()
+        self.ranks.average([error, *grads.values()])
+        for name in self.unit.activations:
+            if (grad := of_others[f"{name}.scale"]) is not None:
+                grad *= self.ranks.size**-0.5
+        return error
 
     def _reconstruction_loss(self, batch: list[torch.Tensor]) -> torch.Tensor:
         *inputs, target = batch
@@ -193,7 +238,7 @@ class Learner:
         return batches(sources, self.indices[start:])
 
     def _graphed(self) -> Callable:
-        if self.graph is False or self.device.type != "cuda":
+        if self.graph is False or self.device.type != "cuda" or self.ranks.size > 1:
             return self.step
         return Graph(self.step, self.graph is True, self.device)
 
@@ -303,6 +348,7 @@ class Learner:
             if not self._finite(loss):
                 break
         broken = [name for name, p in self.parameters.by_name.items() if not p.isfinite().all()]
+        broken_layers = [name for found in self.ranks.gather(broken_layers) for name in found]
         self.load(state, good)
         layer = (broken_layers or [name.rpartition(".")[0] for name in broken] or ["none: the loss itself"])[0]
         return DivergenceError(self.unit.name, layer, i + 1, float(loss), good)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from hdrq.calibrate.ranks import Ranks
 from hdrq.methods.loss import reported_samples
 from hdrq.rng import words
 
@@ -20,6 +23,12 @@ def split(count: int, judged: int) -> tuple[torch.Tensor, torch.Tensor]:
     apart = torch.zeros(count, dtype=torch.bool)
     apart[torch.arange(judged) * count // judged] = True
     return every[~apart], every[apart]
+
+
+def part(learned_from: torch.Tensor, count: int, batch_size: int, ranks: Ranks) -> int:
+    """How many samples of a batch each rank has: as many as any other, and no more than any has to learn from."""
+    own = (replace(ranks, rank=rank).own(learned_from, count) for rank in range(ranks.size))
+    return min(batch_size // ranks.size, *(len(numbers) for numbers in own))
 
 
 def order(samples: int, count: int, rng: torch.Tensor) -> torch.Tensor:
