@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -215,6 +215,9 @@ def mixing_weights(weights: Any, count: int, extrapolate: bool = False, any_sum:
     """
     if weights is None:
         return (float(np.float32(1 / count)),) * count
+    if isinstance(weights, Mapping | str) or not isinstance(weights, Iterable):
+        raise TypeError(f"weights must be numbers, one for each model, got {type(weights).__name__}")
+    weights = list(weights)
     if len(weights) != count:
         raise ValueError(f"weights must be as many as the models, {count}, got {len(weights)}")
     bounds = () if extrapolate else (0.0, 1.0)

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 
 def merge(
-    files: Annotated[list[Path], typer.Argument(help="Two or more quantized models; with --add, one.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The merged model, safetensors.")] = None,
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Two or more quantized models, or a YAML file that lists them; with --add, one."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The merged model, safetensors; with --sweep, a folder.")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="λ of each model, like 0.5,0.3,0.2; equal ones.")] = None,
     rule: Annotated[
         str | None,
@@ -29,7 +34,7 @@ def merge(
     preset: Annotated[str | None, typer.Option(help="paper or official: what HDRQ's paper or its code does.")] = None,
     tau: Annotated[float | None, typer.Option(help="How near to a tie the systematic rule draws; 0.1.")] = None,
     draws: Annotated[int | None, typer.Option(help="Roundings that rule noise tries for each layer; 30.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the random numbers; 0.")] = None,
     noise: Annotated[str | None, typer.Option(help="On all, odd or none of the weights; all.")] = None,
     select: Annotated[
         str | None, typer.Option(help="Among draws: min-cosine, mean-cosine, first or official; min-cosine.")
@@ -40,6 +45,9 @@ def merge(
         bool, typer.Option("--extrapolate", help="Allow negative weights: 1,m,-m is A + m·(B - C).")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    sweep: Annotated[
+        str | None, typer.Option(help="λ of the first of two models, like 0.25,0.5,0.75: a file for each, in --out.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say whether it will work; status 1 if not.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Merge models that the dry run would call not ready.")] = False,
     report: Annotated[
@@ -79,6 +87,8 @@ def merge(
     from hdrq.checkpoint.files import output_folder, write_atomically
     from hdrq.checks import plain
     from hdrq.merging.files import merge_files, readiness
+    from hdrq.methods.merge_recipe import read_recipe
+    from hdrq.methods.merge_recipe import sweep as merge_sweep
     from hdrq.report.figures import plot_readiness
     from hdrq.report.tables import readiness_table
 
@@ -99,7 +109,10 @@ def merge(
         "device": None if device == "cpu" else device,
     }
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-    common = {"seed": seed} if rule is None else {"seed": seed, "rule": rule}
+    common: dict[str, Any] = {name: v for name, v in {"seed": seed, "rule": rule}.items() if v is not None}
+    if len(files) == 1 and files[0].suffix in (".yaml", ".yml"):
+        recipe = read_recipe(files[0])
+        files, options = [Path(file) for file in recipe.files], {**recipe.options, **options}
     if add:
         _none_given(options, "with --add")
         settings = {"minus": minus, "scale": scale, "alpha": alpha, "model": model, "data": data, **common}
@@ -111,22 +124,32 @@ def merge(
     if calibrate or rule == "calibrated":
         own: dict[str, Any] = {name: options.pop(name) for name in ("weights", "bits") if name in options}
         own |= {name: value for name, value in guided.items() if value is not None}
-        unused = {**options, "report": report, "dry_run": dry_run or None, "json": as_json or None}
+        unused = {**options, "report": report, "dry_run": dry_run or None, "json": as_json or None, "sweep": sweep}
         _none_given({**unused, "rule": rule} if calibrate else {**unused, "model": model}, "in a calibrated merge")
         if calibrate and model is None:
             raise ValueError("model must be given with --calibrate: layers must be run, got none")
         run = {"model": model, "samples": samples, "resize": resize, "crop": crop} if calibrate else {}
         # Without out there is --dry-run, refused above.
-        merge_calibrated(files, calibrate, cast(Path, out), {"seed": seed, **run, **own})
+        merge_calibrated(files, calibrate, cast(Path, out), {**({} if seed is None else {"seed": seed}), **run, **own})
         return
     _none_given({**guided, "model": model}, "without --calibrate")
+    unready = "warn" if force else "refuse"
+    if sweep is not None:
+        _none_given({"weights": options.get("weights"), "report": report, "json": as_json or None}, "with --sweep")
+        if out is None:
+            raise ValueError("out must be a folder with --sweep, got --dry-run")
+        with progress_bar("merging") as show:
+            values = cast(tuple[float, ...], numbers("sweep", sweep))
+            for file in merge_sweep(files, out, values, unready=unready, progress=show, **options, **common):
+                print(file)
+        return
     with progress_bar("merging") as show:
         options |= {**common, "progress": show}
         if out is None:
             found: Readiness | None = readiness(files, **options)
         else:
             wanted = report is not None or as_json
-            found = merge_files(files, out, report=wanted, unready="warn" if force else "refuse", **options)
+            found = merge_files(files, out, report=wanted, unready=unready, **options)
     if found is None:
         return
     if report is not None:

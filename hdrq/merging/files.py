@@ -96,4 +96,4 @@ def readiness(
 def _readiness_of_layer(inputs: Inputs, settings: MergeSettings, name: str) -> LayerReadiness:
     """How well a layer merges; when this returns, its tensors are not held any more."""
     layer = inputs.layer(name)
-    return layer_readiness(layer, inputs.weights, merge_layer(layer, inputs.weights, settings))
+    return layer_readiness(layer, merge_layer(layer, settings))

@@ -34,8 +34,8 @@ class Inputs:
         if device is not None:
             checks.device(device)
         self.sources, self.device = sources, device
-        self.weights = settings.weights_of(len(sources))
         check_alike(sources, settings.bits)
+        self.weights = settings.weights_of(len(sources), sources[0].specs)  # by tensor
         warn_of_moved_scales(sources)
         self.labels = [label_of(source, k) for k, source in enumerate(sources)]
         self.ranges = merged_weight_ranges(sources, settings.bits)
@@ -53,7 +53,7 @@ class Inputs:
             ValueError: it holds a number that is not finite; see :func:`check_finite`.
         """
         values = [source.tensor(name) for source in self.sources]
-        check_finite(name, values, self.labels, self.weights)
+        check_finite(name, values, self.labels, self.weights[name])
         return [value if self.device is None else value.to(self.device) for value in values]
 
     def layer(self, name: str) -> LayerInputs:
@@ -67,7 +67,8 @@ class Inputs:
             axis, shape = 0, (scales[0].numel(), facts["group_size"])
             codes = [c if c.dtype == torch.uint8 else c.view(shape) for c in codes]
         grid = (codes, scales, zeros, ranges, *self.ranges[name], axis)
-        return LayerInputs(name, self.layers.index(name), *grid, shape)
+        weights = self.weights[f"{name}.weight.codes"]
+        return LayerInputs(name, self.layers.index(name), *grid, shape, weights)
 
     def mean(self, name: str) -> torch.Tensor:
         """The weighted mean of a floating-point tensor, in its dtype; the first model's where it holds integers.
@@ -82,7 +83,7 @@ class Inputs:
             return self.sources[0].tensor(name)
         values = self.tensor(name)
         mean = weighted_mean(self._shares(name), values)
-        read = [value for value, weight in zip(values, self.weights, strict=True) if weight]
+        read = [value for value, weight in zip(values, self.weights[name], strict=True) if weight]
         masked = _masked(read)
         mean = mean.masked_fill(masked, -math.inf).to(dtype)
         if not (mean.to(torch.float64).isfinite() | masked).all():
@@ -96,10 +97,10 @@ class Inputs:
         step, is averaged."""
         module = name.removesuffix(".input.scale")
         if module == name or module not in self.levels:
-            return list(self.weights)
+            return list(self.weights[name])
         ranges = [source.manifest["inputs"][module] for source in self.sources]
         levels = self.levels[module]
-        return [w * ((high - low + 1) / levels) for w, (low, high) in zip(self.weights, ranges, strict=True)]
+        return [w * ((high - low + 1) / levels) for w, (low, high) in zip(self.weights[name], ranges, strict=True)]
 
     def check_rest(self) -> None:
         """Refuse models whose tensors outside of quantized weights cannot be merged, as the merge would.

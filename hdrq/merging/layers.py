@@ -32,16 +32,17 @@ class LayerInputs:
     qmax: int
     axis: int | None
     shape: Sequence[int]
+    weights: Sequence[float]  # λ of each model
 
     @property
     def packed(self) -> bool:
         return packs(self.qmin, self.qmax)
 
 
-def merge_layer(layer: LayerInputs, weights: Sequence[float], settings: MergeSettings) -> MergedTensor:
+def merge_layer(layer: LayerInputs, settings: MergeSettings) -> MergedTensor:
     """The merged codes, as a file has them, with their scale and zero point."""
     grid = (layer.scales, layer.qmin, layer.qmax)
-    options: dict[str, Any] = {"weights": weights, "zero_points": layer.zero_points, "ranges": layer.ranges}
+    options: dict[str, Any] = {"weights": layer.weights, "zero_points": layer.zero_points, "ranges": layer.ranges}
     options |= {"axis": layer.axis, "extrapolate": settings.extrapolate}
     if settings.rule in rules.RULES:
         merged = rules.merge_rule(_plain(layer), *grid, settings.rule, **options)
@@ -60,9 +61,7 @@ def _plain(layer: LayerInputs) -> list[torch.Tensor]:
     ]
 
 
-def layer_readiness(
-    layer: LayerInputs, weights: Sequence[float], merged: MergedTensor, at_most: int | None = None
-) -> LayerReadiness:
+def layer_readiness(layer: LayerInputs, merged: MergedTensor, at_most: int | None = None) -> LayerReadiness:
     """How well :func:`merge_layer` merged a layer, as about ``at_most`` of its weights say: rows, evenly spaced."""
     elements = prod(layer.shape)
     if at_most is not None and elements >= 2 * at_most:
@@ -74,7 +73,7 @@ def layer_readiness(
         layer.scales,
         layer.qmin,
         layer.qmax,
-        weights=weights,
+        weights=layer.weights,
         axis=layer.axis,
         zero_points=layer.zero_points,
         ranges=layer.ranges,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -25,7 +26,7 @@ def merged_manifest(inputs: Inputs, settings: MergeSettings) -> dict[str, Any]:
     origins = [{key: fact for key, fact in source.manifest.items() if key not in TABLES} for source in inputs.sources]
     hashes = [{} if (found := hash_of(source)) is None else {"sha256": found} for source in inputs.sources]
     parents = [digest | facts for digest, facts in zip(hashes, origins, strict=True)]
-    merge = {**asdict(settings), "weights": list(inputs.weights)}
+    merge = {**asdict(settings), "weights": _weights(inputs, settings)}
     origin: dict[str, Any] = {"folded": first["folded"], "contract": CONTRACT, "merge": merge, "models": parents}
     for key in ("architecture", "coverage"):
         if all(key in facts and facts[key] == origins[0][key] for facts in origins):
@@ -35,6 +36,13 @@ def merged_manifest(inputs: Inputs, settings: MergeSettings) -> dict[str, Any]:
         name: {**facts, "range": list(inputs.ranges[name])} for name, facts in first["weights"].items()
     }
     return {**tables, "inputs": merged_ranges(inputs), **origin}
+
+
+def _weights(inputs: Inputs, settings: MergeSettings) -> list[float] | dict[str, list[float]]:
+    """λ of each model, or of each by pattern, in the order that decides."""
+    if isinstance(settings.weights, Mapping):
+        return {pattern: [float(weight) for weight in own] for pattern, own in settings.weights.items()}
+    return list(next(iter(inputs.weights.values())))
 
 
 def merged_ranges(inputs: Inputs) -> dict[str, list[int]]:
@@ -51,4 +59,8 @@ def _merged_range(inputs: Inputs, name: str) -> list[int]:
     for scale in scales:
         checks.scale_values(f"{name}.input.scale", scale)
     ranges = [source.manifest["inputs"][name] for source in inputs.sources]
-    return list(mean_range(inputs.weights, [float(scale) for scale in scales], ranges, inputs.levels[name]))
+    return list(
+        mean_range(
+            inputs.weights[f"{name}.input.scale"], [float(scale) for scale in scales], ranges, inputs.levels[name]
+        )
+    )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hdrq import checks
+from hdrq.checks import listed
 from hdrq.merging import rules
 from hdrq.ops.merging import DRAWING, MODES, NOISES, SELECTIONS, rule_of
-from hdrq.quantizers.bits import BitWidths
+from hdrq.quantizers.bits import BitWidths, matches
 
 RULES = ("systematic", "noise", *rules.RULES)
 DRAWS = 30
@@ -21,7 +22,9 @@ class MergeSettings:
     """Everything that decides the bits of a merged model, except the models that are merged.
 
     Args:
-        weights: λ, one for each model, summing to 1; None for equal ones.
+        weights: λ, one for each model, summing to 1; None for equal ones. Or those of parts of the models, by patterns
+            of which the first that matches a module, or one that it lies in, decides: ``{"stem": (0.8, 0.2), "*":
+            (0.5, 0.5)}``. They hold for all that a module has: codes, scales, biases, and what it reads.
         rule: ``"systematic"`` or ``"noise"``, as for :func:`hdrq.ops.merge`, or one of
             :data:`hdrq.merging.rules.RULES`; None for ``"noise"`` where an option of its own is given, else
             ``"systematic"``.
@@ -38,7 +41,7 @@ class MergeSettings:
         TypeError, ValueError: "X must be …, got …".
     """
 
-    weights: Sequence[float] | None = None
+    weights: Sequence[float] | Mapping[str, Sequence[float]] | None = None
     rule: str | None = None
     tau: float | None = None
     draws: int | None = None
@@ -83,12 +86,24 @@ class MergeSettings:
             chosen |= {"noise": "odd", "draws": 100, "select": "official"}
         return cls(**{**chosen, **options})
 
-    def weights_of(self, count: int) -> tuple[float, ...]:
-        """λ of each of ``count`` models, as float32 numbers.
+    def weights_of(self, count: int, names: Iterable[str]) -> dict[str, tuple[float, ...]]:
+        """λ of each of ``count`` models, as float32 numbers, for each of their tensors.
 
         Raises:
             TypeError, ValueError: ``weights`` are not as many, do not sum to 1, or are negative without
-                ``extrapolate``.
+                ``extrapolate``; a pattern matches no tensor, or a tensor no pattern.
         """
         any_sum = self.extrapolate and self.rule == "requantize"
-        return checks.mixing_weights(self.weights, count, self.extrapolate, any_sum)
+
+        def mixing(weights: Any) -> tuple[float, ...]:
+            return checks.mixing_weights(weights, count, self.extrapolate, any_sum)
+
+        if not isinstance(self.weights, Mapping):
+            return dict.fromkeys(names, mixing(self.weights))
+        known = {pattern: mixing(own) for pattern, own in self.weights.items()}
+        chosen = {name: next((p for p in known if matches(name, p)), None) for name in names}
+        if missing := [name for name, pattern in chosen.items() if pattern is None]:
+            raise ValueError(f'weights must be given for every tensor (end with "*"), got none for {listed(missing)}')
+        if unused := [pattern for pattern in known if not any(matches(name, pattern) for name in chosen)]:
+            raise ValueError(f"weights must have patterns that match a module, got {listed(map(repr, unused))}")
+        return {name: known[str(pattern)] for name, pattern in chosen.items()}

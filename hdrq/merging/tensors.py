@@ -58,10 +58,10 @@ def _merged_layer(
 ) -> MergedTensor:
     """The merged weight of a layer; when this returns, the models' own are not held any more."""
     layer = inputs.layer(name)
-    merged = merge_layer(layer, inputs.weights, settings)
-    may_clip = len(set(layer.ranges)) > 1 or min(inputs.weights) < 0
+    merged = merge_layer(layer, settings)
+    may_clip = len(set(layer.ranges)) > 1 or min(layer.weights) < 0
     if report is not None or may_clip:
-        found = layer_readiness(layer, inputs.weights, merged, at_most if not may_clip else None)
+        found = layer_readiness(layer, merged, at_most if not may_clip else None)
         if may_clip and found.clipped > CLIPPED:
             warnings.warn(
                 f"{name}: {found.clipped:.0%} of the merged weights are clipped to [{layer.qmin}, {layer.qmax}]; more "

@@ -69,11 +69,11 @@ def merge_calibrated(
     """
     guided = Guidance(**guidance)
     models = list(models)
+    shares = checks.mixing_weights(weights, len(models))
     by_task = calls_of_tasks(models, calibration, "models")
     batches = [call for calls in by_task for call in calls]
     merged = merge(models, weights=weights, bits=bits, rule="half-even", seed=seed)
     own = [quantized_layers(model) for model in models]
-    shares = checks.mixing_weights(weights, len(models))
     layers = quantized_layers(merged)
     for name, layer in layers.items():
         layer.latent.copy_(weighted_mean(shares, [each[name].latent for each in own]))

@@ -154,7 +154,8 @@ class _Guided:
             merged.scale.view(grid), *self.inputs.ranges[name], facts["axis"], zero_point, facts.get("group_size")
         )
         module: Any = nn.Module()
-        module.weight = nn.Parameter(weighted_mean(self.inputs.weights, [t.weight for t in targets]).float())
+        shares = self.inputs.weights[f"{name}.weight.codes"]
+        module.weight = nn.Parameter(weighted_mean(shares, [t.weight for t in targets]).float())
         mean = targets[0].bias if targets[0].bias is None else self.inputs.mean(f"{name}.bias".removeprefix("."))
         module.bias = None if mean is None else nn.Parameter(mean)
         parametrize.register_parametrization(module, "weight", quantizer)

@@ -24,6 +24,7 @@ from hdrq.report.figures import plot_readiness
 from hdrq.report.tables import readiness_table
 
 RNG = hdrq.rng_state(0)
+EQUAL = (0.5, 0.5)
 
 
 def int8(*values):
@@ -298,9 +299,9 @@ def test_a_part_of_the_weights_stands_for_all(bits, axis):
     if bits == 4:
         codes = [hdrq.ops.pack(each) for each in codes]
     scales = [torch.rand(1 if axis is None else 4096, generator=g) + 0.5 for _ in codes]
-    layer = LayerInputs("a", 0, codes, scales, None, [(-half, half - 1)] * 2, -half, half - 1, axis, (4096, 64))
-    merged = merge_layer(layer, (0.5, 0.5), MergeSettings(rule="half-even"))
-    whole, part = (of_layer(layer, (0.5, 0.5), merged, at_most) for at_most in (None, 2**15))
+    layer = LayerInputs("a", 0, codes, scales, None, [(-half, half - 1)] * 2, -half, half - 1, axis, (4096, 64), EQUAL)
+    merged = merge_layer(layer, MergeSettings(rule="half-even"))
+    whole, part = (of_layer(layer, merged, at_most) for at_most in (None, 2**15))
     assert part.elements == whole.elements == base.numel()
     for name in ("distance", "ambiguous", "steps_apart", "rounding_error"):
         assert getattr(part, name) == pytest.approx(getattr(whole, name), rel=0.05)
@@ -310,11 +311,11 @@ def test_a_part_of_the_weights_stands_for_all(bits, axis):
     alone = LayerInputs(
         *("a", 0, [each[rows].contiguous() for each in plain]),
         [each if axis is None else each[rows] for each in scales],
-        *(None, [(-half, half - 1)] * 2, -half, half - 1, axis, (512, 64)),
+        *(None, [(-half, half - 1)] * 2, -half, half - 1, axis, (512, 64), EQUAL),
     )
     if bits == 4:
         alone = replace(alone, codes=[hdrq.ops.pack(each) for each in alone.codes])
-    again = of_layer(alone, (0.5, 0.5), merge_layer(alone, (0.5, 0.5), MergeSettings(rule="half-even")))
+    again = of_layer(alone, merge_layer(alone, MergeSettings(rule="half-even")))
     assert replace(again, elements=part.elements) == part
 
 
@@ -324,7 +325,7 @@ def test_where_rows_cannot_be_taken_all_weights_are_looked_at(shape, axis):
     g = torch.Generator().manual_seed(0)
     codes = [hdrq.ops.pack(torch.randint(-8, 8, shape, dtype=torch.int8, generator=g)) for _ in range(2)]
     scales = [torch.rand(shape[axis], generator=g) + 0.5 for _ in codes]
-    layer = LayerInputs("a", 0, codes, scales, None, [(-8, 7)] * 2, -8, 7, axis, shape)
-    merged = merge_layer(layer, (0.5, 0.5), MergeSettings(rule="half-even"))
-    whole, part = (of_layer(layer, (0.5, 0.5), merged, at_most) for at_most in (None, 2**10))
+    layer = LayerInputs("a", 0, codes, scales, None, [(-8, 7)] * 2, -8, 7, axis, shape, EQUAL)
+    merged = merge_layer(layer, MergeSettings(rule="half-even"))
+    whole, part = (of_layer(layer, merged, at_most) for at_most in (None, 2**10))
     assert part == whole

@@ -79,8 +79,8 @@ def official(codes, scales, bits, seed=0):
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     ranges, shape = [(low, high)] * 2, codes[0].shape
     packed = [hdrq.ops.pack(c) for c in codes] if bits <= 4 else codes
-    layer = LayerInputs("layer", 1, packed, scales, None, ranges, low, high, None, shape)
-    merged = merge_layer(layer, (0.5, 0.5), MergeSettings.of(2, "official", seed=seed))
+    layer = LayerInputs("layer", 1, packed, scales, None, ranges, low, high, None, shape, (0.5, 0.5))
+    merged = merge_layer(layer, MergeSettings.of(2, "official", seed=seed))
     return merged._replace(codes=hdrq.ops.unpack(merged.codes, shape)) if layer.packed else merged
 
 
