@@ -5,7 +5,7 @@ import torch
 from networks import mergeable, quantized
 
 import hdrq
-from hdrq.checkpoint.inspection import contents
+from hdrq.checkpoint.loading import manifest_of
 from hdrq.checkpoint.saving import state_of
 from hdrq.merging.files import merge_files
 from hdrq.quantizers.provenance import origin
@@ -44,7 +44,7 @@ def test_files_give_the_same_and_say_the_weights(tmp_path):
     assert all(torch.equal(value, tensors(got)[name]) for name, value in tensors(merged).items())
     said = {pattern: list(own) for pattern, own in BY_MODULE.items()}
     assert origin(merged)["merge"]["weights"] == said
-    assert contents(tmp_path / "out.safetensors").facts["merge"]["weights"] == said
+    assert manifest_of(tmp_path / "out.safetensors")["merge"]["weights"] == said
 
 
 @pytest.mark.parametrize(
