@@ -30,9 +30,6 @@ class Ranks:
 
     Of n samples rank r has those from ``r·n // size`` on, up to the first of rank r + 1.
 
-    Raises:
-        TypeError: it is no process group.
-        ValueError: this process is not in it.
     """
 
     group: Any = None
@@ -41,7 +38,12 @@ class Ranks:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> Ranks:
-        """The ranks of a process group, once all of them are here."""
+        """The ranks of a process group, once all of them are here.
+
+        Raises:
+            TypeError: it is no process group.
+            ValueError: this process is not in it, or it exchanges nothing but tensors of a GPU.
+        """
         if group is None:
             return ALONE
         if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
@@ -56,6 +58,8 @@ class Ranks:
         try:
             ranks._well()
         except RankError as error:
+            if error.__cause__ is None:  # another rank has failed before it came here
+                raise
             raise ValueError(
                 "process_group must exchange tensors of the CPU between all of its ranks, as that of "
                 f'init_process_group("gloo") or ("cpu:gloo,cuda:nccl") does, got {error.__cause__}'

@@ -37,8 +37,14 @@ def quantize(
         bool, typer.Option("--ablate", help="Also without distance, and without noise: a table.")
     ] = False,
 ) -> None:
-    """Quantize a model from unlabelled data."""
+    """Quantize a model from unlabelled data.
+
+    With torchrun --nproc-per-node N -m hdrq quantize, N processes share the samples of each step.
+    """
+    import torch.distributed as dist
+
     from hdrq.calibrate.report import report_of
+    from hdrq.cli.processes import process_group
     from hdrq.methods import job
     from hdrq.methods.reconstruct.memory import keep_freed_memory
     from hdrq.report.figures import write_losses
@@ -67,8 +73,14 @@ def quantize(
         job.write_settings(plan, save_config)
         return
     title = f"Accumulated error: {plan.recipe}, {plan.bits}, seed {plan.seed}"
-    with keep_freed_memory():
-        reports = job.ablate(plan) if ablate else {plan.recipe: report_of(job.execute(plan))}
+    with keep_freed_memory(), process_group(plan.device) as group:
+        if ablate:
+            reports = job.ablate(plan, process_group=group)
+        else:
+            reports = {plan.recipe: report_of(job.execute(plan, process_group=group))}
+        speaks = group is None or dist.get_rank(group) == 0
+    if not speaks:
+        return
     console.print(errors_table(reports, title))
     if ablate:
         return

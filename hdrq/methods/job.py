@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -17,6 +17,7 @@ from torch import nn
 from hdrq import checks, recipes
 from hdrq.calibrate.images import MEAN, STD, load_data
 from hdrq.calibrate.progress import Step
+from hdrq.calibrate.ranks import Ranks
 from hdrq.calibrate.report import RunReport, report_of
 from hdrq.checkpoint.files import check_room, output_path, write_atomically
 from hdrq.checkpoint.loading import float_dtype, load_float
@@ -26,6 +27,9 @@ from hdrq.methods.post_training import quantize
 from hdrq.methods.sensitivity import Sensitivity, sensitivity
 from hdrq.quantizers.bits import check_bits
 from hdrq.quantizers.provenance import origin, set_origin
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 DEEPEST = 20  # levels of a YAML file: a parser's time grows with their square
 TEXTS = {"model", "data", "out", "weights", "source", "recipe", "preset", "device", "cache", "workdir"}
@@ -158,34 +162,40 @@ def number(value: Any) -> Any:
         return value
 
 
-def execute(run: Run, progress: Callable[[Step], None] | bool = True) -> nn.Module:
+def execute(
+    run: Run, progress: Callable[[Step], None] | bool = True, process_group: ProcessGroup | None = None
+) -> nn.Module:
     """Load, quantize, save. The manifest of the result has every setting that decides its bits, given or not.
 
-    Paths are left out: the same run gives the same file, wherever it lies. Fingerprints say what was read.
+    Paths are left out: the same run gives the same file, wherever it lies. Fingerprints say what was read. Every rank
+    of a process group loads for itself; rank 0 alone saves.
     """
-    plan, model, source, samples, held_out = _prepare(run)
-    quantized = quantize(
-        model,
-        samples,
-        plan,
-        bits=run.bits,
-        source=source,
-        seed=run.seed,
-        held_out=held_out,
-        cache=run.cache,
-        cache_bytes=run.cache_bytes,
-        graph=run.graph,
-        workdir=run.workdir,
-        resume=run.resume,
-        checkpoint_every=run.checkpoint_every,
-        statistics=run.statistics,
-        progress=progress,
-    )
-    architecture = {"factory": run.model, "arguments": run.model_args}
-    settings = {name: getattr(run, name) for name in RECORDED}
-    set_origin(quantized, {**origin(quantized), "architecture": architecture, "run": settings})
-    if run.out is not None:
-        _save(quantized, run.out)
+    ranks = Ranks.of(process_group)
+    with ranks.together():
+        plan, model, source, samples, held_out = _prepare(run if ranks.first else replace(run, out=None))
+        quantized = quantize(
+            model,
+            samples,
+            plan,
+            bits=run.bits,
+            source=source,
+            seed=run.seed,
+            held_out=held_out,
+            cache=run.cache,
+            cache_bytes=run.cache_bytes,
+            graph=run.graph,
+            workdir=run.workdir,
+            resume=run.resume,
+            checkpoint_every=run.checkpoint_every,
+            statistics=run.statistics,
+            progress=progress,
+            process_group=process_group,
+        )
+        architecture = {"factory": run.model, "arguments": run.model_args}
+        settings = {name: getattr(run, name) for name in RECORDED}
+        set_origin(quantized, {**origin(quantized), "architecture": architecture, "run": settings})
+        if run.out is not None and ranks.first:
+            _save(quantized, run.out)
     return quantized
 
 
@@ -263,14 +273,16 @@ def _save(model: nn.Module, path: str) -> None:
         raise
 
 
-def ablate(run: Run, progress: Callable[[Step], None] | bool = True) -> dict[str, RunReport]:
+def ablate(
+    run: Run, progress: Callable[[Step], None] | bool = True, process_group: ProcessGroup | None = None
+) -> dict[str, RunReport]:
     """The run as it is given, without distance, and without distance and noise: what each of them is worth."""
     reports = {}
     for name, knobs in ABLATION.items():
         settings = {**asdict(run), "knobs": {**run.knobs, **knobs}, "workdir": None, "resume": False}
         if knobs:
             settings |= {"out": None}
-        reports[name] = report_of(execute(Run(**settings), progress))
+        reports[name] = report_of(execute(Run(**settings), progress, process_group))
     return reports
 
 
