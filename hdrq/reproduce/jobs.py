@@ -353,11 +353,16 @@ def _apart(models: list[nn.Module], method: Method) -> dict[str, Any]:
 
 def collected(folder: Path, kind: Kind = TABLES) -> str:
     """The rows of all jobs of a folder as one CSV."""
+    return joined(folder / kind.name, kind.columns)
+
+
+def joined(folder: Path, columns: Sequence[str]) -> str:
+    """The rows of all CSVs of a folder as one."""
     found: list[dict[str, Any]] = []
-    for path in sorted((folder / kind.name).glob("*.csv")):
+    for path in sorted(folder.glob("*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
             found += csv.DictReader(file)
-    return csv_text(found, kind.columns)
+    return csv_text(found, columns)
 
 
 def rates(folder: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ that of its test images. Nothing was chosen by a result: rates are LSQ's, rho an
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
@@ -25,17 +24,20 @@ from hdrq import checks
 from hdrq._version import __version__
 from hdrq.checkpoint.files import csv_text, write_atomically
 from hdrq.checkpoint.saving import save
+from hdrq.methods.post_training import fold
 from hdrq.qat.settings import SELECTIONS
 from hdrq.qat.training import Trained, selected, train
-from hdrq.reproduce.jobs import shard_of
+from hdrq.reproduce.jobs import file_name, joined, shard_of
 from hdrq.reproduce.tasks import task_of
 
 SAMPLES = 1000  # of each training domain
 FLOAT: dict[str, Any] = {"bits": "float", "optimizer": "adam", "lr": 2e-3, "epochs": 12, "label_smoothing": 0.1}
 QAT: dict[str, Any] = {"epochs": 12, "lr": 0.01, "per_channel": True}
 RULE = {"period": 60, "tau": 0.25}  # some six decisions a run
+FOLDED = "float, folded"  # BatchNorm is folded before, as in arms that quantize
 ARMS: dict[str, dict[str, Any]] = {
     "float": {"bits": "float", "per_channel": False},
+    FOLDED: {"bits": "float", "per_channel": False},
     "LSQ": {},
     "LSQ+SAM": {"flatness": "sam"},
     "LSQ+SAGM": {"flatness": "sagm"},
@@ -62,18 +64,23 @@ class Job:
     @property
     def id(self) -> str:
         """A name for files."""
-        return "-".join(str(part).replace("+", "-") for part in astuple(self))
+        return "-".join(file_name(part) for part in astuple(self))
+
+    @property
+    def start(self) -> str:
+        """That of the network that all arms start from."""
+        return f"{self.task}-{self.seed}-{self.target}"
 
 
 def grid(task: str, seeds: Iterable[int], bits: Iterable[str], arms: Iterable[str] = tuple(ARMS)) -> list[Job]:
-    """Every arm with every domain left out, seed after seed; "float", which goes on in float, once for all bits."""
+    """Every arm with every domain left out, seed after seed; arms that go on in float, once for all bits."""
     where, bits, arms = task_of(task), list(bits), [checks.choice("arm", arm, tuple(ARMS)) for arm in arms]
     return [
         Job(task, seed, target, arm, each)
         for seed in seeds
         for target in (where.source, *where.targets)
         for arm in arms
-        for each in (["float"] if arm == "float" else bits)
+        for each in (["float"] if ARMS[arm].get("bits") == "float" else bits)
     ]
 
 
@@ -89,9 +96,7 @@ def run(jobs: list[Job], out: Path, quick: Mapping[str, Any] | None = None) -> N
         path = out / "rows" / f"{job.id}.csv"
         if not path.is_file():
             write_atomically(path, csv_text(_rows(job, out, dict(quick or {})), COLUMNS))
-    found = [path.read_text() for path in sorted((out / "rows").glob("*.csv"))]
-    rows = [row for text in found for row in csv.DictReader(text.splitlines())]
-    write_atomically(out / "rows.csv", csv_text(rows, COLUMNS))
+    write_atomically(out / "rows.csv", joined(out / "rows", COLUMNS))
 
 
 def domains_of(task: str, target: str) -> dict[str, Any]:
@@ -106,10 +111,15 @@ def _rows(job: Job, out: Path, quick: dict[str, Any]) -> list[dict[str, Any]]:
     began = time.perf_counter()
     domains = domains_of(job.task, job.target)
     start = _float(job, domains, out, quick)
+    if job.arm == FOLDED:
+        start = fold(start, next(iter(domains.values()))[0][:32]).requires_grad_()
     settings = {**QAT, "bits": job.bits, **ARMS[job.arm], "seed": job.seed, **quick}
     result = train(start, domains, job.target, progress=False, **settings)
-    if job.bits != "float":
-        save(result.model, out / "models" / f"{job.id}.safetensors")
+    path = out / "models" / f"{job.id}.safetensors"
+    if job.bits == "float":
+        write_atomically(path, _bytes(result.model))
+    else:
+        save(result.model, path)
     return [_row(job, result, rule, time.perf_counter() - began) for rule in SELECTIONS]
 
 
@@ -132,15 +142,19 @@ def _row(job: Job, result: Trained, rule: str, seconds: float) -> dict[str, Any]
 
 def _float(job: Job, domains: Mapping[str, Any], out: Path, quick: dict[str, Any]) -> nn.Module:
     """The network that all arms of a seed and a target start from."""
-    path = out / "float" / f"{job.task}-{job.seed}-{job.target}.safetensors"
+    path = out / "float" / f"{job.start}.safetensors"
     with torch.random.fork_rng([]):
         torch.manual_seed(job.seed)
         model = task_of(job.task).network().eval()
     if not path.is_file():
         found = train(model, domains, job.target, progress=False, **{**FLOAT, "seed": job.seed, **quick}).model
-        write_atomically(path, to_bytes({name: value.clone() for name, value in found.state_dict().items()}))
+        write_atomically(path, _bytes(found))
     model.load_state_dict(load_file(path))
     return model
+
+
+def _bytes(model: nn.Module) -> bytes:
+    return to_bytes({name: value.clone() for name, value in model.state_dict().items()})
 
 
 def main() -> None:
@@ -149,11 +163,11 @@ def main() -> None:
     parser.add_argument("--task", default="digits")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--bits", default="W4A4,W3A3")
-    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--arms", default=";".join(ARMS), help="with semicolons")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th job from the i-th on")
     given = parser.parse_args()
     part, count = shard_of(given.shard)
-    jobs = grid(given.task, range(given.seeds), given.bits.split(","), given.arms.split(","))
+    jobs = grid(given.task, range(given.seeds), given.bits.split(","), given.arms.split(";"))
     torch.set_num_threads(1)  # one order of sums on any machine
     run(jobs[part::count], given.out)
 

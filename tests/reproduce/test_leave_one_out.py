@@ -1,6 +1,7 @@
 """Jobs of training with a domain left out: which there are, and that rows are kept and never run twice."""
 
 import csv
+import json
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 
 import hdrq
 from hdrq.reproduce import leave_one_out as jobs
+from hdrq.reproduce import sharpness
+from hdrq.reproduce.measures import decoded
 from hdrq.reproduce.tasks.task import Task
 
 for package in ("safetensors", "mlxtend", "sklearn"):
@@ -29,13 +32,14 @@ TINY = Task("tiny", "one", ("three", "seven"), load, network)
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(jobs, "task_of", lambda name: TINY)
+    for module in (jobs, sharpness):
+        monkeypatch.setattr(module, "task_of", lambda name: TINY)
 
 
 def test_jobs_are_arms_by_targets_seeds_and_bits():
     found = jobs.grid("tiny", range(2), ["W4A4", "W3A3"])
-    assert len(found) == len({job.id for job in found}) == 2 * 3 * (1 + 2 * (len(jobs.ARMS) - 1))
-    with pytest.raises(ValueError, match=r"arm must be one of 'float', 'LSQ', .* got 'QAT'"):
+    assert len(found) == len({job.id for job in found}) == 2 * 3 * (2 + 2 * (len(jobs.ARMS) - 2))
+    with pytest.raises(ValueError, match=r"arm must be one of 'float', 'float, folded', 'LSQ', .* got 'QAT'"):
         jobs.grid("tiny", [0], ["W4A4"], ["QAT"])
 
 
@@ -58,3 +62,24 @@ def test_rows_are_written_once_and_models_load(tmp_path, monkeypatch):
     hdrq.load(tmp_path / "models" / f"{plan[1].id}.safetensors", network().eval())
     monkeypatch.setattr(jobs, "train", None)
     jobs.run(plan, tmp_path, quick)
+
+
+def test_models_and_where_they_start_are_measured(tmp_path, monkeypatch):
+    plan = jobs.grid("tiny", [0], ["W4A4"], [jobs.FOLDED, "LSQ"])[:2]
+    jobs.run(plan, tmp_path, {"epochs": 1, "batch_size": 8})
+    sharpness.run(tmp_path)
+    with (tmp_path / "sharpness.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = {(row["arm"], row["measure"]): row for row in rows}
+    assert {arm for arm, _ in found} == {jobs.FOLDED, "LSQ", sharpness.START}
+    assert ("LSQ", "rise, scales moved") in found and (sharpness.START, "rise, scales moved") not in found
+    model = hdrq.load(tmp_path / "models" / f"{plan[1].id}.safetensors", network().eval())
+    seen = [load(name, "test") for name in ("seven", "three")]  # not "one", which was left out
+    with torch.no_grad():
+        want = sum(float(torch.nn.functional.cross_entropy(model(x), y)) for x, y in seen) / 2
+    assert float(found["LSQ", "loss"]["value"]) == pytest.approx(want, rel=1e-6)
+    x, y = load("one", "test")
+    right = decoded(json.loads(found["LSQ", "correct"]["value"])["one"])
+    assert right.tolist() == (model(x).argmax(1) == y).tolist()
+    monkeypatch.setattr(sharpness, "measured", None)
+    sharpness.run(tmp_path)  # all rows are there
