@@ -75,3 +75,23 @@ def test_the_wheel_runs_outside_the_tree(tmp_path):
     assert printed.count("hdrq: the C++ path is missing") == 1
     *_, compiled, _, plain_total, _ = run_installed(site, tmp_path, SCRIPT)
     assert (compiled, plain_total) == ("False", total)
+
+
+def build_extension(tmp_path, *options, **environment):
+    """Build csrc alone, from a copy."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    command = [sys.executable, "setup.py", "build_ext", *options]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, cwd=tmp_path)
+
+
+def test_a_build_may_require_the_extension(tmp_path):
+    """As wheels do (pyproject.toml), which would be slow for all who take them."""
+    built = build_extension(tmp_path, CC="no-such-compiler", CXX="no-such-compiler", HDRQ_EXTENSION="required")
+    assert built.returncode != 0 and "no-such-compiler" in built.stderr
+
+
+def test_msvc_is_refused_before_it_compiles(tmp_path):
+    built = build_extension(tmp_path, "--compiler=msvc")
+    (line,) = (line for line in built.stderr.splitlines() if line.startswith("hdrq:"))
+    assert built.returncode == 0 and "which MSVC does not have" in line
