@@ -58,7 +58,7 @@ class Ranks:
         try:
             ranks._well()
         except RankError as error:
-            if error.__cause__ is None:  # another rank has failed before it came here
+            if "backend" not in str(error.__cause__).lower():  # another rank has failed, or does not come
                 raise
             raise ValueError(
                 "process_group must exchange tensors of the CPU between all of its ranks, as that of "
@@ -151,8 +151,11 @@ class Ranks:
         """
         first, *others = self.gather(dict(facts))
         for rank, other in enumerate(others, 1):
-            odd = [f"{name} ({first.get(name)} and {other.get(name)})" for name in {**first, **other}
-                   if first.get(name) != other.get(name)]  # fmt: skip
+            odd = [
+                f"{name} ({first.get(name)!s:.100} and {other.get(name)!s:.100})"
+                for name in {**first, **other}
+                if first.get(name) != other.get(name)
+            ]
             if odd:
                 raise ValueError(f"ranks must be alike, got different ones on ranks 0 and {rank}: {listed(odd)}")
 
@@ -210,7 +213,7 @@ class Ranks:
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise _known(
-                RankError(f"every rank must go on to the end, got none of an answer on rank {self.rank}: {reason}")
+                RankError(f"every rank must stay until the end, got no answer from one on rank {self.rank}: {reason}")
             ) from error
 
 
