@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import csv
 import errno
+import glob
 import hashlib
 import io
 import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+SETTLED = 60.0  # seconds without a write after which a temporary file may be what a killed process left
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
@@ -35,9 +45,11 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """
     target = output_path(path)
     mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
-    temporary = target.parent / f".{target.name[:200]}.{secrets.token_hex(4)}"
+    temporary = _beside(target)
     with disk_with_room(path):
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    with suppress(OSError):  # a file system without locks
+        _claim(handle)
     try:
         file = os.fdopen(handle, "wb")
         try:
@@ -68,11 +80,15 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     target = output_folder(path)
     if target.is_dir() and any(target.iterdir()):
         raise ValueError(f"out must be a new or an empty folder, got {os.fspath(path)!r}, which holds files")
-    parent = target.absolute().parent
-    temporary = parent / f".{target.name[:200]}.{secrets.token_hex(4)}"
+    temporary = _beside(target.absolute())
+    handle = -1
     with disk_with_room(path):
-        parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
+        if fcntl is not None:
+            handle = os.open(temporary, os.O_RDONLY)
+            with suppress(OSError):
+                _claim(handle)
     try:
         yield temporary
         with disk_with_room(path):
@@ -81,6 +97,37 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
             temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if handle >= 0:
+            os.close(handle)
+
+
+def _beside(target: Path) -> Path:
+    """A name in the same folder, under which a file or a folder is written; what killed processes left is removed.
+
+    Who writes holds a lock, which ends with the process. What nobody holds, and nobody wrote to for a minute, is left.
+    """
+    name = f".{target.name[:200]}."
+    for left in target.parent.glob(f"{glob.escape(name)}{'[0-9a-f]' * 8}") if fcntl is not None else ():
+        with suppress(OSError):  # another process holds it, or was faster
+            if time.time() - left.stat().st_mtime < SETTLED:
+                continue
+            handle = os.open(left, os.O_RDONLY)
+            try:
+                _claim(handle)
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            finally:
+                os.close(handle)
+    return target.parent / f"{name}{secrets.token_hex(4)}"
+
+
+def _claim(handle: int) -> None:
+    """Lock an open file or folder for as long as this process has it open.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:

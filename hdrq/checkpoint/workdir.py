@@ -67,8 +67,9 @@ class Workdir:
             raise ValueError(f"resume must have what the run in {self.path} began with, got others: {listed(changed)}")
 
     def save_block(self, index: int, tensors: Mapping[str, torch.Tensor], facts: dict) -> None:
-        """A finished block: what it learned."""
+        """A finished block: what it learned. It is no longer in work."""
         self._save(_block(index), tensors, facts)
+        (self.path / CURRENT).unlink(missing_ok=True)
 
     def load_block(self, index: int) -> tuple[dict[str, torch.Tensor], dict] | None:
         return self._load(_block(index))

@@ -4,10 +4,12 @@ import errno
 import io
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from hdrq.checkpoint.files import output_path, write_atomically
+from hdrq.checkpoint.files import new_folder, output_path, write_atomically
 
 
 def test_a_folder_is_refused(tmp_path):
@@ -68,3 +70,44 @@ def test_a_disk_that_is_full_at_the_end_is_named(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="model must be written to a disk with room, got No space left on device"):
         write_atomically(tmp_path / "model", b"abc")
     assert not any(tmp_path.iterdir())
+
+
+KILLED = """
+import os, sys
+from hdrq.checkpoint.files import new_folder, replacing
+with replacing(sys.argv[1]) as file, new_folder(sys.argv[2]) as folder:
+    file.write(b"half")
+    file.flush()
+    (folder / "part").write_text("half")
+    print("written", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stays(tmp_path):
+    pytest.importorskip("fcntl")
+    out, folder = tmp_path / "a[1].bin", tmp_path / "folder"
+    command = [sys.executable, "-c", KILLED, str(out), str(folder)]
+    both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline() == b"written\n"
+    before = set(tmp_path.iterdir())
+    assert len(before) == 4
+    for path in before:
+        os.utime(path, (0, 0))
+    both[0].kill()
+    both[0].wait()
+    write_atomically(out, b"whole")
+    with new_folder(folder) as new:
+        (new / "part").write_text("whole")
+    left = set(tmp_path.iterdir()) - {out, folder}
+    assert len(left) == 2 and left < before  # a file and a folder of the process that lives
+    both[1].communicate(b"")  # the folder is not empty any more, so it gives up, and takes its own away
+    assert not [path for path in tmp_path.iterdir() if path not in (out, folder)]
+
+
+def test_a_temporary_file_that_was_just_written_is_nobodys_leftover(tmp_path):
+    other = tmp_path / ".out.bin.0123abcd"
+    other.write_bytes(b"")
+    write_atomically(tmp_path / "out.bin", b"whole")
+    assert other.exists()
