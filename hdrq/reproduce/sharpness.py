@@ -107,6 +107,11 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)  # one order of sums on any machine
     run(given.out)
+    from hdrq.reproduce.training_tables import tables  # which reads what this module writes
+
+    text = tables(given.out / "sharpness.csv")
+    write_atomically(given.out / "tables.md", text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 import hdrq
+from hdrq.checkpoint.files import csv_text
 from hdrq.reproduce import leave_one_out as jobs
 from hdrq.reproduce import sharpness
-from hdrq.reproduce.measures import decoded
+from hdrq.reproduce.measures import decoded, encoded
 from hdrq.reproduce.tasks.task import Task
+from hdrq.reproduce.training_tables import tables
 
 for package in ("safetensors", "mlxtend", "sklearn"):
     pytest.importorskip(package)
@@ -83,3 +85,35 @@ def test_models_and_where_they_start_are_measured(tmp_path, monkeypatch):
     assert right.tolist() == (model(x).argmax(1) == y).tolist()
     monkeypatch.setattr(sharpness, "measured", None)
     sharpness.run(tmp_path)  # all rows are there
+
+
+def row(seed, target, arm, measure, value):
+    return {"task": "tiny", "seed": seed, "target": target, "arm": arm, "bits": "", "measure": measure, "value": value}
+
+
+def test_tables_pair_seeds_and_domains(tmp_path):
+    right = {"LSQ": 6, jobs.FOLDED: 8, "fqat": 7}  # of 10, in every domain; one less in the domain left out
+    trace = {"LSQ": 2.0, jobs.FOLDED: 4.0, "fqat": 8.0}
+    rows = []
+    for arm in right:
+        for seed in range(2 if arm == "fqat" else 3):  # the third seed has no pair
+            for target in ("one", "three"):
+                counts = {name: right[arm] - (name == target) for name in ("one", "three", "seven")}
+                texts = {name: encoded(torch.arange(10).lt(n).numpy()) for name, n in counts.items()}
+                values = {"trace": trace[arm] * 3**seed, "correct": json.dumps(texts)}
+                values |= {"rise, scales moved": 0.5 * trace[arm]} if arm != jobs.FOLDED else {}
+                rows += [row(seed, target, arm, *each) for each in values.items()]
+    (tmp_path / "rows.csv").write_text(csv_text(rows, sharpness.COLUMNS))
+    lines = tables(tmp_path / "rows.csv").splitlines()
+    found = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines if "|" in line
+    }
+    assert any(line.startswith("| seeds: 0, 1 |") for line in lines)
+    accuracies = next(line for line in lines if line.startswith("| fqat")).split("|")
+    assert [cell.split()[0] for cell in accuracies[2:6]] == ["70.0", "10.0", "60.0", "10.0"]
+    assert found["fqat"] == ["2.00 [2.00, 2.00]", "4.00 [4.00, 4.00]"]  # over float, and over LSQ
+    assert found["LSQ"] == ["0.50 [0.50, 0.50]", "1"]
+    assert found["what 1 is"] == [f"6.93, {jobs.FOLDED}", "1, LSQ"]  # 4·√3
+    (tmp_path / "none.csv").write_text(csv_text(rows[:4], sharpness.COLUMNS))
+    with pytest.raises(ValueError, match="must have LSQ and float, folded of one domain and seed, got"):
+        tables(tmp_path / "none.csv")
