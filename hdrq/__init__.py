@@ -3,11 +3,13 @@
 from hdrq import evaluate, ops, qat, recipes, report
 from hdrq._version import __version__
 from hdrq.backends import available_backends, use_backend
+from hdrq.checkpoint.inspection import contents as inspect
 from hdrq.checkpoint.loading import load
 from hdrq.checkpoint.saving import save
 from hdrq.errors import BackendError, DivergenceError
 from hdrq.merging.adding import add
 from hdrq.merging.changes import Change
+from hdrq.merging.integers import integers
 from hdrq.merging.models import merge
 from hdrq.methods.post_merge import post_merge
 from hdrq.methods.post_training import quantize
@@ -23,6 +25,8 @@ __all__ = [
     "add",
     "available_backends",
     "evaluate",
+    "inspect",
+    "integers",
     "keep_freed_memory",
     "load",
     "merge",

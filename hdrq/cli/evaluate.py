@@ -37,6 +37,7 @@ def evaluate(
     size: Annotated[str, typer.Option(help="Of images with label maps: height and width.")] = "512x1024",
     label_size: Annotated[str | None, typer.Option(help="Of their label maps; as images.")] = None,
     split: Annotated[str, typer.Option(help="Of images with label maps: test, or train.")] = "test",
+    top: Annotated[int, typer.Option(help="An image is right if its label is among so many of the first.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     batch_size: Annotated[int | None, typer.Option(help="Images at a time; 100, or 4 with label maps.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -51,6 +52,8 @@ def evaluate(
     if arguments is not None and not isinstance(arguments, dict):
         raise TypeError(f"model_args must be a mapping, like {{width: 8}}, got {model_args!r}")
     if label_maps:
+        if top != 1:
+            raise ValueError(f"top must be left out with --label-maps, got {top}")
         layouts = label_maps * len(data) if len(label_maps) == 1 else label_maps
         if len(layouts) != len(data):
             raise ValueError(
@@ -70,9 +73,9 @@ def evaluate(
     else:
         made = {"resize": resize, "crop": crop, "mean": numbers("mean", mean), "std": numbers("std", std)}
         rows = evaluate_files(
-            files, data, model, model_args=arguments, device=device, batch_size=batch_size or 100, **made
+            files, data, model, model_args=arguments, device=device, batch_size=batch_size or 100, top=top, **made
         )
-        tables = [table(rows, "Accuracy (%)")]
+        tables = [table(rows, "Accuracy (%)" if top == 1 else f"Accuracy, top {top} (%)")]
     if as_json:
         print(json.dumps(records(rows), indent=2))
         return

@@ -28,6 +28,7 @@ def evaluate_files(
     model_args: Mapping[str, Any] | None = None,
     device: str = "cpu",
     batch_size: int = 100,
+    top: int = 1,
     **preparation: Any,
 ) -> list[Row]:
     """The accuracies of models on folders of labelled images: a row for each file, a column for each folder.
@@ -36,6 +37,7 @@ def evaluate_files(
         files: quantized models, or states of the architecture in full precision, safetensors.
         data: folders with a folder for each class, the same as in the first.
         model: the architecture, ``"module:factory"``; without ``model_args``, those of the files are the factory's.
+        top: an image is right if its label is among so many of the greatest logits.
         preparation: arguments of :func:`hdrq.calibrate.images.load_labelled`; without, images are made as those that
             the files were calibrated on.
 
@@ -50,7 +52,7 @@ def evaluate_files(
 
     def measured(network: nn.Module, path: str | os.PathLike) -> float:
         batches = load_labelled(path, batch_size=batch_size, classes=classes, **preparation)
-        return accuracy_of(network, _as_floats(batches, network))
+        return accuracy_of(network, _as_floats(batches, network), top)
 
     return [Row(*each) for each in _each(files, data, model, model_args, device, measured, "resize and crop make")]
 

@@ -49,38 +49,51 @@ class IoURow(Row):
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 500) -> float:
-    """The share of images whose greatest logit is the label's, in percent. ``images`` (N, …), ``labels`` (N,) int64.
+def accuracy(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 500, top: int = 1
+) -> float:
+    """The share of images whose label is among the ``top`` greatest logits, in percent.
+
+    ``images`` are (N, …), ``labels`` (N,) int64.
 
     Raises:
-        ValueError: no images, or not as many labels.
+        ValueError: no images, not as many labels, or fewer classes than ``top``.
     """
     if len(images) == 0 or labels.shape != images.shape[:1]:
         raise ValueError(f"labels must be one for each image, got {tuple(labels.shape)} for {len(images)} images")
     checks.integer("batch_size", batch_size, 1, 2**31)
-    return accuracy_of(model, zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    return accuracy_of(model, zip(images.split(batch_size), labels.split(batch_size), strict=True), top)
 
 
 @torch.no_grad()
-def accuracy_of(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """:func:`accuracy` over batches of images and labels, moved to where the model is.
+def accuracy_of(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], top: int = 1) -> float:
+    """:func:`accuracy` over batches of images and labels, such as a DataLoader's, moved to where the model is.
 
     The logits are what the output names so, else the first floating-point tensor that the model returns.
 
     Raises:
-        ValueError: the model's output is no class for each label.
+        ValueError: the model's output is no class for each label; no batch; fewer classes than ``top``.
     """
+    checks.integer("top", top, 1, 2**31)
     parameter = next(model.parameters(), None)
     right = total = 0
     for x, y in batches:
         if parameter is not None:
             x, y = x.to(parameter.device), y.to(parameter.device)
-        predicted = logits_of(model(x), "output of the model").argmax(dim=1)
+        logits = logits_of(model(x), "output of the model")
+        predicted = logits.argmax(dim=1)
         if predicted.shape != y.shape:
             got = f"{tuple(y.shape)} for {tuple(predicted.shape)}; label maps are measured by mean_iou"
             raise ValueError(f"labels must be one for each class that the model tells, got {got}")
-        right += int((predicted == y).sum())
+        if top > 1:
+            if logits.shape[1] < top:
+                raise ValueError(f"top must be at most the {logits.shape[1]} classes that the model tells, got {top}")
+            right += int((logits.topk(top, dim=1).indices == y[:, None]).sum())
+        else:
+            right += int((predicted == y).sum())
         total += len(y)
+    if not total:
+        raise ValueError("batches must have at least one image, got none")
     return 100 * right / total
 
 
