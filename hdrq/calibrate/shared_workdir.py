@@ -28,13 +28,17 @@ class SharedWorkdir(Workdir):
 
         self.path = ranks.of_first(opened)
 
+    def save_block(self, index: int, tensors: Mapping[str, torch.Tensor], facts: dict) -> None:
+        if self.ranks.first:
+            super().save_block(index, tensors, facts)
+
+    def save_current(self, tensors: Mapping[str, torch.Tensor], facts: dict) -> None:
+        if self.ranks.first:
+            super().save_current(tensors, facts)
+
     def write_losses(self, rows: list[tuple]) -> None:
         if self.ranks.first:
             super().write_losses(rows)
-
-    def _save(self, name: str, tensors: Mapping[str, torch.Tensor], facts: dict) -> None:
-        if self.ranks.first:
-            super()._save(name, tensors, facts)
 
     def _load(self, name: str) -> tuple[dict[str, torch.Tensor], dict] | None:
         load: Callable = super()._load

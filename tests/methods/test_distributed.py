@@ -16,6 +16,7 @@ import hdrq
 from hdrq.calibrate import ranges
 from hdrq.calibrate.data import calibration_calls
 from hdrq.calibrate.ranks import ALONE, Ranks
+from hdrq.calibrate.shared_workdir import SharedWorkdir
 from hdrq.checkpoint.workdir import state_hash
 from hdrq.errors import RankError
 from hdrq.methods.reconstruct.learner import Learner
@@ -345,6 +346,16 @@ def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(pair, tmp_
     assert pair(kept, tmp_path / "killed", resume=True)[0][0] == whole
     with pytest.raises(ValueError, match=r"processes \(2, now None\)"):
         run(None, "qdrop", workdir=tmp_path / "killed/0", iterations=60, resume=True)
+
+
+def test_rank_1_touches_nothing_of_the_work_folder(tmp_path):
+    folder = SharedWorkdir.__new__(SharedWorkdir)
+    folder.path, folder.ranks = tmp_path, Ranks(None, 1, 2)
+    (tmp_path / "current.safetensors").write_text("of rank 0")
+    folder.save_current({"a": torch.zeros(1)}, {"index": 0})
+    folder.save_block(0, {"a": torch.zeros(1)}, {})
+    folder.write_losses([("a", 1, 0.5)])
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of rank 0"]
 
 
 def test_what_rank_0_cannot_write_ends_both(pair, tmp_path):
