@@ -108,10 +108,12 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--iterations", type=int, default=40)
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=7, help="2 at least: what is printed are quartiles")
     parser.add_argument("--seeds", type=int, default=0, help="of runs whose errors are compared")
     parser.add_argument("--out", type=Path, help="without an ending: JSON")
     options = parser.parse_args()
+    if options.turns < 2 or options.seeds == 1:
+        parser.error("--turns must be 2 at least, and --seeds 0 or 2 at least, for there to be a spread")
     print(f"{facts()['processor']}, torch {torch.__version__}, width {options.width}, {options.iterations} iterations")
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
@@ -129,8 +131,7 @@ def main() -> None:
         for way, each in ratios(turns, clock).items():
             if clock and WAYS[way][1] > 1:
                 continue  # a processor's time counts both threads
-            low, _, high = statistics.quantiles(each, n=4, method="inclusive")
-            median = statistics.median(each)
+            low, median, high = statistics.quantiles(each, n=4, method="inclusive")
             print(f"{way}: {median:.2f} times as fast ({low:.2f} to {high:.2f}) as one thread, by the {name}")
             figures.append({"way": way, "by": name, "speed_up": median, "p25": low, "p75": high})
     if errors:
