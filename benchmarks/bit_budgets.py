@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import hdrq
+from hdrq.checkpoint.files import output_path, write_atomically
 from hdrq.demo.run import one_thread
 from hdrq.reproduce.jobs import quantized_one
 from hdrq.reproduce.measures import contributions
@@ -55,17 +56,19 @@ def main() -> None:
     parser.add_argument("--task", default="digits")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", default="RTN,QDrop")
-    parser.add_argument("--budgets", default="3,4")
+    parser.add_argument("--budgets", default="3,4", help="whole numbers, which all weights can have alike")
     options = parser.parse_args()
+    budgets = [int(budget) for budget in options.budgets.split(",")]
+    output_path(options.out)
     task = task_of(options.task)
     found: dict[tuple, dict[int, dict]] = {}
     chosen = {}
     with one_thread():
         for seed in range(options.seeds):
             models = networks(task, seed, options.cache)
-            for budget in map(float, options.budgets.split(",")):
-                bits = {"uniform": {"*": f"W{budget:.0f}A8"}, "chosen": common_bits(task, models, budget)}
-                chosen[f"{budget:g} bits, seed {seed}"] = bits["chosen"]
+            for budget in budgets:
+                bits = {"uniform": {"*": f"W{budget}A8"}, "chosen": common_bits(task, models, budget)}
+                chosen[f"{budget} bits, seed {seed}"] = bits["chosen"]
                 for method in options.methods.split(","):
                     for name, own in bits.items():
                         for what, by_domain in judged(task, models, method, own, seed).items():
@@ -86,7 +89,7 @@ def main() -> None:
             )
             print(records[-1])
     facts = {"seeds": options.seeds, "task": options.task, "records": records, "bits": chosen}
-    options.out.write_text(json.dumps(facts, indent=1) + "\n")
+    write_atomically(options.out, json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ class Placement:
     """What is quantized, at which bits, and by whose quantizer."""
 
     layers: dict[str, BitWidths | None]  # in execution order; None: in float
+    reads: dict[str, int | None]  # module, layers and others: bits of what it reads, by whosever quantizer
     inputs: dict[str, tuple[str, int]]  # module whose input is quantized: the module whose quantizer that is, its bits
     blocks: dict[str, str]  # for each block, where what it reads is quantized: at the "block", or at its "layers"
 
@@ -94,7 +95,7 @@ def place_quantizers(
         width = widths[name]
         if width is not None and not served[name]:
             inputs[name] = first_of.setdefault((width, *(r.identity for r in read)), name), width
-    return Placement(policy, inputs, {b: "block" if b in inputs else "layers" for b in inner})
+    return Placement(policy, widths, inputs, {b: "block" if b in inputs else "layers" for b in inner})
 
 
 def _runs_its_children(model: nn.Module, name: str) -> bool:

@@ -23,7 +23,13 @@ from hdrq.quantizers.modules import ActivationQuantizer, Quantizer, WeightQuanti
 from hdrq.recipes import Recipe
 
 Q = TypeVar("Q", bound=Quantizer)
+REACHING = 128  # samples, at least, that say which modules of a model are reached
 SAMPLED = 2**20  # elements of what a module reads, of all samples together, that its scale is searched on
+
+
+def reaching_samples(batches: list[Call], plan: Recipe) -> list[Call]:
+    """The first samples: those that scales are searched on, and more where they are too few to reach all of a model."""
+    return first_samples(batches, max(plan.range_samples, REACHING))
 
 
 @torch.no_grad()

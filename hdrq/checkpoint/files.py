@@ -106,10 +106,13 @@ def _beside(target: Path) -> Path:
 
     Who writes holds a lock, which ends with the process. What nobody holds, and nobody wrote to for a minute, is left.
     """
-    name = f".{target.name[:200]}."
+    name = f".{os.fsdecode(os.fsencode(target.name)[:200])}.hdrq-"
     for left in target.parent.glob(f"{glob.escape(name)}{'[0-9a-f]' * 8}") if fcntl is not None else ():
         with suppress(OSError):  # another process holds it, or was faster
-            if time.time() - left.stat().st_mtime < SETTLED:
+            found = left.lstat()
+            if time.time() - found.st_mtime < SETTLED or not (
+                stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)
+            ):
                 continue
             handle = os.open(left, os.O_RDONLY)
             try:

@@ -146,15 +146,15 @@ def fingerprint(
     Args:
         states: hashes of ``"model"`` and ``"calibration"``, and of ``"source"`` where there is one.
     """
-    device = next(v for v in model.state_dict().values() if isinstance(v, torch.Tensor)).device
+    devices = (v.device.type for v in model.state_dict().values() if isinstance(v, torch.Tensor))
     return {
         "hdrq": __version__,
         "contract": CONTRACT,
         "torch": torch.__version__,
-        "device": device.type,
+        "device": next(devices, "cpu"),
         "seed": seed,
         "blocks": blocks if blocks is None else list(blocks),
-        "bits": bits if isinstance(bits, str) else dict(bits),
+        "bits": bits if isinstance(bits, str) else [list(pair) for pair in bits.items()],  # their order decides
         "source": None,
         **states,
         **{f"recipe.{key}": value for key, value in asdict(plan).items()},

@@ -13,6 +13,7 @@ from hdrq.cli.terminal import console, numbers, progress_bar
 
 if TYPE_CHECKING:
     from hdrq.merging.assessment import Readiness
+    from hdrq.methods.merge_recipe import MergeRecipe
 
 
 def merge(
@@ -111,8 +112,10 @@ def merge(
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     common: dict[str, Any] = {name: v for name, v in {"seed": seed, "rule": rule}.items() if v is not None}
     if len(files) == 1 and files[0].suffix in (".yaml", ".yml"):
-        recipe = read_recipe(files[0])
-        files, options = [Path(file) for file in recipe.files], {**recipe.options, **options}
+        if sweep is not None:
+            raise ValueError(f"sweep must be of two files, got the recipe {files[0]}, which has weights of its own")
+        files, options, common = _of_recipe(read_recipe(files[0]), options, common)
+        rule = common.get("rule")
     if add:
         _none_given(options, "with --add")
         settings = {"minus": minus, "scale": scale, "alpha": alpha, "model": model, "data": data, **common}
@@ -121,6 +124,7 @@ def merge(
         return
     _none_given({"minus": minus, "scale": scale, "alpha": alpha, "data": data}, "without --add")
     guided = {"target": target, "lam": lam}
+    seeded = {name: value for name, value in common.items() if name == "seed"}
     if calibrate or rule == "calibrated":
         own: dict[str, Any] = {name: options.pop(name) for name in ("weights", "bits") if name in options}
         own |= {name: value for name, value in guided.items() if value is not None}
@@ -130,7 +134,7 @@ def merge(
             raise ValueError("model must be given with --calibrate: layers must be run, got none")
         run = {"model": model, "samples": samples, "resize": resize, "crop": crop} if calibrate else {}
         # Without out there is --dry-run, refused above.
-        merge_calibrated(files, calibrate, cast(Path, out), {**({} if seed is None else {"seed": seed}), **run, **own})
+        merge_calibrated(files, calibrate, cast(Path, out), {**seeded, **run, **own})
         return
     _none_given({**guided, "model": model}, "without --calibrate")
     unready = "warn" if force else "refuse"
@@ -178,6 +182,20 @@ def merge_calibrated(files: list[Path], data: list[Path] | None, out: Path, sett
         with progress_bar("merging") as show:
             report = merge_files_by_statistics(files, out, progress=show, **settings)
     console.print(layers_table(report))
+
+
+def _of_recipe(
+    recipe: MergeRecipe, options: dict[str, Any], common: dict[str, Any]
+) -> tuple[list[Path], dict[str, Any], dict[str, Any]]:
+    """Files, options, and seed and rule, where those of the command line win over a recipe's.
+
+    A preset or a rule of the command line is in the place of all that the recipe says of its rule.
+    """
+    own = dict(recipe.options)
+    if "preset" in options or "rule" in common:
+        own = {name: value for name, value in own.items() if name in ("weights", "seed", "bits", "extrapolate")}
+    common = {name: own.pop(name) for name in ("seed", "rule") if name in own} | common
+    return [Path(file) for file in recipe.files], {**own, **options}, common
 
 
 def _none_given(options: dict[str, Any], when: str) -> None:

@@ -38,14 +38,18 @@ def sensitivity(
     Models that are to be merged need the same bits: find them once, and quantize each with the file of --save-config.
     """
     from hdrq import checks
+    from hdrq.checkpoint.files import output_path
     from hdrq.methods import job
-    from hdrq.methods.sensitivity import COSTS
+    from hdrq.methods.sensitivity import COSTS, solver
 
     given = {"model": model, "weights": weights, "data": data, "recipe": recipe, "bits": bits}
     options = {name: str(value) for name, value in given.items() if value is not None}
     settings = {"bits": "auto:4"} if config is None else job.read_settings(config)
     run = job.Run.of({**settings, **options, **dict(job.parse_setting(text) for text in set_ or [])})
     checks.choice("cost", cost, COSTS)
+    if save_config is not None:
+        output_path(save_config, "save_config")
+    solver()  # missing, it is told before anything is measured
     with progress_bar("layers") as show:
         found = job.measure_sensitivity(run, samples, show)
     widths = found.assign(cost=cost)

@@ -9,6 +9,7 @@ import torch
 
 from hdrq import checks
 from hdrq.checkpoint.format import codes_spec
+from hdrq.checks import listed
 from hdrq.evaluate.averaging import weighted_mean
 from hdrq.merging.alike import check_alike, warn_of_moved_scales
 from hdrq.merging.layers import LayerInputs
@@ -35,7 +36,14 @@ class Inputs:
             checks.device(device)
         self.sources, self.device = sources, device
         check_alike(sources, settings.bits)
-        self.weights = settings.weights_of(len(sources), sources[0].specs)  # by tensor
+        tied = {f"{name}.weight": f"{owner}.weight" for name, owner in sources[0].manifest["tied"].items()}
+        names = dict.fromkeys([*sources[0].specs, *tied, *tied.values()])
+        self.weights = settings.weights_of(len(sources), names)  # by tensor
+        if apart := [name for name, owner in tied.items() if self.weights[name] != self.weights[owner]]:
+            raise ValueError(
+                f"weights must be the same for layers that share a weight, got others for {listed(apart)} than for "
+                f"{listed(tied[name] for name in apart)}"
+            )
         warn_of_moved_scales(sources)
         self.labels = [label_of(source, k) for k, source in enumerate(sources)]
         self.ranges = merged_weight_ranges(sources, settings.bits)

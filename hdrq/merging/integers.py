@@ -28,10 +28,12 @@ class IntegerWeight(NamedTuple):
 
 
 def integers(model: nn.Module | str | os.PathLike) -> dict[str, IntegerWeight]:
-    """The integers of every quantized weight, by the name of its layer, in the order of names.
+    """The integers of every quantized weight, by the name of its layer, in the order of names; a weight that layers
+    share is there once, under the first.
 
-    :func:`hdrq.ops.dequantize` makes the weight of them: ``dequantize(codes, scale, zero_point=…, axis=…,
-    group_size=…)``. All are copies on the CPU.
+    :func:`hdrq.ops.dequantize` makes the weight of them: ``w = dequantize(codes, scale, zero_point=…, axis=…,
+    group_size=…)``; where there is an ``order``, as GPTQ's act-order leaves it, that is ``weight[:, order]``. All are
+    copies on the CPU.
 
     Args:
         model: a result of :func:`hdrq.quantize` and its like, a file of :func:`hdrq.save`, a folder of GPTQ, AWQ or

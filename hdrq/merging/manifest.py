@@ -38,10 +38,10 @@ def merged_manifest(inputs: Inputs, settings: MergeSettings) -> dict[str, Any]:
     return {**tables, "inputs": merged_ranges(inputs), **origin}
 
 
-def _weights(inputs: Inputs, settings: MergeSettings) -> list[float] | dict[str, list[float]]:
-    """λ of each model, or of each by pattern, in the order that decides."""
+def _weights(inputs: Inputs, settings: MergeSettings) -> list:
+    """λ of each model, or pairs of a pattern and these, in the order that decides: JSON sorts the keys of a mapping."""
     if isinstance(settings.weights, Mapping):
-        return {pattern: [float(weight) for weight in own] for pattern, own in settings.weights.items()}
+        return [[pattern, [float(weight) for weight in own]] for pattern, own in settings.weights.items()]
     return list(next(iter(inputs.weights.values())))
 
 

@@ -10,7 +10,7 @@ from hdrq import checks
 from hdrq.checks import listed
 from hdrq.merging import rules
 from hdrq.ops.merging import DRAWING, MODES, NOISES, SELECTIONS, rule_of
-from hdrq.quantizers.bits import BitWidths, matches
+from hdrq.quantizers.bits import BitWidths, check_patterns, matches
 
 RULES = ("systematic", "noise", *rules.RULES)
 DRAWS = 30
@@ -24,7 +24,9 @@ class MergeSettings:
     Args:
         weights: λ, one for each model, summing to 1; None for equal ones. Or those of parts of the models, by patterns
             of which the first that matches a module, or one that it lies in, decides: ``{"stem": (0.8, 0.2), "*":
-            (0.5, 0.5)}``. They hold for all that a module has: codes, scales, biases, and what it reads.
+            (0.5, 0.5)}``. They hold for all that a module has: codes, scales, biases, and the quantizer of what it
+            reads, but where several modules share that, the first of them decides. Layers that share a weight must
+            have the same.
         rule: ``"systematic"`` or ``"noise"``, as for :func:`hdrq.ops.merge`, or one of
             :data:`hdrq.merging.rules.RULES`; None for ``"noise"`` where an option of its own is given, else
             ``"systematic"``.
@@ -100,10 +102,14 @@ class MergeSettings:
 
         if not isinstance(self.weights, Mapping):
             return dict.fromkeys(names, mixing(self.weights))
+        check_patterns("weights", self.weights)
         known = {pattern: mixing(own) for pattern, own in self.weights.items()}
         chosen = {name: next((p for p in known if matches(name, p)), None) for name in names}
         if missing := [name for name, pattern in chosen.items() if pattern is None]:
             raise ValueError(f'weights must be given for every tensor (end with "*"), got none for {listed(missing)}')
-        if unused := [pattern for pattern in known if not any(matches(name, pattern) for name in chosen)]:
-            raise ValueError(f"weights must have patterns that match a module, got {listed(map(repr, unused))}")
+        if unused := [pattern for pattern in known if pattern not in chosen.values()]:
+            raise ValueError(
+                f"weights must have patterns that match a module that none before matches, got "
+                f"{listed(map(repr, unused))}"
+            )
         return {name: known[str(pattern)] for name, pattern in chosen.items()}

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from hdrq import checks
+from hdrq.checkpoint.files import output_folder
 from hdrq.checks import listed
 from hdrq.merging.files import merge_files
 from hdrq.merging.settings import MergeSettings
 from hdrq.merging.sources import opened
 from hdrq.merging.tensors import Progress, no_progress
 from hdrq.methods.job import read_settings
+from hdrq.quantizers.bits import exactly
 
 PARTS = (".weight.codes", ".weight.scale", ".weight.zero_point", ".input.scale")  # of what a module has in a file
 OWN = {field.name for field in fields(MergeSettings)} - {"weights"} | {"preset"}
@@ -44,9 +46,10 @@ def read_recipe(path: str | os.PathLike) -> MergeRecipe:
         parameters: {normalize: true, rule: systematic, seed: 0}
 
     The first ``filter`` that is part of a module's name, or matches it as a pattern of a shell, decides its weight; one
-    without a filter is for the rest. ``weight`` is 1 where none is given. With ``normalize``, true by itself, weights
-    are divided by their sum. Other ``parameters`` are options of :func:`hdrq.merge`. ``merge_method`` may be
-    ``linear``.
+    without a filter is for the rest. Modules are those that have tensors in the file: in an ONNX file, what a layer
+    reads is a tensor with a name of its own. ``weight`` is 1 where none is given. With ``normalize``, true by itself,
+    weights are divided by their sum; false keeps them, as ``extrapolate`` with ``rule: requantize`` may want. Other
+    ``parameters`` are options of :func:`hdrq.merge`. ``merge_method`` may be ``linear``.
 
     Raises:
         FileNotFoundError: the recipe, or a model of it, is not there.
@@ -70,6 +73,8 @@ def read_recipe(path: str | os.PathLike) -> MergeRecipe:
         raise TypeError(f"normalize must be true or false, got {normalize!r:.100}")
     with ExitStack() as stack:
         names = opened(files[0], stack).specs
+        for file in files[1:]:
+            opened(file, stack)
     return MergeRecipe(tuple(files), {**options, "weights": _mixed(weights, names, normalize)})
 
 
@@ -95,10 +100,14 @@ def sweep(
     shares = [checks.real("sweep", value, 0.0, 1.0) for value in values]
     if not shares or len(set(shares)) < len(shares):
         raise ValueError(f"sweep must be one λ or more, each once, got {shares}")
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    MergeSettings.of(2, **{name: value for name, value in options.items() if name not in ("device", "unready")})
+    with ExitStack() as stack:
+        for file in files:
+            opened(file, stack)
+    output_folder(folder).mkdir(parents=True, exist_ok=True)
     written = []
     for share in shares:
-        out = Path(folder) / f"lambda-{share:g}.safetensors"
+        out = Path(folder) / f"lambda-{repr(share).removesuffix('.0')}.safetensors"
         merge_files(files, out, weights=(share, 1 - share), progress=progress, **options)
         written.append(out)
     return written
@@ -143,7 +152,7 @@ def _mixed(rules: Sequence[list], names, normalize: bool) -> Any:
             used.add(pattern)
             own.append(value)
         total = sum(own)
-        if normalize and not total:
+        if normalize and abs(total) <= 1e-6 * sum(map(abs, own)):
             raise ValueError(f"weights must have a sum to divide by, got {own} for {module or 'the model itself'}")
         return tuple(value / total for value in own) if normalize else tuple(own)
 
@@ -151,12 +160,14 @@ def _mixed(rules: Sequence[list], names, normalize: bool) -> Any:
     weights = {module: of(module) for module in modules}
     filters = dict.fromkeys(pattern for each in rules for pattern, _ in each if pattern is not None)
     if unused := [pattern for pattern in filters if pattern not in used]:
-        raise ValueError(f"filter must be part of a module's name, got {listed(map(repr, unused))}")
+        raise ValueError(
+            f"filter must be part of the name of a module that none before it decides, got {listed(map(repr, unused))}"
+        )
     if len(set(weights.values())) == 1:
         return next(iter(weights.values()))
     deepest = sorted((module for module in weights if module), key=lambda module: -module.count("."))
     rest = {"*": weights[""]} if "" in weights else {}
-    return {module: weights[module] for module in deepest} | rest
+    return {exactly(module): weights[module] for module in deepest} | rest
 
 
 def _module(name: str) -> str:

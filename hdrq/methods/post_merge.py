@@ -15,7 +15,7 @@ from hdrq import checks
 from hdrq.calibrate.data import Call, calibration_calls, check_call, data_hash, first_samples, run_all
 from hdrq.calibrate.moments import Moments, second_moments
 from hdrq.calibrate.progress import Step
-from hdrq.calibrate.ranges import search_weight_scale
+from hdrq.calibrate.ranges import REACHING, search_weight_scale
 from hdrq.calibrate.report import report_of, set_report
 from hdrq.calibrate.sequential import Method, Unit
 from hdrq.calibrate.settings import RunSettings
@@ -24,7 +24,7 @@ from hdrq.checks import listed
 from hdrq.merging.float_merges import FloatMerge, merge_float
 from hdrq.methods.awq import AWQ
 from hdrq.methods.layerwise import BIASES, WEIGHTINGS, LayerWise, Target
-from hdrq.methods.post_training import REACHING, fit
+from hdrq.methods.post_training import fit
 from hdrq.methods.reconstruct.method import Reconstruction
 from hdrq.prepare.float_model import check_module, prepare_float
 from hdrq.quantizers.layers import quantized_layers

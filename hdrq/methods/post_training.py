@@ -17,7 +17,7 @@ from hdrq.calibrate.cache import Cache
 from hdrq.calibrate.data import Call, calibration_calls, check_call, data_hash, first_samples, run_all
 from hdrq.calibrate.finite import check_finite
 from hdrq.calibrate.progress import Step
-from hdrq.calibrate.ranges import attach_quantizers
+from hdrq.calibrate.ranges import attach_quantizers, reaching_samples
 from hdrq.calibrate.ranks import Ranks
 from hdrq.calibrate.replay import without_caches
 from hdrq.calibrate.report import RunReport, peak_memory, set_report
@@ -49,8 +49,6 @@ from hdrq.rng import CONTRACT
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-REACHING = 128  # samples, at least, that say which modules of a model are reached
 
 
 @torch.inference_mode(False)
@@ -266,7 +264,7 @@ def fit(
         The quantized model, and the model in full precision that it was made of.
     """
     began, ranks = time.perf_counter(), settings.ranks
-    reaching = reaching or first_samples(batches, max(plan.range_samples, REACHING))
+    reaching = reaching or reaching_samples(batches, plan)
     first, example = run_all(batches[:1], "model must run on calibration"), run_all(reaching)
     ready = prepare(model, first, example, bits, blocks=blocks, attention=plan.attention, fold=folds)
     full, quantized, units = ready.full, ready.quantized, ready.units
@@ -329,7 +327,7 @@ def fit(
     warn_of_layers(report)
     report.errors = errors() if walks else report.nearest
     report.seconds, report.peak_memory = time.perf_counter() - began, peak_memory(device_of(full))
-    policy = bits if isinstance(bits, str) else dict(bits)
+    policy = bits if isinstance(bits, str) else [list(pair) for pair in bits.items()]  # in the order that decides
     how = {"contract": CONTRACT, "recipe": asdict(plan), "bits": policy, "seed": settings.seed, **facts}
     set_origin(quantized, {"folded": ready.folded, **how, "coverage": share.as_dict()})
     set_report(quantized, report)

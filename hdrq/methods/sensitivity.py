@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from hdrq import checks
+from hdrq import checks, tree
 from hdrq.calibrate.data import Call, calibration_calls, check_call, first_samples, run_all
 from hdrq.calibrate.placement import Placement, place_quantizers
-from hdrq.calibrate.ranges import search_weight
+from hdrq.calibrate.ranges import reaching_samples, search_weight
+from hdrq.checks import listed
 from hdrq.errors import MissingExtra
-from hdrq.evaluate.metrics import logits_of
 from hdrq.prepare.coverage import multiply_adds
 from hdrq.prepare.float_model import check_module
 from hdrq.prepare.prepared import Prepared, prepare
-from hdrq.quantizers.bits import Budget, budget_of, check_bits, is_automatic, matches
+from hdrq.quantizers.bits import Budget, budget_of, check_bits, exactly, is_automatic, matches
 from hdrq.quantizers.layers import shared_weights
 from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
@@ -46,12 +48,11 @@ class Sensitivity:
     Attributes:
         layers: the weights whose bits can be chosen, in the order of execution.
         budget: the mean bits that were asked for.
-        error: the output's relative squared error with several weights rounded at once; it takes ``{layer: bits}``.
     """
 
     layers: tuple[LayerSensitivity, ...]
     budget: float
-    error: Callable[[Mapping[str, int]], float] = field(repr=False)
+    _error: Callable[[Mapping[str, int]], float] = field(repr=False)
     _text: Callable[[Mapping[str, int]], dict[str, str]] = field(repr=False)
 
     def assign(self, budget: float | None = None, cost: str = "weights") -> dict[str, int]:
@@ -59,8 +60,8 @@ class Sensitivity:
 
             minimize Σ_l e_l(b_l)   subject to   Σ_l c_l·b_l ≤ budget·Σ_l c_l
 
-        Errors of layers are added up, as if they were independent; :attr:`error` tells what they are together. The
-        integer program is solved to its optimum, by HiGHS through scipy.
+        Errors of layers are added up, as if they were independent; :meth:`error` tells what they are together. HiGHS
+        solves the integer program, through scipy, to within 1e-6 of the least sum.
 
         Args:
             budget: bits of a weight, or of the weight in a multiply-add, in the mean; None for what was asked for.
@@ -81,14 +82,34 @@ class Sensitivity:
         return {name: bits for layer, bits in zip(self.layers, chosen, strict=True) for name in layer.layers}
 
     def mean_bits(self, widths: Mapping[str, int], cost: str = "weights") -> float:
-        """``Σ_l c_l·b_l / Σ_l c_l`` of an assignment."""
+        """``Σ_l c_l·b_l / Σ_l c_l`` of an assignment, which has all layers."""
         costs = [getattr(layer, checks.choice("cost", cost, COSTS)) for layer in self.layers]
-        spent = sum(c * widths[layer.layers[0]] for c, layer in zip(costs, self.layers, strict=True))
-        return spent / max(sum(costs), 1)
+        chosen = self._whole(widths)
+        return sum(c * chosen[layer.layers[0]] for c, layer in zip(costs, self.layers, strict=True)) / max(
+            sum(costs), 1
+        )
 
     def bits(self, widths: Mapping[str, int]) -> dict[str, str]:
-        """An assignment as ``bits`` of :func:`hdrq.quantize`: every layer by name, activations as they were given."""
-        return self._text(widths)
+        """An assignment of all layers as ``bits`` of :func:`hdrq.quantize`, activations as they were given.
+
+        Raises:
+            ValueError: a layer without bits, or one that was not measured; bits outside [2, 16].
+        """
+        return self._text(self._whole(widths))
+
+    def error(self, widths: Mapping[str, int]) -> float:
+        """The output's relative squared error with several weights rounded at once.
+
+        Raises:
+            ValueError: a layer that was not measured; bits outside [2, 16].
+        """
+        return self._error(_checked(widths, self.layers))
+
+    def _whole(self, widths: Mapping[str, int]) -> dict[str, int]:
+        chosen = _checked(widths, self.layers)
+        if missing := [name for layer in self.layers for name in layer.layers if name not in chosen]:
+            raise ValueError(f"widths must have every layer that was measured, got none for {listed(missing)}")
+        return chosen
 
 
 def sensitivity(
@@ -139,11 +160,13 @@ def measure(
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Sensitivity:
     """:func:`sensitivity` once its arguments are checked."""
+    if not isinstance(widths, Sequence):
+        raise TypeError(f"widths must be a sequence of bits, got {type(widths).__name__}")
     each = sorted({checks.bits("widths", width) for width in widths})
     if not each:
         raise ValueError("widths must be one or more, got none")
-    calls = first_samples(batches, checks.integer("samples", samples, 1, 2**31))
-    probe = _Probe(model, calls, plan, bits)
+    probe = _Probe(model, batches, checks.integer("samples", samples, 1, 2**31), plan, bits)
+    checks.real("budget", probe.budget, min(each))
     found = []
     for done, names in enumerate(probe.groups):
         if progress is not None:
@@ -151,6 +174,11 @@ def measure(
         errors = {width: probe.error({names[0]: width}) for width in each}
         weight = probe.layer(names[0]).weight
         found.append(LayerSensitivity(names, weight.numel(), sum(probe.macs[n] for n in names), errors))
+    if unheard := [layer.layers[0] for layer in found if not any(layer.errors.values())]:
+        warnings.warn(
+            f"the output of the model does not depend on the weights of {listed(unheard)}, which get the fewest bits",
+            stacklevel=3,
+        )
     return Sensitivity(tuple(found), probe.budget, probe.error, probe.text)
 
 
@@ -161,9 +189,11 @@ def chosen_bits(
 
     Raises:
         ValueError: the budget cannot be met.
+        MissingExtra: scipy is not installed.
     """
     if budget_of(bits) is None:
         return bits
+    solver()  # missing, it is told before anything is measured
     found = measure(model, batches, plan, bits)
     return found.bits(found.assign())
 
@@ -180,22 +210,32 @@ def _without_budget(bits: str | Mapping[str, str]) -> str | Mapping[str, str]:
 class _Probe:
     """A model in full precision some of whose weights can be rounded, and what it returned before."""
 
-    def __init__(self, model: nn.Module, calls: list[Call], plan: Recipe, bits: str | Mapping[str, str]) -> None:
+    def __init__(
+        self, model: nn.Module, batches: list[Call], samples: int, plan: Recipe, bits: str | Mapping[str, str]
+    ) -> None:
         budget = budget_of(bits)
         if budget is None:
             raise ValueError(f'bits must ask for a budget, like "auto:4.5", for some layer, got {bits!r}')
-        self.budget, run = budget.weight, run_all(calls, "model must run on calibration")
-        self.plan, self.given, self.run = plan, bits, run
-        ready = prepare(model, run_all(calls[:1]), run, _without_budget(bits), attention=plan.attention)
+        self.budget, self.plan, self.given = budget.weight, plan, bits
+        reaching = run_all(reaching_samples(batches, plan))  # as a run takes them, so that it meets the same layers
+        first = run_all(batches[:1], "model must run on calibration")
+        ready = prepare(model, first, reaching, _without_budget(bits), attention=plan.attention)
         self.full = ready.full
-        self.placement = _placement(ready, run, plan, _without_budget(bits))
+        self.placement = _placement(ready, reaching, plan, _without_budget(bits))
         reached = {name: self.layer(name) for name in self.placement.layers}
         tied = {name: tuple(names) for names in shared_weights(reached) for name in names}
         free = [name for name in reached if is_automatic(self._text_of(name))]
         self.groups = list(dict.fromkeys(tied.get(name, (name,)) for name in free))
+        if fixed := [name for names in self.groups for name in names if name not in free]:
+            raise ValueError(
+                f"bits must have a budget for all layers that share a weight, or for none, got widths for "
+                f"{listed(fixed)} and a budget for others"
+            )
         if not self.groups:
             raise ValueError(f"bits must have a budget for a layer that calibration reaches, got {bits!r}")
-        self.outputs = [logits_of(y, "output of the model").double() for y in run(self.full)]
+        calls = first_samples(batches, samples)
+        self.run = run_all(calls)
+        self.outputs = self._measured()
         self.macs = self._multiply_adds(list(reached), sum(call.size for call in calls))
 
     def layer(self, name: str) -> Any:
@@ -204,9 +244,26 @@ class _Probe:
     def error(self, widths: Mapping[str, int]) -> float:
         """``Σ‖y_q − y‖² / Σ‖y‖²`` with the weights of ``widths`` rounded."""
         with self._rounded(widths):
-            outputs = [logits_of(y, "output of the model").double() for y in self.run(self.full)]
-        wrong = sum(float((a - b).square().sum()) for a, b in zip(outputs, self.outputs, strict=True))
-        return wrong / max(sum(float(y.square().sum()) for y in self.outputs), 1e-300)
+            outputs = self._measured()
+        wrong = sum(float((a - b)[a != b].square().sum()) for a, b in zip(outputs, self.outputs, strict=True))
+        size = sum(float(y[y.isfinite()].square().sum()) for y in self.outputs)  # −∞ in both is a mask
+        if not math.isfinite(wrong):
+            raise ValueError(
+                f"output of the model must stay finite where {listed(widths)} is rounded, got a number that is "
+                'not; keep that in "float", or give other widths'
+            )
+        return wrong / max(size, 1e-300)
+
+    def _measured(self) -> list[torch.Tensor]:
+        """What the model returns for each call: its logits where it names them, else all floating-point tensors."""
+        found = []
+        for output in self.run(self.full):
+            named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+            leaves = [named] if isinstance(named, torch.Tensor) else tree.leaves(output)
+            found += [y.double() for y in leaves if isinstance(y, torch.Tensor) and y.is_floating_point()]
+        if not found:
+            raise ValueError("output of the model must hold a floating-point tensor to be measured, got none")
+        return found
 
     @contextmanager
     def _rounded(self, widths: Mapping[str, int]) -> Iterator[None]:
@@ -224,16 +281,17 @@ class _Probe:
                 weight.data = data
 
     def text(self, widths: Mapping[str, int]) -> dict[str, str]:
-        """``bits`` that name every layer that is reached; then the patterns that were given, for modules of others."""
+        """``bits`` that name every layer that is reached, those inside another before it; then patterns of others."""
         texts = {}
-        for name, own in self.placement.layers.items():
-            if name in widths and own is not None:
-                read = self.placement.inputs.get(name, (name, own.activation))[1]
-                texts[name] = f"W{widths[name]}A{read}"
+        for name in sorted(self.placement.layers, key=lambda name: -name.count(".")):
+            own = self.placement.layers[name]
+            if own is None:
+                texts[exactly(name)] = "float"
             else:
-                texts[name] = "float" if own is None else f"W{own.weight}A{own.activation}"
-        given = _without_budget(self.given)
-        return texts if isinstance(given, str) else {**texts, **{k: v for k, v in given.items() if k not in texts}}
+                read = self.placement.reads[name]
+                texts[exactly(name)] = f"W{widths.get(name, own.weight)}A{own.activation if read is None else read}"
+        given = {} if isinstance(self.given, str) else self.given
+        return texts | {k: text for k, text in given.items() if k not in texts and not is_automatic(text)}
 
     def _text_of(self, name: str) -> str:
         """What ``bits`` says of a layer."""
@@ -255,26 +313,55 @@ def _placement(ready: Prepared, run: Callable, plan: Recipe, bits: str | Mapping
     return place_quantizers(ready.quantized, run, bits, *where, ready.units, ready.operands)
 
 
-def _least(costs: Sequence[int], errors: Sequence[Mapping[int, float]], budget: float) -> list[int]:
-    """One width of each mapping, with the least summed errors whose summed costs keep within the budget."""
+def _checked(widths: Mapping[str, int], layers: Sequence[LayerSensitivity]) -> dict[str, int]:
+    """An assignment of layers that were measured."""
+    known = dict.fromkeys(name for layer in layers for name in layer.layers)
+    if unknown := [repr(name) for name in widths if name not in known]:
+        raise ValueError(f"widths must be of layers that were measured, got {listed(unknown)}; layers: {listed(known)}")
+    return {name: checks.bits(f"widths of {name}", width) for name, width in widths.items()}
+
+
+def solver() -> Any:
+    """scipy's optimizers.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
     try:
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import coo_array
+        from scipy import optimize
     except ImportError as error:
         raise MissingExtra('a choice of bits needs scipy; pip install "hdrq[cli]"') from error
+    return optimize
+
+
+def _least(costs: Sequence[int], errors: Sequence[Mapping[int, float]], budget: float) -> list[int]:
+    """One width of each mapping, with the least summed errors whose summed costs keep within the budget.
+
+    It is solved twice: HiGHS' tolerances are absolute, and the first solution says which errors are too large to be in
+    the best, so that the others can be scaled by what the best may be.
+    """
     pairs = [(row, width) for row, own in enumerate(errors) for width in own]
-    values = [errors[row][width] for row, width in pairs]
-    largest = max(values) or 1.0
-    rows = [row for row, _ in pairs] + [len(errors)] * len(pairs)
-    columns = [*range(len(pairs))] * 2
-    total = sum(costs)
-    spent = [1.0] * len(pairs) + [costs[row] * width / total for row, width in pairs]
-    matrix = coo_array((spent, (rows, columns)), shape=(len(errors) + 1, len(pairs)))
-    once = [1.0] * len(errors)
-    within = LinearConstraint(matrix.tocsr(), [*once, -float("inf")], [*once, budget])
-    options = {"mip_rel_gap": 0.0}
-    scaled = [value / largest for value in values]
-    result = milp(scaled, constraints=within, integrality=[1] * len(pairs), bounds=Bounds(0, 1), options=options)
+    largest = max(errors[row][width] for row, width in pairs)
+    for _ in range(2):
+        chosen = _solved(costs, errors, pairs, budget, largest or 1.0)
+        largest = sum(errors[row][width] for row, width in chosen)
+        pairs = [(row, width) for row, width in pairs if errors[row][width] <= largest]
+    return [width for _, width in chosen]
+
+
+def _solved(costs, errors, pairs: list[tuple[int, int]], budget: float, unit: float) -> list[tuple[int, int]]:
+    optimize, total = solver(), sum(costs)
+    once = np.zeros((len(errors) + 1, len(pairs)))
+    once[[row for row, _ in pairs], range(len(pairs))] = 1.0
+    once[-1] = [costs[row] * width / total for row, width in pairs]
+    low, high = [*[1.0] * len(errors), -np.inf], [*[1.0] * len(errors), budget]
+    result = optimize.milp(
+        [errors[row][width] / unit for row, width in pairs],
+        constraints=optimize.LinearConstraint(once, low, high),
+        integrality=np.ones(len(pairs)),
+        bounds=optimize.Bounds(0, 1),
+        options={"mip_rel_gap": 0.0},
+    )
     if not result.success:
         raise ValueError(f"budget must be one that can be met, got {budget}: {result.message}")
-    return [width for (_, width), taken in zip(pairs, result.x, strict=True) if taken > 0.5]
+    return [pair for pair, taken in zip(pairs, result.x, strict=True) if taken > 0.5]

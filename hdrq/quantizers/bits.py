@@ -74,10 +74,21 @@ def check_bits(bits: Any) -> None:
     """
     if not isinstance(bits, str | Mapping):
         raise TypeError(f'bits must be a string like "W4A4" or a mapping from patterns, got {type(bits).__name__}')
+    check_patterns("bits", {} if isinstance(bits, str) else bits)
     for text in [bits] if isinstance(bits, str) else bits.values():
         if not is_automatic(text) and (text != "float" or isinstance(bits, str)):
             BitWidths.parse(text)
     budget_of(bits)
+
+
+def check_patterns(name: str, patterns: Mapping[Any, Any]) -> None:
+    """Every pattern is a text.
+
+    Raises:
+        TypeError: one is not.
+    """
+    if odd := [repr(pattern)[:50] for pattern in patterns if not isinstance(pattern, str)]:
+        raise TypeError(f"{name} must have patterns of names, got {listed(odd)}")
 
 
 def bit_policy(
@@ -123,6 +134,11 @@ def bit_policy(
             got = listed(f"{text} for {name!r}" for name, text in texts.items())
             raise ValueError(f"bits must agree where layers share a weight, got {got}; give them one width of weights")
     return policy
+
+
+def exactly(name: str) -> str:
+    """The pattern of a name, which may hold characters that patterns of a shell read otherwise."""
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -18,17 +18,27 @@ from hdrq.reproduce.statistics import LEVEL, SAMPLES, Found, estimate
 BASELINE = "LSQ"
 Place = tuple[str, int]  # the domain that was left out, and the seed
 Arms = dict[str, dict[Place, dict[str, str]]]  # by arm and place, a value for each measure
+FLOAT = "float"  # the bits of arms that stay in full precision
 
 
 def tables(path: Path) -> str:
     """Accuracies in and out of domain, and curvature beside that of training in float, in Markdown.
 
-    Only domains and seeds that all arms have are taken.
+    There are tables for each task and bit width. Only domains and seeds that all arms of them have are taken.
 
     Raises:
         ValueError: the CSV is none of :mod:`hdrq.reproduce.sharpness`, or nothing in it is had by all arms.
     """
-    arms = _read(path)
+    found = _read(path)
+    parts = []
+    for task, bits in found:
+        if bits != FLOAT:
+            arms = found.get((task, FLOAT), {}) | found[task, bits]
+            parts.append(f"## {task}, {bits}\n\n{_tables(_shared(arms, path))}")
+    return "\n".join(parts)
+
+
+def _tables(arms: Arms) -> str:
     seeds = sorted({seed for _, seed in next(iter(arms.values()))})
     heads = (f"seeds: {', '.join(map(str, seeds))}", "in domain", f"less {BASELINE}", "left out", f"less {BASELINE}")
     accuracies = []
@@ -43,21 +53,28 @@ def tables(path: Path) -> str:
     columns = list(zip(measures, bases, strict=True))
     curvature = [[arm, *(_ratio(arms[arm], arms[base], name) for name, base in columns)] for arm in arms]
     curvature.append(["what 1 is", *(f"{_level(arms[base], name)}, {base}" for name, base in columns)])
+    first = "Accuracy (%), mean over the domains left out in turn; in domain, harmonic mean of the others"
     return (
-        f"**Accuracy (%), mean over the domains left out in turn**\n\n{_table(heads, accuracies)}\n\n"
+        f"**{first}**\n\n{_table(heads, accuracies)}\n\n"
         f"**Ratios, geometric mean over domains and seeds**\n\n{_table(('', *measures), curvature)}\n"
     )
 
 
-def _read(path: Path) -> Arms:
-    """The rows, in the order of the arms, after what they start from."""
-    found: Arms = defaultdict(lambda: defaultdict(dict))
+def _read(path: Path) -> dict[tuple[str, str], Arms]:
+    """The rows, by task and bits."""
+    found: dict[tuple[str, str], Arms] = {}
     try:
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                found[row["arm"]][row["target"], int(row["seed"])][row["measure"]] = row["value"]
+                places = found.setdefault((row["task"], row["bits"]), {}).setdefault(row["arm"], {})
+                places.setdefault((row["target"], int(row["seed"])), {})[row["measure"]] = row["value"]
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} must have rows of hdrq.reproduce.sharpness, got {error}") from error
+    return found
+
+
+def _shared(found: Arms, path: Path) -> Arms:
+    """What all arms have, in the order of the arms, after what they start from."""
     shared = set.intersection(*map(set, found.values())) if {BASELINE, FOLDED} <= found.keys() else set()
     if not shared:
         raise ValueError(f"{path} must have {BASELINE} and {FOLDED} of one domain and seed, got {sorted(found)}")

@@ -107,7 +107,19 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stay
 
 
 def test_a_temporary_file_that_was_just_written_is_nobodys_leftover(tmp_path):
-    other = tmp_path / ".out.bin.0123abcd"
+    other = tmp_path / ".out.bin.hdrq-0123abcd"
     other.write_bytes(b"")
     write_atomically(tmp_path / "out.bin", b"whole")
     assert other.exists()
+
+
+def test_files_of_others_stay(tmp_path):
+    other = tmp_path / ".env.20240115"
+    other.write_bytes(b"")
+    os.utime(other, (0, 0))
+    write_atomically(tmp_path / "env", b"whole")
+    assert other.exists()
+
+
+def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path):
+    write_atomically(tmp_path / ("あ" * 83 + ".bin"), b"whole")

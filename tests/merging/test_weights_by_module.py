@@ -3,6 +3,7 @@
 import pytest
 import torch
 from networks import mergeable, quantized
+from torch import nn
 
 import hdrq
 from hdrq.checkpoint.loading import manifest_of
@@ -42,16 +43,40 @@ def test_files_give_the_same_and_say_the_weights(tmp_path):
     merged = hdrq.merge(models, weights=BY_MODULE)
     got = hdrq.load(tmp_path / "out.safetensors", mergeable(0))
     assert all(torch.equal(value, tensors(got)[name]) for name, value in tensors(merged).items())
-    said = {pattern: list(own) for pattern, own in BY_MODULE.items()}
+    said = [[pattern, list(own)] for pattern, own in BY_MODULE.items()]  # their order decides
     assert origin(merged)["merge"]["weights"] == said
     assert manifest_of(tmp_path / "out.safetensors")["merge"]["weights"] == said
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_layers_that_share_a_weight_have_the_same():
+    models = []
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            models.append(hdrq.quantize(Shared().eval(), torch.randn(48, 6), "rtn", bits="W8A8"))
+    both = {"first": (1.0, 0.0), "second": (1.0, 0.0)}
+    assert torch.equal(tensors(hdrq.merge(models, weights=both))["first.bias"], tensors(models[0])["first.bias"])
+    with pytest.raises(ValueError, match=r"weights must be the same for layers that share a weight, got others for "):
+        hdrq.merge(models, weights={"first": (1.0, 0.0), "second": (0.0, 1.0)})
 
 
 @pytest.mark.parametrize(
     "weights, error, message",
     [
         ({"a": (0.5, 0.5)}, ValueError, r'weights must be given for every tensor \(end with "\*"\), got none for '),
-        ({"c": (0.5, 0.5), "*": (0.5, 0.5)}, ValueError, "weights must have patterns that match a module, got 'c'"),
+        ({"c": (0.5, 0.5), "*": (0.5, 0.5)}, ValueError, "weights must have patterns that match a module .* got 'c'"),
+        ({"*": (0.5, 0.5), "a": (1, 0)}, ValueError, "weights must have patterns .* that none before matches, got 'a'"),
+        ({1: (0.5, 0.5)}, TypeError, "weights must have patterns of names, got 1"),
         ({"*": (0.5, 0.6)}, ValueError, "weights must sum to 1, got 1.1"),
         ({"*": (1.5, -0.5)}, ValueError, r"weights\[0\] must be finite and in \[0, 1\], got 1.5"),
         ({"*": (1.0,)}, ValueError, "weights must be as many as the models, 2, got 1"),

@@ -116,11 +116,17 @@ def test_weights_that_are_not_normalized_must_sum_to_one(folder):
         ("models: [{model: a}]\nparameters: {normalise: true}", ValueError, "parameters must have .* got 'normalise'"),
         ("models: [{model: a}]\nparameters: {normalize: 1}", TypeError, "normalize must be true or false, got 1"),
         ("models: [{model: none.safetensors}]", FileNotFoundError, "none.safetensors"),
-        (RECIPE.replace("he,", "nowhere,"), ValueError, "filter must be part of a module's name, got 'nowhere'"),
+        (RECIPE.replace("he,", "nowhere,"), ValueError, "filter must be part of the name of a module .* got 'nowhere'"),
         (
             "models: [{model: a.safetensors}, {model: b.safetensors, parameters: {weight: -1}}]",
             ValueError,
             r"weights must have a sum to divide by, got \[1.0, -1.0\]",
+        ),
+        (
+            "models: [{model: a.safetensors, parameters: {weight: 0.3}}, {model: b.safetensors, parameters: "
+            "{weight: -0.1}}, {model: b.safetensors, parameters: {weight: -0.2}}]",
+            ValueError,
+            "weights must have a sum to divide by",
         ),
     ],
 )
@@ -141,6 +147,34 @@ def test_a_sweep_writes_a_file_for_each_weight(folder):
         "lambda-0.25.safetensors",
         "lambda-1.safetensors",
     ]
+
+
+def test_a_rule_of_the_command_line_is_in_the_place_of_the_recipes(folder):
+    text = "models: [{model: a.safetensors, parameters: {weight: 3}}, {model: b.safetensors}]\n"
+    config = written(folder, text + "parameters: {rule: noise, draws: 5, seed: 3}\n")
+    options = ["--rule", "half-even", "--force"]
+    result = CliRunner().invoke(app, ["merge", config, "-o", "out.safetensors", *options])
+    assert result.exit_code == 0, result.output
+    merge_files(["a.safetensors", "b.safetensors"], "want.safetensors", weights=(0.75, 0.25), rule="half-even", seed=3)
+    assert_same("out.safetensors", "want.safetensors")
+
+
+def test_a_recipe_is_no_sweep(folder):
+    config = written(folder, "models: [{model: a.safetensors}, {model: b.safetensors}]\n")
+    result = CliRunner().invoke(app, ["merge", config, "--sweep", "0.5", "-o", "swept"])
+    assert result.exit_code == 2 and "sweep must be of two files, got the recipe merge.yaml" in result.output
+
+
+def test_a_sweep_of_files_that_are_not_there_leaves_nothing(folder):
+    with pytest.raises(FileNotFoundError, match=r"c\.safetensors"):
+        sweep(["a.safetensors", "c.safetensors"], folder / "swept", (0.5,))
+    with pytest.raises(ValueError, match="rule must be one of"):
+        sweep(["a.safetensors", "b.safetensors"], folder / "swept", (0.5,), rule="best")
+    assert not (folder / "swept").exists()
+
+
+def test_weights_that_are_alike_in_six_digits_have_files_of_their_own(folder):
+    assert len(set(sweep(["a.safetensors", "b.safetensors"], folder, (0.3333333, 0.3333334)))) == 2
 
 
 @pytest.mark.parametrize(

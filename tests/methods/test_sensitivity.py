@@ -68,7 +68,8 @@ def test_the_model_is_left_as_it_was():
 def test_no_choice_within_the_budget_is_better():
     generator = torch.Generator().manual_seed(1)
     costs = torch.randint(1, 1000, (5,), generator=generator).tolist()
-    errors = [{b: float(torch.rand((), generator=generator)) * 4.0**-b for b in (2, 3, 4, 8)} for _ in costs]
+    # Layers differ by six decades, as they may.
+    errors = [{b: float(torch.rand((), generator=generator)) * 4.0**-b / 10**k for b in (2, 3, 4, 8)} for k in range(5)]
 
     def spent(widths):
         return sum(c * b for c, b in zip(costs, widths, strict=True))
@@ -76,7 +77,7 @@ def test_no_choice_within_the_budget_is_better():
     def error(widths):
         return sum(e[b] for e, b in zip(errors, widths, strict=True))
 
-    for budget in (2.0, 2.7, 3.5, 6.0, 8.0):
+    for budget in (2.0, 2.7, 3.5, 4.4, 5.2, 6.0, 7.1, 8.0):
         allowed = [w for w in itertools.product((2, 3, 4, 8), repeat=5) if spent(w) <= budget * sum(costs)]
         chosen = _least(costs, errors, budget)
         assert spent(chosen) <= budget * sum(costs)
@@ -96,7 +97,7 @@ def test_a_run_takes_the_bits_that_were_found():
     found = hdrq.sensitivity(net(), CALIBRATION, bits="auto:W3.5A4")
     want = found.bits(found.assign())
     quantized = hdrq.quantize(net(), CALIBRATION, "rtn", bits="auto:W3.5A4")
-    assert origin(quantized)["bits"] == want
+    assert origin(quantized)["bits"] == [list(pair) for pair in want.items()]
     got = {name: layer.weight_quantizer.qmax + 1 for name, layer in quantized_layers(quantized).items()}
     assert got == {name: 2 ** (int(text[1]) - 1) for name, text in want.items()}
     assert len(set(want.values())) > 1  # or any assignment would do
@@ -121,9 +122,124 @@ def test_layers_that_share_a_weight_are_one():
     hdrq.quantize(tied(), X, "rtn", bits=found.bits(widths))  # layers that read one tensor agree
 
 
+class Two(nn.Module):
+    """Two outputs, each of a layer of its own, and a third layer that no output depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.unheard = nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.a(x), {"other": self.b(x), "none": self.unheard(x) * 0}
+
+
+def test_all_outputs_count_and_a_layer_that_none_depends_on_is_named():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Two().eval()
+    with pytest.warns(UserWarning, match="does not depend on the weights of unheard"):
+        found = hdrq.sensitivity(model, X, widths=(2, 8))
+    assert [layer.errors[2] > 0 for layer in found.layers] == [True, True, False]
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.layer(x).index_fill(1, torch.tensor([1]), -torch.inf)
+
+
+def test_what_is_masked_in_both_is_no_error():
+    found = hdrq.sensitivity(Masked().eval(), X, widths=(2, 8))
+    assert 0 < found.layers[0].errors[8] < found.layers[0].errors[2] < 1
+
+
+class Rare(nn.Module):
+    """A layer that is called for few samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.rare = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return self.rare(y) if (x[:, 0] > 90).any() else y
+
+
+def test_layers_are_those_that_a_run_reaches():
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    x[161, 0] = 99.0
+    found = hdrq.sensitivity(Rare().eval(), x, bits={"*": "auto:3"}, range_samples=200)
+    assert [layer.layers for layer in found.layers] == [("layer",), ("rare",)]
+
+
+class Odd(nn.Module):
+    """Names that patterns of a shell read otherwise, and a layer inside another."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleDict({"a[1]": nn.Linear(8, 8), "a1": nn.Linear(8, 8)})
+        self.parts["a1"].inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.parts["a1"].inner(self.parts["a1"](self.parts["a[1]"](x)))
+
+
+def test_bits_reach_the_layers_that_they_name():
+    found = hdrq.sensitivity(Odd().eval(), X, bits={"*": "auto:4"})
+    widths = {"parts.a[1]": 3, "parts.a1": 4, "parts.a1.inner": 5}
+    quantized = hdrq.quantize(Odd().eval(), X, "rtn", bits=found.bits(widths))
+    assert {name: layer.weight_quantizer.qmax for name, layer in quantized_layers(quantized).items()} == {
+        name: 2 ** (width - 1) - 1 for name, width in widths.items()
+    }
+
+
+class Shortcut(nn.Module):
+    """A block whose last layer, the last of the model, reads what the block reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.block = nn.Linear(8, 8), nn.Module()
+        self.block = Branches()
+
+    def forward(self, x):
+        return self.block(self.first(x))
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.down = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.two(torch.relu(self.one(x)))
+        return y + self.down(x)
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "gptq"])
+def test_layers_that_read_one_tensor_read_the_same_bits(recipe):
+    hdrq.quantize(Shortcut().eval(), X, recipe, bits="auto:W4A4")
+
+
+@pytest.mark.parametrize("call", ["bits", "mean_bits", "error"])
+def test_assignments_are_checked(call):
+    found = hdrq.sensitivity(net(), CALIBRATION, widths=(4,), samples=8)
+    whole = found.assign(4)
+    with pytest.raises(ValueError, match="widths must be of layers that were measured, got 'typo'; layers: 0; 3"):
+        getattr(found, call)({**whole, "typo": 3})
+    with pytest.raises(ValueError, match=r"widths of 3 must be in \[2, 16\], got 99"):
+        getattr(found, call)({**whole, "3": 99})
+    if call != "error":
+        with pytest.raises(ValueError, match="widths must have every layer that was measured, got none for 9"):
+            getattr(found, call)({name: 4 for name in ("0", "3", "6")})
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"bits": "auto:3", "widths": (4, 8)}, r"budget must be finite and in \[4, inf\], got 3"),
         ({"bits": "W4A4"}, "bits must ask for a budget"),
         ({"bits": {"*": "W4A4"}}, "bits must ask for a budget"),
         ({"bits": "auto:1.5"}, r"weight bits must be finite and in \[2, 16\], got 1.5"),
@@ -141,9 +257,21 @@ def test_bad_settings_are_refused(options, message):
 
 
 def test_a_budget_below_the_narrowest_width_is_refused():
-    found = hdrq.sensitivity(net(), CALIBRATION, widths=(4, 8), samples=8)
+    found = hdrq.sensitivity(net(), CALIBRATION, bits="auto:5", widths=(4, 8), samples=8)
     with pytest.raises(ValueError, match=r"budget must be finite and in \[4, inf\], got 3"):
         found.assign(3)
+
+
+def test_a_shared_weight_has_a_budget_or_a_width():
+    with pytest.raises(ValueError, match="for all layers that share a weight, or for none, got widths for first"):
+        hdrq.sensitivity(tied(), X, bits={"first": "W8A8", "*": "auto:W3A8"})
+
+
+def test_patterns_and_widths_have_their_types():
+    with pytest.raises(TypeError, match="bits must have patterns of names, got 1"):
+        hdrq.quantize(net(), CALIBRATION, "rtn", bits={1: "auto:4"})
+    with pytest.raises(TypeError, match="widths must be a sequence of bits, got int"):
+        hdrq.sensitivity(net(), CALIBRATION, widths=4)
 
 
 def test_where_layers_must_be_given_a_budget_is_refused():
