@@ -24,7 +24,7 @@ FLOAT = "float"  # the bits of arms that stay in full precision
 def tables(path: Path) -> str:
     """Accuracies in and out of domain, and curvature beside that of training in float, in Markdown.
 
-    There are tables for each task and bit width. Only domains and seeds that all arms of them have are taken.
+    There are tables for each task and bit width. Only seeds that all arms have with every domain left out are taken.
 
     Raises:
         ValueError: the CSV is none of :mod:`hdrq.reproduce.sharpness`, or nothing in it is had by all arms.
@@ -76,9 +76,11 @@ def _read(path: Path) -> dict[tuple[str, str], Arms]:
 def _shared(found: Arms, path: Path) -> Arms:
     """What all arms have, in the order of the arms, after what they start from."""
     shared = set.intersection(*map(set, found.values())) if {BASELINE, FOLDED} <= found.keys() else set()
-    if not shared:
-        raise ValueError(f"{path} must have {BASELINE} and {FOLDED} of one domain and seed, got {sorted(found)}")
-    return {arm: {place: found[arm][place] for place in sorted(shared)} for arm in (START, *ARMS) if arm in found}
+    targets = {target for target, _ in set().union(*found.values())}
+    whole = [place for place in sorted(shared) if targets == {target for target, seed in shared if seed == place[1]}]
+    if not whole:
+        raise ValueError(f"{path} must have {BASELINE} and {FOLDED} of a seed, for every domain, got {sorted(found)}")
+    return {arm: {place: found[arm][place] for place in whole} for arm in (START, *ARMS) if arm in found}
 
 
 def _ways(places: Mapping[Place, Mapping[str, str]], inside: bool) -> list[dict[int, Found]]:

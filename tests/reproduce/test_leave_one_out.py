@@ -126,5 +126,5 @@ def test_tables_pair_seeds_and_domains(tmp_path):
     assert found["LSQ"] == ["0.50 [0.50, 0.50]", "1"]
     assert found["what 1 is"] == [f"6.93, {jobs.FOLDED}", "1, LSQ"]  # 4·√3
     (tmp_path / "none.csv").write_text(csv_text(rows[:4], sharpness.COLUMNS))
-    with pytest.raises(ValueError, match="must have LSQ and float, folded of one domain and seed, got"):
+    with pytest.raises(ValueError, match="must have LSQ and float, folded of a seed, for every domain, got"):
         tables(tmp_path / "none.csv")
