@@ -13,7 +13,6 @@ from hdrq.cli.terminal import console, numbers, progress_bar
 
 if TYPE_CHECKING:
     from hdrq.merging.assessment import Readiness
-    from hdrq.methods.merge_recipe import MergeRecipe
 
 
 def merge(
@@ -85,19 +84,16 @@ def merge(
     crop: Annotated[int, typer.Option(help="The sides of its middle, pixels.")] = 224,
 ) -> None:
     """Merge quantized models on their integers, or add changes to one: no originals, no data, no training."""
-    from hdrq.checkpoint.files import output_folder, write_atomically
-    from hdrq.checks import plain
+    from hdrq.checkpoint.files import output_folder
     from hdrq.merging.files import merge_files, readiness
-    from hdrq.methods.merge_recipe import read_recipe
-    from hdrq.methods.merge_recipe import sweep as merge_sweep
-    from hdrq.report.figures import plot_readiness
-    from hdrq.report.tables import readiness_table
 
     if (out is None) != dry_run:
         raise ValueError("out must be given, or --dry-run, and not both")
     if report is not None:
         output_folder(report, "report")
     chosen: dict[str, Any] = {
+        "seed": seed,
+        "rule": rule,
         "preset": preset,
         "tau": tau,
         "draws": draws,
@@ -110,63 +106,59 @@ def merge(
         "device": None if device == "cpu" else device,
     }
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-    common: dict[str, Any] = {name: v for name, v in {"seed": seed, "rule": rule}.items() if v is not None}
     if len(files) == 1 and files[0].suffix in (".yaml", ".yml"):
         if sweep is not None:
             raise ValueError(f"sweep must be of two files, got the recipe {files[0]}, which has weights of its own")
-        files, options, common = _of_recipe(read_recipe(files[0]), options, common)
-        rule = common.get("rule")
+        files, options = _of_recipe(files[0], options)
+    inputs = {"samples": samples, "resize": resize, "crop": crop}
     if add:
+        settings = {"minus": minus, "scale": scale, "alpha": alpha, "model": model, "data": data, **inputs}
+        settings |= _taken(options, "seed", "rule")
         _none_given(options, "with --add")
-        settings = {"minus": minus, "scale": scale, "alpha": alpha, "model": model, "data": data, **common}
-        settings |= {"samples": samples, "resize": resize, "crop": crop}
         add_to_file(files, add, out, settings, report, as_json)
         return
     _none_given({"minus": minus, "scale": scale, "alpha": alpha, "data": data}, "without --add")
     guided = {"target": target, "lam": lam}
-    seeded = {name: value for name, value in common.items() if name == "seed"}
-    if calibrate or rule == "calibrated":
-        own: dict[str, Any] = {name: options.pop(name) for name in ("weights", "bits") if name in options}
-        own |= {name: value for name, value in guided.items() if value is not None}
+    if calibrate or options.get("rule") == "calibrated":
+        settings = _taken(options, "seed", "weights", "bits", *([] if calibrate else ["rule"]))
+        settings.pop("rule", None)
+        settings |= {name: value for name, value in guided.items() if value is not None}
         unused = {**options, "report": report, "dry_run": dry_run or None, "json": as_json or None, "sweep": sweep}
-        _none_given({**unused, "rule": rule} if calibrate else {**unused, "model": model}, "in a calibrated merge")
+        _none_given(unused if calibrate else {**unused, "model": model}, "in a calibrated merge")
         if calibrate and model is None:
             raise ValueError("model must be given with --calibrate: layers must be run, got none")
-        run = {"model": model, "samples": samples, "resize": resize, "crop": crop} if calibrate else {}
         # Without out there is --dry-run, refused above.
-        merge_calibrated(files, calibrate, cast(Path, out), {**seeded, **run, **own})
+        merge_calibrated(
+            files, calibrate, cast(Path, out), settings | ({"model": model, **inputs} if calibrate else {})
+        )
         return
     _none_given({**guided, "model": model}, "without --calibrate")
     unready = "warn" if force else "refuse"
     if sweep is not None:
         _none_given({"weights": options.get("weights"), "report": report, "json": as_json or None}, "with --sweep")
-        if out is None:
-            raise ValueError("out must be a folder with --sweep, got --dry-run")
-        with progress_bar("merging") as show:
-            values = cast(tuple[float, ...], numbers("sweep", sweep))
-            for file in merge_sweep(files, out, values, unready=unready, progress=show, **options, **common):
-                print(file)
+        merge_swept(files, out, sweep, {**options, "unready": unready})
         return
     with progress_bar("merging") as show:
-        options |= {**common, "progress": show}
         if out is None:
-            found: Readiness | None = readiness(files, **options)
+            found: Readiness | None = readiness(files, progress=show, **options)
         else:
             wanted = report is not None or as_json
-            found = merge_files(files, out, report=wanted, unready=unready, **options)
-    if found is None:
-        return
-    if report is not None:
-        report.mkdir(parents=True, exist_ok=True)
-        write_atomically(report / "readiness.json", json.dumps(found.as_dict(), indent=2) + "\n")
-        plot_readiness(found, report / "readiness.png")
-    if as_json:
-        print(json.dumps(found.as_dict(), indent=2))
-    else:
-        console.print(readiness_table(found))
-        console.print(plain(found.verdict), highlight=False, markup=False, soft_wrap=True)
-    if dry_run and found.verdict.startswith("not ready"):
-        raise typer.Exit(1)
+            found = merge_files(files, out, report=wanted, unready=unready, progress=show, **options)
+    if found is not None:
+        _tell(found, report, as_json)
+        if dry_run and found.verdict.startswith("not ready"):
+            raise typer.Exit(1)
+
+
+def merge_swept(files: list[Path], out: Path | None, values: str, options: dict[str, Any]) -> None:
+    """``hdrq merge --sweep``: a file for each λ, whose names are printed."""
+    from hdrq.methods.merge_recipe import sweep
+
+    if out is None:
+        raise ValueError("out must be a folder with --sweep, got --dry-run")
+    with progress_bar("merging") as show:
+        for file in sweep(files, out, cast(tuple[float, ...], numbers("sweep", values)), progress=show, **options):
+            print(file)
 
 
 def merge_calibrated(files: list[Path], data: list[Path] | None, out: Path, settings: dict[str, Any]) -> None:
@@ -184,18 +176,41 @@ def merge_calibrated(files: list[Path], data: list[Path] | None, out: Path, sett
     console.print(layers_table(report))
 
 
-def _of_recipe(
-    recipe: MergeRecipe, options: dict[str, Any], common: dict[str, Any]
-) -> tuple[list[Path], dict[str, Any], dict[str, Any]]:
-    """Files, options, and seed and rule, where those of the command line win over a recipe's.
+def _of_recipe(path: Path, options: dict[str, Any]) -> tuple[list[Path], dict[str, Any]]:
+    """The files of a recipe, and its options, over which those of the command line win.
 
     A preset or a rule of the command line is in the place of all that the recipe says of its rule.
     """
+    from hdrq.methods.merge_recipe import read_recipe
+
+    recipe = read_recipe(path)
     own = dict(recipe.options)
-    if "preset" in options or "rule" in common:
-        own = {name: value for name, value in own.items() if name in ("weights", "seed", "bits", "extrapolate")}
-    common = {name: own.pop(name) for name in ("seed", "rule") if name in own} | common
-    return [Path(file) for file in recipe.files], {**own, **options}, common
+    if options.keys() & {"preset", "rule"}:
+        own = _taken(own, "weights", "seed", "bits", "extrapolate")
+    return [Path(file) for file in recipe.files], {**own, **options}
+
+
+def _tell(found: Readiness, folder: Path | None, as_json: bool) -> None:
+    """Write and print how ready models are."""
+    from hdrq.checkpoint.files import write_atomically
+    from hdrq.checks import plain
+    from hdrq.report.figures import plot_readiness
+    from hdrq.report.tables import readiness_table
+
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "readiness.json", json.dumps(found.as_dict(), indent=2) + "\n")
+        plot_readiness(found, folder / "readiness.png")
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    console.print(readiness_table(found))
+    console.print(plain(found.verdict), highlight=False, markup=False, soft_wrap=True)
+
+
+def _taken(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Some of the options, which are taken out."""
+    return {name: options.pop(name) for name in names if name in options}
 
 
 def _none_given(options: dict[str, Any], when: str) -> None:
