@@ -52,7 +52,7 @@ class FreezeRule:
 PRESETS = {
     "gaqat_a": FreezeRule(),  # the task term of scales, where its disorder is low
     "gaqat_b": FreezeRule(freeze="smooth"),  # the flatness term of scales there
-    "fqat": FreezeRule(tau=0.6, freeze="both", when="above", target="layer", granularity="layer"),  # unstable ones
+    "fqat": FreezeRule(tau=0.45, freeze="both", when="above", target="layer", granularity="layer"),  # unstable ones
     "alternate": FreezeRule(freeze="alternate"),  # one term for a period, then the other
     "forever": FreezeRule(thaw=False),  # as gaqat_a, and what froze stays frozen
 }
