@@ -40,6 +40,7 @@ def process_group(device: str) -> Iterator[ProcessGroup | None]:
     try:
         with _warning_once(Ranks.of(dist.group.WORLD)):
             yield dist.group.WORLD
+        dist.barrier()  # nobody takes the group down while another still exchanges
     except Exception as error:
         if getattr(error, TOLD, rank) != rank:
             raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error

@@ -45,11 +45,14 @@ class Commands(TyperGroup):
         except BrokenPipeError:
             status = 1
         except Exception as error:
-            print(f"hdrq: {_line(error)}", file=sys.stderr)
+            sys.stderr.write(f"hdrq: {_line(error)}\n")  # at once: other processes may write there too
             status = 1 if isinstance(error, FloatingPointError) else 2
         finally:
             warnings.formatwarning = before
         _drop_what_cannot_be_written()
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's: threads of gloo may abort an interpreter that winds down
+            sys.stderr.flush()
+            os._exit(status)
         sys.exit(status)
 
 
