@@ -234,6 +234,11 @@ def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Ten
         raise ValueError(f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}")
 
 
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The names whose values are not the same in both, in order; one without a name has None there."""
+    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
+
+
 def listed(items: Iterable[str]) -> str:
     """At most ten names for a message, and how many more there are."""
     items = list(items)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from hdrq.calibrate.data import Call, spans
-from hdrq.checks import listed
+from hdrq.checks import differing, listed
 from hdrq.errors import RankError
 
 T = TypeVar("T")
@@ -151,12 +151,8 @@ class Ranks:
         """
         first, *others = self.gather(dict(facts))
         for rank, other in enumerate(others, 1):
-            odd = [
-                f"{name} ({first.get(name)!s:.100} and {other.get(name)!s:.100})"
-                for name in {**first, **other}
-                if first.get(name) != other.get(name)
-            ]
-            if odd:
+            names = differing(first, other)
+            if odd := [f"{name} ({first.get(name)!s:.100} and {other.get(name)!s:.100})" for name in names]:
                 raise ValueError(f"ranks must be alike, got different ones on ranks 0 and {rank}: {listed(odd)}")
 
     def on_this_host(self) -> int:

@@ -27,7 +27,7 @@ from torch import nn
 
 from hdrq._version import __version__
 from hdrq.checkpoint.files import output_folder, write_atomically
-from hdrq.checks import listed
+from hdrq.checks import differing, listed
 from hdrq.recipes import Recipe
 from hdrq.rng import CONTRACT
 
@@ -58,11 +58,7 @@ class Workdir:
         if not resume:
             raise FileExistsError(f"workdir must hold no run, or resume=True go on with it, got one in {self.path}")
         before, now = _read_run(run), json.loads(text)
-        changed = [
-            f"{key} ({before.get(key)}, now {now.get(key)})"
-            for key in {**before, **now}
-            if before.get(key) != now.get(key)
-        ]
+        changed = [f"{key} ({before.get(key)}, now {now.get(key)})" for key in differing(before, now)]
         if changed:
             raise ValueError(f"resume must have what the run in {self.path} began with, got others: {listed(changed)}")
 

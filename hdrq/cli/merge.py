@@ -120,8 +120,9 @@ def merge(
     _none_given({"minus": minus, "scale": scale, "alpha": alpha, "data": data}, "without --add")
     guided = {"target": target, "lam": lam}
     if calibrate or options.get("rule") == "calibrated":
-        settings = _taken(options, "seed", "weights", "bits", *([] if calibrate else ["rule"]))
-        settings.pop("rule", None)
+        if not calibrate:
+            del options["rule"]
+        settings = _taken(options, "seed", "weights", "bits")
         settings |= {name: value for name, value in guided.items() if value is not None}
         unused = {**options, "report": report, "dry_run": dry_run or None, "json": as_json or None, "sweep": sweep}
         _none_given(unused if calibrate else {**unused, "model": model}, "in a calibrated merge")

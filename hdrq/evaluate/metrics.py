@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
-from hdrq import checks
+from hdrq import checks, tree
 from hdrq.calibrate.data import Call
 from hdrq.calibrate.ranks import ALONE, Ranks
 from hdrq.prepare.observe import observe
@@ -135,13 +134,20 @@ def _outputs(model: nn.Module, call: Call, blocks: Sequence[str]) -> dict[str, t
     return seen
 
 
-def logits_of(tree: Any, what: str) -> torch.Tensor:
-    """The logits where an output names them, as it does beside a loss; else its first floating-point tensor."""
-    named = tree.get("logits") if isinstance(tree, Mapping) else getattr(tree, "logits", None)
-    for value in (named, *tree_leaves(tree)):
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value
+def floats_of(output: Any) -> list[torch.Tensor]:
+    """The logits alone where an output names them, as it does beside a loss; else all its floating-point tensors."""
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    for values in ([named], tree.leaves(output)):
+        if found := [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]:
+            return found
+    return []
+
+
+def logits_of(output: Any, what: str) -> torch.Tensor:
+    """The first of :func:`floats_of`."""
+    if found := floats_of(output):
+        return found[0]
     raise ValueError(
-        f"{what} must hold a floating-point tensor to be measured, got {type(tree).__name__} without one; "
+        f"{what} must hold a floating-point tensor to be measured, got {type(output).__name__} without one; "
         "quantize without held_out, or let the model return its logits"
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from hdrq.merging.settings import MergeSettings
 from hdrq.merging.sources import opened
 from hdrq.merging.tensors import Progress, no_progress
 from hdrq.methods.job import read_settings
-from hdrq.quantizers.bits import exactly
 
 PARTS = (".weight.codes", ".weight.scale", ".weight.zero_point", ".input.scale")  # of what a module has in a file
 OWN = {field.name for field in fields(MergeSettings)} - {"weights"} | {"preset"}
@@ -83,6 +83,8 @@ def sweep(
     folder: str | os.PathLike,
     values: Sequence[float],
     *,
+    unready: str = "warn",
+    device: str = "cpu",
     progress: Progress = no_progress,
     **options: Any,
 ) -> list[Path]:
@@ -90,7 +92,8 @@ def sweep(
 
     Args:
         folder: of ``lambda-0.25.safetensors`` and its like; made where it is not there.
-        options: of :func:`hdrq.merging.files.merge_files`, but ``weights``.
+        unready, device, progress: of :func:`hdrq.merging.files.merge_files`.
+        options: of :func:`hdrq.merge`, but ``weights``.
 
     Raises:
         ValueError: not two models; λ outside [0, 1], or twice.
@@ -100,7 +103,7 @@ def sweep(
     shares = [checks.real("sweep", value, 0.0, 1.0) for value in values]
     if not shares or len(set(shares)) < len(shares):
         raise ValueError(f"sweep must be one λ or more, each once, got {shares}")
-    MergeSettings.of(2, **{name: value for name, value in options.items() if name not in ("device", "unready")})
+    MergeSettings.of(2, **options)  # refuses what is wrong before anything is written
     with ExitStack() as stack:
         for file in files:
             opened(file, stack)
@@ -108,7 +111,8 @@ def sweep(
     written = []
     for share in shares:
         out = Path(folder) / f"lambda-{repr(share).removesuffix('.0')}.safetensors"
-        merge_files(files, out, weights=(share, 1 - share), progress=progress, **options)
+        how: dict[str, Any] = {"unready": unready, "device": device, "progress": progress}
+        merge_files(files, out, weights=(share, 1 - share), **how, **options)
         written.append(out)
     return written
 
@@ -167,7 +171,7 @@ def _mixed(rules: Sequence[list], names, normalize: bool) -> Any:
         return next(iter(weights.values()))
     deepest = sorted((module for module in weights if module), key=lambda module: -module.count("."))
     rest = {"*": weights[""]} if "" in weights else {}
-    return {exactly(module): weights[module] for module in deepest} | rest
+    return {escape(module): weights[module] for module in deepest} | rest
 
 
 def _module(name: str) -> str:

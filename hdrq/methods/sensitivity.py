@@ -7,22 +7,24 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from glob import escape
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from hdrq import checks, tree
+from hdrq import checks
 from hdrq.calibrate.data import Call, calibration_calls, check_call, first_samples, run_all
-from hdrq.calibrate.placement import Placement, place_quantizers
+from hdrq.calibrate.placement import place_quantizers
 from hdrq.calibrate.ranges import reaching_samples, search_weight
 from hdrq.checks import listed
 from hdrq.errors import MissingExtra
+from hdrq.evaluate.metrics import floats_of
 from hdrq.prepare.coverage import multiply_adds
 from hdrq.prepare.float_model import check_module
-from hdrq.prepare.prepared import Prepared, prepare
-from hdrq.quantizers.bits import Budget, budget_of, check_bits, exactly, is_automatic, matches
+from hdrq.prepare.prepared import prepare
+from hdrq.quantizers.bits import Budget, budget_of, check_bits, is_automatic, matches
 from hdrq.quantizers.layers import shared_weights
 from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
@@ -221,7 +223,8 @@ class _Probe:
         first = run_all(batches[:1], "model must run on calibration")
         ready = prepare(model, first, reaching, _without_budget(bits), attention=plan.attention)
         self.full = ready.full
-        self.placement = _placement(ready, reaching, plan, _without_budget(bits))
+        where = (_without_budget(bits), plan.activation_placement, plan.quantize_input, ready.units, ready.operands)
+        self.placement = place_quantizers(ready.quantized, reaching, *where)
         reached = {name: self.layer(name) for name in self.placement.layers}
         tied = {name: tuple(names) for names in shared_weights(reached) for name in names}
         free = [name for name in reached if is_automatic(self._text_of(name))]
@@ -255,12 +258,8 @@ class _Probe:
         return wrong / max(size, 1e-300)
 
     def _measured(self) -> list[torch.Tensor]:
-        """What the model returns for each call: its logits where it names them, else all floating-point tensors."""
-        found = []
-        for output in self.run(self.full):
-            named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-            leaves = [named] if isinstance(named, torch.Tensor) else tree.leaves(output)
-            found += [y.double() for y in leaves if isinstance(y, torch.Tensor) and y.is_floating_point()]
+        """What the model returns for all calls, one after another."""
+        found = [y.double() for output in self.run(self.full) for y in floats_of(output)]
         if not found:
             raise ValueError("output of the model must hold a floating-point tensor to be measured, got none")
         return found
@@ -286,10 +285,10 @@ class _Probe:
         for name in sorted(self.placement.layers, key=lambda name: -name.count(".")):
             own = self.placement.layers[name]
             if own is None:
-                texts[exactly(name)] = "float"
+                texts[escape(name)] = "float"
             else:
                 read = self.placement.reads[name]
-                texts[exactly(name)] = f"W{widths.get(name, own.weight)}A{own.activation if read is None else read}"
+                texts[escape(name)] = f"W{widths.get(name, own.weight)}A{own.activation if read is None else read}"
         given = {} if isinstance(self.given, str) else self.given
         return texts | {k: text for k, text in given.items() if k not in texts and not is_automatic(text)}
 
@@ -306,11 +305,6 @@ class _Probe:
             warnings.warn(f"multiply-adds could not be counted: {type(error).__name__}: {error}", stacklevel=5)
             return dict.fromkeys(names, 0)
         return {name: spent[name] // samples for name in names}
-
-
-def _placement(ready: Prepared, run: Callable, plan: Recipe, bits: str | Mapping[str, str]) -> Placement:
-    where = (plan.activation_placement, plan.quantize_input)
-    return place_quantizers(ready.quantized, run, bits, *where, ready.units, ready.operands)
 
 
 def _checked(widths: Mapping[str, int], layers: Sequence[LayerSensitivity]) -> dict[str, int]:

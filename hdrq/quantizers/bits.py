@@ -136,11 +136,6 @@ def bit_policy(
     return policy
 
 
-def exactly(name: str) -> str:
-    """The pattern of a name, which may hold characters that patterns of a shell read otherwise."""
-    return re.sub(r"([*?[])", r"[\1]", name)
-
-
 def matches(name: str, pattern: str) -> bool:
     """Whether a pattern is for a module of this name, or for one that it lies in."""
     parts = name.split(".")

@@ -209,6 +209,18 @@ def test_folders_merge_as_their_files_do(kind, tmp_path):
     assert readiness(paths, seed=3).as_dict() == report.as_dict()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_integers_of_folders_stand_for_their_weights(kind, tmp_path):
+    made = KINDS[kind](0)
+    for name, found in hdrq.integers(folder(tmp_path / "a", made)).items():
+        where = {"zero_point": found.zero_point, "axis": found.axis, "group_size": found.group_size}
+        weight = hdrq.ops.dequantize(found.codes, found.scale, **where)
+        if found.order is not None:
+            weight = torch.empty_like(weight).index_copy_(1, found.order, weight)
+        assert (found.order is not None) == (kind == "gptq, act-order")
+        torch.testing.assert_close(weight, made[1][name], rtol=0, atol=0)
+
+
 def test_inputs_of_a_merge_move(tmp_path):
     """Ranges with other zero points have their mean between them, and the folder says so."""
     paths = [folder(tmp_path / str(k), KINDS["compressed, W8A8"](k)) for k in range(2)]

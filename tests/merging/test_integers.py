@@ -1,4 +1,4 @@
-"""The integers of models in memory, in files and in folders."""
+"""The integers of models in memory and in files; tests/export/test_folders.py has those of folders."""
 
 import pytest
 import torch
