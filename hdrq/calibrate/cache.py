@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
-import shutil
-import tempfile
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,8 +14,10 @@ from pathlib import Path
 import torch
 
 from hdrq import checks
+from hdrq.mapped import mapped
 
 TIERS = ("device", "host", "disk")
+ADVICE = "workdir or TMPDIR says where the cache is, and fewer samples need less"
 UNKNOWN_FREE = 4 << 30  # bytes of the host's memory that count as free where the system does not say, as on Windows
 MEMINFO = Path("/proc/meminfo")  # Linux's, in kB
 AHEAD = 2  # batches that are gathered while a step runs
@@ -73,7 +72,7 @@ class Cache:
         elif tier == "host":
             tensor = torch.empty((count, *shape), dtype=dtype, pin_memory=self.device.type == "cuda")
         else:
-            tensor = self._mapped(size, dtype).view(count, *shape)
+            tensor = mapped((count, *shape), dtype, self.folder, ADVICE)
         self.used[tier] += size
         self.peak[tier] = max(self.peak[tier], self.used[tier])
         rows = Rows(tensor, tier, self.device)
@@ -82,27 +81,6 @@ class Cache:
 
     def _returned(self, tier: str, size: int) -> None:
         self.used[tier] -= size
-
-    def _mapped(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """A file without a name, all of its room taken now: writing to a map on a full disk would end the process."""
-        handle, path = tempfile.mkstemp(prefix="hdrq-cache-", dir=self.folder)
-        try:
-            if size and hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(handle, 0, size)
-            return torch.from_file(path, shared=True, size=size // dtype.itemsize, dtype=dtype)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            free = shutil.disk_usage(Path(path).parent).free
-            raise OSError(
-                error.errno,
-                f"the cache's folder must have room for {size:,} bytes, got {free:,} free; "
-                "workdir or TMPDIR says where it is, and fewer samples need less",
-                str(Path(path).parent),
-            ) from error
-        finally:
-            os.close(handle)
-            os.unlink(path)
 
 
 class Rows:

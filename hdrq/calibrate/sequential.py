@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
@@ -224,7 +225,8 @@ def walk(
             place, placed = number * len(nodes) + index, replace(node, inputs=behind_quantized.layout(index, model))
             rows = (quantized, inputs, target)
             unit = Unit(place, placed, module, reference, layers, activations, *rows, output, entry, ranks, samples)
-            fitted = _fit(unit, method, journal)
+            with nullcontext() if settings.offload is None else settings.offload.in_memory(module):
+                fitted = _fit(unit, method, journal)
             if ranks.size > 1:
                 ranks.check_same({f"block {node.name or 'model'}": state_hash(module.state_dict())})
             seconds = time.perf_counter() - began

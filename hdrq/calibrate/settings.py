@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from hdrq.calibrate.progress import Step, bars
 from hdrq.calibrate.ranks import ALONE, Ranks
 from hdrq.checkpoint.workdir import Workdir
+from hdrq.prepare.offload import Offload
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class RunSettings:
         workdir: the work folder; None for none.
         checkpoint_every: iterations between two states that are kept inside a unit; 0 for none.
         ranks: share the calibration samples.
+        offload: where the weights lie that a run makes; None for memory.
     """
 
     seed: int = 0
@@ -31,6 +33,7 @@ class RunSettings:
     workdir: Workdir | None = None
     checkpoint_every: int = 0
     ranks: Ranks = ALONE
+    offload: Offload | None = None
 
     @contextmanager
     def shown(self) -> Iterator[RunSettings]:

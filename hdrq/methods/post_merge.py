@@ -159,7 +159,7 @@ def post_merge(
     if method in ("epmq", "regmean", *LEARNED) or stream == "experts":
         for k, (expert, calls) in enumerate(zip(experts, by_task, strict=True)):
             run = run_all(calls[:1], f"experts[{k}] must run on calibration[{k}]")
-            prepared.append(prepare_float(expert, run, f"experts[{k}]")[0])
+            prepared.append(prepare_float(expert, run, f"experts[{k}]", shared=True)[0])
     how: dict[str, Any] = {
         "merge": settings.merge,
         "method": method,

@@ -39,6 +39,7 @@ from hdrq.methods.sensitivity import chosen_bits
 from hdrq.prepare.attention import quantized_operands
 from hdrq.prepare.coverage import coverage, warn_of_float, warn_of_products
 from hdrq.prepare.float_model import check_module, device_of, prepare_float
+from hdrq.prepare.offload import Offload
 from hdrq.prepare.prepared import prepare
 from hdrq.quantizers.bits import check_bits
 from hdrq.quantizers.layers import input_quantizers, quantized_layers
@@ -68,6 +69,7 @@ def quantize(
     cache: str = "auto",
     cache_bytes: int | None = None,
     graph: bool | str = "auto",
+    offload_folder: str | os.PathLike | None = None,
     workdir: str | os.PathLike | None = None,
     resume: bool = False,
     checkpoint_every: int = 0,
@@ -111,6 +113,9 @@ def quantize(
         cache: where inputs and targets of blocks lie: ``"auto"``, ``"device"``, ``"host"`` or ``"disk"``.
         cache_bytes: what ``"auto"`` may take on the device, and again on the host; None for half of what is free.
         graph: whether a step is captured as a CUDA graph: ``"auto"`` (where that works), True or False.
+        offload_folder: a folder on a disk for the weights of the quantized model, so that they need no memory but
+            while their block is learned; None for memory. The model must be on the CPU. One that is read by
+            :func:`hdrq.load_float` with the same folder needs none either: ``docs/memory.md``.
         workdir: a folder for checkpoints and losses, from which ``resume=True`` goes on; None for none.
         resume: go on with the run in ``workdir``, if there is one; it ends with the bits of a run that was not stopped.
         checkpoint_every: iterations between checkpoints inside a block; 0 for none but after each block.
@@ -148,12 +153,18 @@ def quantize(
         seed = checks.integer("seed", seed, 0, 2**63 - 1)
         checks.integer("checkpoint_every", checkpoint_every, 0, 2**31)
         checks.choice("graph", graph, ("auto", True, False))
+        offload = None if offload_folder is None else Offload(offload_folder)
         rank = None if statistics is False else check_rank(statistics)
         if resume and workdir is None:
             raise ValueError("workdir must be the folder of the run to resume, got None")
         check_module("model", model, bits)
         if source is not None:
             check_module("source", source, bits)
+        if offload is not None and device_of(model).type != "cpu":
+            raise ValueError(
+                f"model must be on the CPU where weights are offloaded, got {device_of(model)}; "
+                "call model.cpu(), or leave offload_folder out"
+            )
         batches = calibration_calls(calibration)
         checked = None if held_out is None else calibration_calls(held_out, "held_out")
         check_call(model, batches[0])
@@ -176,7 +187,7 @@ def quantize(
         if workdir is not None:
             check_storable(model)
             folder = SharedWorkdir(workdir, run, resume, ranks)
-        settings = RunSettings(seed, cache, cache_bytes, progress, folder, checkpoint_every, ranks)
+        settings = RunSettings(seed, cache, cache_bytes, progress, folder, checkpoint_every, ranks, offload)
 
         def methods(quantized: nn.Module) -> list[Method]:
             if plan.method == "awq":
@@ -185,7 +196,9 @@ def quantize(
                 return [LayerWise(plan.damping, plan.act_order)]
             if not plan.iterations:
                 return []
-            weights = source_weights(source, quantized, batches) if source is not None and plan.needs_source else {}
+            weights = {}
+            if source is not None and plan.needs_source:
+                weights = source_weights(source, quantized, batches, offload)
             return [Reconstruction(part, weights, seed, graph) for part in plan.walks()]
 
         facts: dict[str, Any] = {"fingerprints": states}
@@ -266,7 +279,7 @@ def fit(
     began, ranks = time.perf_counter(), settings.ranks
     reaching = reaching or reaching_samples(batches, plan)
     first, example = run_all(batches[:1], "model must run on calibration"), run_all(reaching)
-    ready = prepare(model, first, example, bits, blocks=blocks, attention=plan.attention, fold=folds)
+    ready = prepare(model, first, example, bits, blocks=blocks, attention=plan.attention, fold=folds, offload=settings.offload)
     full, quantized, units = ready.full, ready.quantized, ready.units
     if checked is not None:
         run_all(first_samples(checked, 1), "model must run on held_out")(full)
@@ -346,9 +359,12 @@ def fold(model: nn.Module, example) -> nn.Module:
     return prepare_float(model, run_all(calibration_calls(example, "example")[:1], "model must run on example"))[0]
 
 
-def source_weights(source: nn.Module, model: nn.Module, batches: list[Call]) -> dict[str, torch.Tensor]:
-    """The source's weight, its own BatchNorm folded, for each quantized layer of a model: in float32."""
-    full, _ = prepare_float(source, run_all(batches[:1], "source must run on calibration"), "source")
+def source_weights(
+    source: nn.Module, model: nn.Module, batches: list[Call], offload: Offload | None = None
+) -> dict[str, torch.Tensor]:
+    """The source's weight, its own BatchNorm folded, for each quantized layer of a model."""
+    run = run_all(batches[:1], "source must run on calibration")
+    full, _ = prepare_float(source, run, "source", shared=True, offload=offload)
     modules = dict(full.named_modules())
     weights, wrong = {}, []
     for name, layer in quantized_layers(model).items():
@@ -357,7 +373,7 @@ def source_weights(source: nn.Module, model: nn.Module, batches: list[Call]) -> 
             got = "missing" if weight is None else tuple(weight.shape)
             wrong.append(f"{name} ({tuple(layer.latent.shape)}, got {got})")
         else:
-            weights[name] = weight.detach().to(layer.latent.device, torch.float32)
+            weights[name] = weight.detach()
     if wrong:
         raise ValueError(f"source must have the layers of model, got others: {listed(wrong)}")
     return weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
@@ -26,8 +26,14 @@ ATOMS = (
 )
 
 
-def copy_model(name: str, model: nn.Module) -> nn.Module:
+def copy_model(
+    name: str, model: nn.Module, place: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> nn.Module:
     """A deep copy. A tensor that a module kept from a run, with the graph that made it, is copied without the graph.
+
+    Args:
+        place: gives the values of each parameter of the copy; None copies them. One that returns what it is given
+            makes a copy that shares its weights with the model.
 
     Raises:
         TypeError: something cannot be copied; the message names the module and the attribute.
@@ -38,6 +44,10 @@ def copy_model(name: str, model: nn.Module) -> nn.Module:
         for tensor in _tensors_in(vars(module), kept):
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach().clone()
+    for parameter in model.parameters():
+        # Memory of inference mode takes part in no training, so it is always copied.
+        if place is not None and type(parameter) is nn.Parameter and not parameter.is_inference():
+            memo[id(parameter)] = nn.Parameter(place(parameter.data), parameter.requires_grad)
     try:
         return copy.deepcopy(model, dict(memo))
     except torch.OutOfMemoryError:

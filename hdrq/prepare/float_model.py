@@ -14,6 +14,7 @@ from hdrq.checks import FLOATS, listed
 from hdrq.prepare.attention import replace_attention
 from hdrq.prepare.copying import copy_model
 from hdrq.prepare.folding import fold_batchnorm
+from hdrq.prepare.offload import Offload, addresses
 from hdrq.prepare.repeatable import check_repeatable, trained
 from hdrq.quantizers.bits import matches
 from hdrq.quantizers.layers import quantized_layers, weighted_layers
@@ -114,18 +115,35 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def prepare_float(
-    model: nn.Module, run: Callable, name: str = "model", fold: bool = True
+    model: nn.Module,
+    run: Callable,
+    name: str = "model",
+    *,
+    fold: bool = True,
+    shared: bool = False,
+    offload: Offload | None = None,
 ) -> tuple[nn.Module, dict[str, str]]:
     """A copy of a model with BatchNorm folded, its packed attentions replaced and no gradients; what was folded.
 
-    ``run(model)`` executes the model on an example, and returns its outputs. ``name`` is the model's in messages.
-    Without ``fold`` BatchNorm stays.
+    Args:
+        run: ``run(model)`` executes the model on an example, and returns its outputs.
+        name: the model's, in messages.
+        fold: whether BatchNorm is folded.
+        shared: whether weights that nothing changes here are the model's own, to which nobody may write then.
+        offload: where the weights lie that the copy has of its own; None for memory.
 
     Raises:
         TypeError: the model cannot be copied.
         ValueError: two runs give different outputs.
     """
-    full = copy_model(name, model).requires_grad_(False)
+    full = copy_model(name, model, place=_itself if shared else None).requires_grad_(False)
     check_repeatable(name, full, run)
     replace_attention(full, run)
-    return full, fold_batchnorm(full, run) if fold else {}
+    folded = fold_batchnorm(full, run) if fold else {}
+    if offload is not None:
+        offload.put_parameters(full, but=addresses(model))
+    return full, folded
+
+
+def _itself(weight: torch.Tensor) -> torch.Tensor:
+    return weight

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from hdrq.prepare.attention import expose_operands
+from hdrq.prepare.copying import copy_model
 from hdrq.prepare.float_model import prepare_float
+from hdrq.prepare.offload import Offload
 from hdrq.prepare.uncalled import refuse_uncalled
 from hdrq.prepare.units import find_blocks
 
@@ -18,7 +20,7 @@ from hdrq.prepare.units import find_blocks
 class Prepared:
     """What quantization starts from."""
 
-    full: nn.Module  # in full precision: BatchNorm folded, packed attentions replaced
+    full: nn.Module  # in full precision, to be read alone: it shares the model's weights where no fold changes them
     quantized: nn.Module  # a copy of it, to be given quantizers
     folded: dict[str, str]  # the BatchNorms that were folded, each with its layer
     units: list[str]  # the units of reconstruction, in forward order
@@ -34,6 +36,7 @@ def prepare(
     blocks: Sequence[str] | None = None,
     attention: bool = True,
     fold: bool = True,
+    offload: Offload | None = None,
 ) -> Prepared:
     """Fold, open attentions, find units, and refuse what would silently stay in float. The model is left as it is.
 
@@ -44,12 +47,13 @@ def prepare(
         blocks: the names of the units; None finds them.
         attention: whether the operands of attentions are to be quantized.
         fold: whether BatchNorm is folded.
+        offload: where the weights of the quantized copy lie; None for memory.
 
     Raises:
         ValueError: folding or replacing changed the outputs, or a weight is read without a call of its layer.
     """
-    full, folded = prepare_float(model, run_batch, fold=fold)
-    quantized = copy.deepcopy(full)
+    full, folded = prepare_float(model, run_batch, fold=fold, shared=True, offload=offload)
+    quantized = copy_model("model", full, place=torch.clone if offload is None else offload.put)
     units = find_blocks(full, run_sample, blocks)
     refuse_uncalled(quantized, run_sample, bits, model)
     operands = expose_operands(quantized, run_sample) if attention else []

@@ -71,7 +71,11 @@ class QuantizedLayer:
     def settle(self) -> None:
         """Put the weight on its grid: what the integers and the scale say, and nothing else."""
         quantizer, latent = self.weight_quantizer, self.latent
-        latent.data = quantizer.rounded(latent).to(quantizer.dtype or latent.dtype)
+        settled = quantizer.rounded(latent).to(quantizer.dtype or latent.dtype)
+        if settled.dtype == latent.dtype:
+            latent.data.copy_(settled)  # where it lies, be that a file
+        else:
+            latent.data = settled
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

@@ -87,7 +87,12 @@ class Reconstruction:
         learner.parameters.finish()
 
     def _learner(self, unit: Unit) -> Learner:
-        source = {layer.name: self.source_weights[layer.name] for layer in unit.layers if self.source_weights}
+        device = unit.target.device
+        source = {
+            layer.name: self.source_weights[layer.name].to(device, torch.float32)
+            for layer in unit.layers
+            if self.source_weights
+        }
         return Learner(unit, self.recipe, source, self.seed, self.graph)
 
     def _note(self, journal: Journal, unit: Unit, iteration: int, loss: float) -> None:

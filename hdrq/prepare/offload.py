@@ -1,0 +1,65 @@
+"""Weights in files: what a copy of a model holds needs no memory of its own but while its unit is fitted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hdrq.mapped import mapped
+
+SMALLEST = 1 << 16  # bytes of a tensor that is worth a file: a map takes whole pages, and a process has 65,530 maps
+ADVICE = "offload_folder says where weights lie, and must have room for the copies of the model"
+
+
+class Offload:
+    """A folder whose files hold weights; they have no name there, so that none outlives the process.
+
+    Args:
+        folder: a folder on a disk, made if there is none. What lies on a ``tmpfs``, as ``/tmp`` on some systems, is
+            memory all the same.
+
+    Raises:
+        ValueError: ``folder`` is something else.
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"offload_folder must be a folder, got {os.fspath(folder)!r}, which is none")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in a file; the tensor itself if it is small, or not on a CPU.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if tensor.device.type != "cpu" or tensor.nbytes < SMALLEST or tensor.layout != torch.strided:
+            return tensor
+        home = mapped(tensor.shape, tensor.dtype, self.folder, ADVICE)
+        return home.copy_(tensor)
+
+    def put_parameters(self, module: nn.Module, but: frozenset[int] = frozenset()) -> None:
+        """Move a module's parameters to files, but those whose memory begins at one of these addresses."""
+        for parameter in module.parameters():
+            if parameter.data_ptr() not in but:
+                parameter.data = self.put(parameter.data)
+
+    @contextmanager
+    def in_memory(self, module: nn.Module) -> Iterator[None]:
+        """A module's parameters are in memory inside the block, and in files after it."""
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()
+        yield
+        self.put_parameters(module)
+
+
+def addresses(model: nn.Module) -> frozenset[int]:
+    """Where the memory of a model's parameters begins."""
+    return frozenset(parameter.data_ptr() for parameter in model.parameters())
