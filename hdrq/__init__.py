@@ -3,6 +3,7 @@
 from hdrq import evaluate, ops, qat, recipes, report
 from hdrq._version import __version__
 from hdrq.backends import available_backends, use_backend
+from hdrq.checkpoint.float_states import load_float
 from hdrq.checkpoint.inspection import contents as inspect
 from hdrq.checkpoint.loading import load
 from hdrq.checkpoint.saving import save
@@ -29,6 +30,7 @@ __all__ = [
     "integers",
     "keep_freed_memory",
     "load",
+    "load_float",
     "merge",
     "ops",
     "post_merge",

@@ -49,23 +49,26 @@ def factory(text: str) -> Callable[..., nn.Module]:
     return found
 
 
-def build(text: str, **arguments) -> nn.Module:
-    """The module that a factory makes.
+def build(model: str | Callable[..., nn.Module], **arguments) -> nn.Module:
+    """The module that a factory makes, or the one of that name.
 
     Raises:
         TypeError: it makes something else.
         ValueError: there is no such factory, or it raises an error.
     """
-    make = factory(text)
+    make = factory(model) if isinstance(model, str) else model
+    if not callable(make):
+        raise TypeError(f'model must be "module:factory" or a function that makes a module, got {type(model).__name__}')
+    text = model if isinstance(model, str) else getattr(model, "__qualname__", repr(model))
     try:
-        model = make(**arguments)
+        made = make(**arguments)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise ValueError(f"model must be made by {text} of {dict(arguments)}, got {_said(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a factory of a torch.nn.Module, got one of {type(model).__name__}")
-    return model
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"model must be a factory of a torch.nn.Module, got one of {type(made).__name__}")
+    return made
 
 
 def _said(error: BaseException) -> str:

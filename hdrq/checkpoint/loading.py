@@ -1,26 +1,22 @@
-"""Loading models: quantized ones, which :func:`hdrq.save` wrote, and states in full precision."""
+"""Loading quantized models, which :func:`hdrq.save` wrote."""
 
 from __future__ import annotations
 
 import copy
-import json
 import os
-import pickle
-import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize
 
 from hdrq import checks
 from hdrq.checkpoint.architecture import build
+from hdrq.checkpoint.float_states import load_float
 from hdrq.checkpoint.format import TABLES, Reader, packs, scales_shape, statistics_specs
-from hdrq.checkpoint.states import plain_state, state_differences, tensors_of
+from hdrq.checkpoint.states import plain_state, state_differences
 from hdrq.checks import listed
 from hdrq.ops.packing import unpack
 from hdrq.prepare.attention import restore_operands
@@ -189,7 +185,7 @@ def load_either(file: str | os.PathLike, architecture: str, arguments: Mapping) 
     """A model from a file of either kind: a quantized model, or a state of the architecture in full precision."""
     if _is_quantized(file):
         return load(file, build(architecture, **arguments))
-    return load_float(architecture, arguments, str(file))
+    return load_float(architecture, file, arguments)
 
 
 def manifest_of(file: str | os.PathLike) -> dict[str, Any]:
@@ -210,88 +206,6 @@ def _is_quantized(file: str | os.PathLike) -> bool:
         raise ValueError(f"files must be safetensors, got {file}: {error}") from error
 
 
-def load_float(architecture: str, arguments: Mapping, weights: str | None) -> nn.Module:
-    """The architecture in full precision, with the state in the file ``weights``; with its own where that is None."""
-    model = build(architecture, **arguments)
-    if weights is not None:
-        wanted = tensors_of(model)
-        state = _without_prefix(read_state(weights), wanted, weights)
-        for name in wanted.keys() - state.keys():
-            if name.rpartition(".")[2] == "num_batches_tracked":
-                state[name] = wanted[name]  # decides nothing in evaluation
-        for name in state.keys() - wanted.keys():
-            if name.rpartition(".")[2] in ("total_ops", "total_params"):
-                del state[name]  # counters that a profiler left
-        differences = state_differences(state, wanted, dtypes=False)
-        if differences:
-            raise ValueError(f"{weights} must have the tensors of {architecture}, got {listed(differences)}")
-        model.load_state_dict(state, strict=False)
-    return model.eval()
-
-
 def float_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of floating-point data for a model: that of its first floating-point parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, and of torch.compile
-IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-def read_state(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The tensors of a state: of one file, of an index of shards, or of a folder that holds either.
-
-    Of a ``.bin``, ``.pt`` or ``.pth`` file tensors alone are read, ``torch.load(weights_only=True)``: no code is run.
-
-    Raises:
-        FileNotFoundError: no such file; a shard that the index names is missing.
-        ValueError: it is no state; the file is named.
-    """
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in IN_FOLDER if (path / name).is_file()]
-        if not found:
-            raise ValueError(f"weights must be a file, or a folder with {' or '.join(IN_FOLDER)}, got {path}")
-        path = found[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"weights must be a file that exists, got {path}")
-    try:
-        if path.suffix == ".json":
-            names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            shards = {str(name) for name in names.values()}
-            outside = sorted(name for name in shards if Path(name).name != name)
-            if outside:
-                raise ValueError(f"shards must lie beside the index, got {listed(outside)}")
-            parts = [read_state(path.parent / name) for name in sorted(shards)]
-            state = {name: value for part in parts for name, value in part.items()}
-            missing = sorted(names.keys() - state.keys())
-            if missing:
-                raise ValueError(f"its shards must hold all that it names, got none for {listed(missing)}")
-            return state
-        if path.suffix in (".bin", ".pt", ".pth"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-                held = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-                raise ValueError(f"it must be a state dict of tensors, and holds {held[:200]}")
-            return dict(state)
-        return load_file(path)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a damaged pickle raises anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "it is damaged, or holds more than tensors, which is not read because a pickle can run code"
-        raise ValueError(
-            f"weights must be a safetensors file, a state dict or an index, got {path}: {reason}"
-        ) from error
-
-
-def _without_prefix(state: dict[str, torch.Tensor], wanted: Mapping, path) -> dict[str, torch.Tensor]:
-    """A state whose names do not begin with what a wrapper put before all of them; a warning says so."""
-    for _ in range(4):
-        for prefix in PREFIXES:
-            own = any(name.startswith(prefix) for name in wanted)
-            if state and not own and all(name.startswith(prefix) for name in state):
-                warnings.warn(f"{path} has the prefix {prefix!r} before every name: it is taken off", stacklevel=3)
-                state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import nn
 
 from hdrq import checks
 from hdrq._version import __version__
-from hdrq.checkpoint.format import FORMAT, NAMES, Writer, packs
+from hdrq.checkpoint.format import FORMAT, NAMES, Writer, codes_spec, packs
 from hdrq.checkpoint.states import plain_state
+from hdrq.checkpoint.tensors import Spec
 from hdrq.ops.packing import pack
 from hdrq.prepare.attention import operand_table
-from hdrq.quantizers.layers import input_quantizers, input_readers, quantized_layers
+from hdrq.quantizers.layers import QuantizedLayer, input_quantizers, input_readers, quantized_layers
 from hdrq.quantizers.provenance import origin, statistics_of
 
 
@@ -38,7 +40,7 @@ def save(model: nn.Module, path: str | os.PathLike, *, architecture: str | None 
     manifest, tensors = state_of(model)
     if architecture is not None:
         manifest["architecture"] = {"factory": architecture, "arguments": {}}
-    with Writer(path, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, manifest) as file:
+    with Writer(path, tensors.specs, manifest) as file:
         for name, value in tensors.items():
             file.write(name, value)
 
@@ -64,7 +66,36 @@ def check_storable(model: nn.Module) -> None:
         )
 
 
-def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+class Tensors(Mapping[str, torch.Tensor]):
+    """A model's tensors, as a file holds them. Codes are made when they are asked for: together they may not fit."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._made: dict[str, torch.Tensor | QuantizedLayer] = {n: value.detach() for n, value in tensors.items()}
+        self.specs: dict[str, Spec] = {n: (value.dtype, tuple(value.shape)) for n, value in tensors.items()}
+
+    def add(self, name: str, value: torch.Tensor) -> None:
+        self._made[name], self.specs[name] = value, (value.dtype, tuple(value.shape))
+
+    def add_codes(self, name: str, layer: QuantizedLayer) -> None:
+        quantizer = layer.weight_quantizer
+        self._made[name] = layer
+        self.specs[name] = codes_spec(quantizer.qmin, quantizer.qmax, tuple(layer.latent.shape))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        value = self._made[name]
+        if isinstance(value, torch.Tensor):
+            return value
+        quantizer, codes = value.weight_quantizer, value.weight_quantizer.codes(value.latent)
+        return pack(codes) if packs(quantizer.qmin, quantizer.qmax) else codes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+def state_of(model: nn.Module) -> tuple[dict[str, Any], Tensors]:
     """The manifest of a quantized model, and its tensors, as a file holds them.
 
     Raises:
@@ -72,7 +103,7 @@ def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     """
     if not isinstance(model, nn.Module) or not quantized_layers(model) or not origin(model):
         raise ValueError(f"model must be quantized, by hdrq.quantize or hdrq.merge, got a plain {type(model).__name__}")
-    tensors = {name: value.detach() for name, value in plain_state(model).items()}
+    tensors = Tensors(plain_state(model))
     weights, inputs, tied = {}, {}, {}
     owners: dict[int, str] = {}  # of shared weights and quantizers, by id: who has them first
     for name, layer in quantized_layers(model).items():
@@ -84,19 +115,19 @@ def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         if layer.latent.isnan().any():
             raise ValueError(f"{name}.weight must hold no NaN to be saved or merged, got one; quantize that model anew")
         checks.scale_values(f"{name}.weight.scale", quantizer.scale)
-        codes = quantizer.codes(layer.latent)
-        tensors[f"{name}.weight.codes"] = pack(codes) if packs(quantizer.qmin, quantizer.qmax) else codes
-        grid = (-1,) if quantizer.group_size is None else (*codes.shape[:-1], codes.shape[-1] // quantizer.group_size)
-        tensors[f"{name}.weight.scale"] = quantizer.scale.detach().reshape(grid)
+        tensors.add_codes(f"{name}.weight.codes", layer)
+        shape = list(layer.latent.shape)
+        grid = (-1,) if quantizer.group_size is None else (*shape[:-1], shape[-1] // quantizer.group_size)
+        tensors.add(f"{name}.weight.scale", quantizer.scale.detach().reshape(grid))
         bounds = [quantizer.qmin, quantizer.qmax]
-        weights[name] = {"range": bounds, "axis": quantizer.axis, "shape": list(codes.shape)}
+        weights[name] = {"range": bounds, "axis": quantizer.axis, "shape": shape}
         if quantizer.zero_point is not None:
-            tensors[f"{name}.weight.zero_point"] = quantizer.zero_point.to(torch.int32).reshape(grid)
+            tensors.add(f"{name}.weight.zero_point", quantizer.zero_point.to(torch.int32).reshape(grid))
             weights[name]["affine"] = True
         if quantizer.group_size is not None:
             weights[name]["group_size"] = quantizer.group_size
     for name, activation in input_quantizers(model).items():
-        tensors[f"{name}.input.scale"] = activation.scale.detach().flatten()
+        tensors.add(f"{name}.input.scale", activation.scale.detach().flatten())
         inputs[name] = [activation.qmin, activation.qmax]
         owners[id(activation)] = name
     shared = {n: owners[id(q)] for n, q in input_readers(model).items() if owners[id(q)] != n}
@@ -104,5 +135,6 @@ def state_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     layers["attention"] = operand_table(model)
     for name, (facts, parts) in statistics_of(model).items():
         layers.setdefault("statistics", {})[name] = facts
-        tensors |= {f"{name}.statistics.{part}": value for part, value in parts.items()}
+        for part, value in parts.items():
+            tensors.add(f"{name}.statistics.{part}", value)
     return {"format": FORMAT, "hdrq": __version__, **layers, **origin(model)}, tensors

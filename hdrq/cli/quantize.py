@@ -23,6 +23,9 @@ def quantize(
     seed: Annotated[int | None, typer.Option(help="Of batches, noise and drops.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     out: Annotated[Path | None, typer.Option(help="The quantized model, safetensors.")] = None,
+    offload_folder: Annotated[
+        Path | None, typer.Option(help="On a disk: weights lie there and take no memory but while they are learned.")
+    ] = None,
     workdir: Annotated[Path | None, typer.Option(help="Checkpoints, losses and their plot.")] = None,
     resume: Annotated[bool | None, typer.Option("--resume", help="Go on with the run in workdir.")] = None,
     statistics: Annotated[
@@ -62,6 +65,7 @@ def quantize(
         "seed": seed,
         "device": device,
         "out": out,
+        "offload_folder": offload_folder,
         "workdir": workdir,
         "resume": resume,
         "statistics": None if statistics is None else _statistics(statistics),

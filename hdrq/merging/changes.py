@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from hdrq import checks
 from hdrq.checkpoint.files import file_hash
-from hdrq.checkpoint.loading import IN_FOLDER, read_state
+from hdrq.checkpoint.float_states import IN_FOLDER, read_state
 from hdrq.checkpoint.workdir import state_hash
 from hdrq.export.folders import Folder, is_folder
 from hdrq.export.folders.reading import read_json
@@ -227,7 +227,7 @@ def _is_quantized(path: Path) -> bool:
 
 
 def _state_files(path: Path) -> list[Path]:
-    """The files that :func:`hdrq.checkpoint.loading.read_state` reads of a path."""
+    """The files that :func:`hdrq.checkpoint.float_states.read_state` reads of a path."""
     if path.is_dir():
         path = next(path / name for name in IN_FOLDER if (path / name).is_file())
     if path.suffix != ".json":

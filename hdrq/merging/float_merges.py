@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hdrq import checks
-from hdrq.checkpoint.loading import read_state
+from hdrq.checkpoint.float_states import read_state
 from hdrq.checkpoint.states import tensors_of
 from hdrq.evaluate.averaging import weighted_mean
 
@@ -92,8 +92,8 @@ def merge_float(experts: Sequence[Any], base: Any = None, **options: Any) -> dic
     bits of its magnitudes.
 
     Args:
-        experts: one or more, each a module, a state dict, or a path that :func:`hdrq.checkpoint.loading.read_state`
-            reads.
+        experts: one or more, each a module, a state dict, or a path that
+            :func:`hdrq.checkpoint.float_states.read_state` reads.
         base: θ_0, the model that the experts were trained from; for task arithmetic and TIES.
         options: fields of :class:`FloatMerge`.
 

@@ -12,6 +12,7 @@ import torch
 
 from hdrq.checkpoint.files import file_hash, output_folder, output_path
 from hdrq.checkpoint.format import Reader, Spec, Writer, statistics_specs
+from hdrq.checkpoint.saving import Tensors
 from hdrq.export.folders import Folder, FolderWriter, is_folder
 from hdrq.export.onnx_import import OnnxModel, is_onnx
 
@@ -21,13 +22,13 @@ class State:
     """A model in memory, as its file would be."""
 
     manifest: dict[str, Any]
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Tensors
 
     @property
     def specs(self) -> dict[str, Spec]:
         """The dtype and shape of every tensor of the model."""
         apart = statistics_specs(self.manifest)
-        return {name: (t.dtype, tuple(t.shape)) for name, t in self.tensors.items() if name not in apart}
+        return {name: spec for name, spec in self.tensors.specs.items() if name not in apart}
 
     def tensor(self, name: str) -> torch.Tensor:
         return self.tensors[name]

@@ -20,7 +20,8 @@ from hdrq.calibrate.progress import Step
 from hdrq.calibrate.ranks import Ranks
 from hdrq.calibrate.report import RunReport, report_of
 from hdrq.checkpoint.files import check_room, output_path, write_atomically
-from hdrq.checkpoint.loading import float_dtype, load_float
+from hdrq.checkpoint.float_states import load_float
+from hdrq.checkpoint.loading import float_dtype
 from hdrq.checkpoint.saving import check_storable, save
 from hdrq.methods.post_merge import METHODS, post_merge
 from hdrq.methods.post_training import quantize
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 DEEPEST = 20  # levels of a YAML file: a parser's time grows with their square
-TEXTS = {"model", "data", "out", "weights", "source", "recipe", "preset", "device", "cache", "workdir"}
+PLACES = ("out", "weights", "source", "offload_folder", "workdir")
+TEXTS = {"model", "data", "recipe", "preset", "device", "cache", *PLACES}
 # What the manifest has of a run, beside the recipe, bits, seed and architecture that every one has.
 RECORDED = ("preset", "samples", "held_out", "resize", "crop", "mean", "std", "device")
 ABLATION = {
@@ -66,6 +68,7 @@ class Run:
     cache: str = "auto"
     cache_bytes: int | None = None
     graph: bool | str = "auto"
+    offload_folder: str | None = None  # where weights lie instead of memory
     workdir: str | None = None  # checkpoints, losses, their plot
     resume: bool = False
     checkpoint_every: int = 1000
@@ -184,6 +187,7 @@ def execute(
             cache=run.cache,
             cache_bytes=run.cache_bytes,
             graph=run.graph,
+            offload_folder=run.offload_folder,
             workdir=run.workdir,
             resume=run.resume,
             checkpoint_every=run.checkpoint_every,
@@ -224,7 +228,7 @@ def post_merge_files(
     """:func:`post_merge` of experts in files, into a file that :func:`hdrq.load` reads.
 
     Args:
-        paths: the experts' states, each a path that :func:`hdrq.checkpoint.loading.read_state` reads.
+        paths: the experts' states, each a path that :func:`hdrq.checkpoint.float_states.read_state` reads.
         data: for each expert, a path that :func:`hdrq.calibrate.images.load_data` reads.
         out: the quantized model.
         model: the architecture, ``"module:factory"``; ``model_args`` are the factory's.
@@ -241,8 +245,8 @@ def post_merge_files(
     if len(data) != len(paths):
         raise ValueError(f"data must be as many as the experts, {len(paths)}, got {len(data)}")
     arguments = dict(model_args or {})
-    experts = [load_float(model, arguments, os.fspath(path)) for path in paths]
-    origin_model = None if base is None else load_float(model, arguments, os.fspath(base))
+    experts = [load_float(model, path, arguments) for path in paths]
+    origin_model = None if base is None else load_float(model, base, arguments)
     if experts:
         check_storable(experts[0])
     calibration = [load_data(path, resize=resize, crop=crop, limit=samples) for path in data]
@@ -300,13 +304,13 @@ def _prepare(run: Run):
     checks.device(run.device)
     if run.samples is not None:
         checks.integer("samples", run.samples, 1, 2**31)
-    model = load_float(run.model, run.model_args, run.weights).to(run.device)
+    model = load_float(run.model, run.weights, run.model_args, offload_folder=run.offload_folder).to(run.device)
     if run.out is not None:
         check_storable(model)
         check_room(run.out, _least(model))
     source = None
     if run.source is not None and plan.iterations > 0:
-        source = load_float(run.model, run.model_args, run.source).to(run.device)
+        source = load_float(run.model, run.source, run.model_args, offload_folder=run.offload_folder).to(run.device)
     data = load_data(run.data, resize=run.resize, crop=run.crop, mean=run.mean, std=run.std, limit=run.samples)
     data = data.to(float_dtype(model))
     every = round(1 / share) if share > 0 else 0

@@ -279,7 +279,9 @@ def fit(
     began, ranks = time.perf_counter(), settings.ranks
     reaching = reaching or reaching_samples(batches, plan)
     first, example = run_all(batches[:1], "model must run on calibration"), run_all(reaching)
-    ready = prepare(model, first, example, bits, blocks=blocks, attention=plan.attention, fold=folds, offload=settings.offload)
+    ready = prepare(
+        model, first, example, bits, blocks=blocks, attention=plan.attention, fold=folds, offload=settings.offload
+    )
     full, quantized, units = ready.full, ready.quantized, ready.units
     if checked is not None:
         run_all(first_samples(checked, 1), "model must run on held_out")(full)

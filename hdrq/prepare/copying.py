@@ -26,9 +26,7 @@ ATOMS = (
 )
 
 
-def copy_model(
-    name: str, model: nn.Module, place: Callable[[torch.Tensor], torch.Tensor] | None = None
-) -> nn.Module:
+def copy_model(name: str, model: nn.Module, place: Callable[[torch.Tensor], torch.Tensor] | None = None) -> nn.Module:
     """A deep copy. A tensor that a module kept from a run, with the graph that made it, is copied without the graph.
 
     Args:

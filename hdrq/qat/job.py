@@ -15,7 +15,7 @@ from hdrq import checks
 from hdrq.calibrate.images import MEAN, STD, class_names, image_files, image_reader
 from hdrq.calibrate.progress import Step
 from hdrq.checkpoint.files import csv_text, output_folder, write_atomically
-from hdrq.checkpoint.loading import load_float
+from hdrq.checkpoint.float_states import load_float
 from hdrq.checkpoint.saving import save
 from hdrq.methods.job import number
 from hdrq.qat.settings import SELECTIONS, Training
@@ -142,7 +142,7 @@ def execute(run: Run, progress: Callable[[Step], None] | bool = True) -> dict[st
     results: dict[str, Trained] = {}
     for target in targets:
         weights = None if run.weights is None else run.weights.replace("{target}", target)
-        model = load_float(run.model, run.model_args, weights).to(run.device)
+        model = load_float(run.model, weights, run.model_args).to(run.device)
         folder = out / target
         result = train(model, domains, target, run.training, workdir=folder, resume=run.resume, progress=progress)
         if run.training.quantizes:

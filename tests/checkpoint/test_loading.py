@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hdrq
+from hdrq.checkpoint.float_states import load_float
 from hdrq.checkpoint.format import Reader, _hash, _text_hash
-from hdrq.checkpoint.loading import load_float
 from hdrq.merging.files import merge_files
 
 
@@ -274,15 +274,15 @@ def test_other_architectures_are_refused(path, make, error, message):
 def test_a_state_in_full_precision_must_have_the_tensors_of_the_architecture(tmp_path):
     file = str(tmp_path / "state")
     save_file(net(seed=1).state_dict(), file)
-    assert torch.equal(load_float("checkpoint.example:net", {}, file)(X), net(seed=1)(X))
+    assert torch.equal(load_float("checkpoint.example:net", file)(X), net(seed=1)(X))
     wrong = f"{file} must have the tensors of checkpoint.example:net, got "
     with pytest.raises(
         ValueError, match=r"4.bias \(5,\), not \(6,\); 4.weight \(5, 5, 3, 3\), not \(6, 6, 3, 3\)"
     ) as refusal:
-        load_float("checkpoint.example:net", {"width": 6}, file)
+        load_float("checkpoint.example:net", file, {"width": 6})
     assert str(refusal.value).startswith(wrong)
     halves = {name: value.half() for name, value in net(seed=1).state_dict().items() if name != "6.bias"}
     save_file({**halves, "7.bias": torch.zeros(2)}, file)  # dtypes may differ, names may not
     with pytest.raises(ValueError) as refusal:
-        load_float("checkpoint.example:net", {}, file)
+        load_float("checkpoint.example:net", file)
     assert str(refusal.value) == wrong + "6.bias missing; 7.bias unexpected"

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hdrq.checkpoint.loading import _without_prefix, read_state
+from hdrq.checkpoint.float_states import _without_prefix, read_state
 
 
 def test_shards_are_read_from_index_and_folder(tmp_path):

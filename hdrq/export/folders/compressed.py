@@ -164,7 +164,7 @@ def _arguments(bits: int, strategy: str, symmetric: bool, group_size: int | None
 
 def _write_shards(
     folder: Path,
-    tensors: dict[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
     forms: Mapping[str, Compressed],
     inputs: Mapping[str, tuple],
     facts: str,
@@ -172,26 +172,30 @@ def _write_shards(
     """The tensors in files of at most ``LARGEST_SHARD`` bytes, and their index where they are several."""
     from safetensors.torch import save_file
 
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
+    places: list[tuple[str, int, int]] = []  # of each tensor: its name, its shard, its bytes
+    shard: dict[str, torch.Tensor] = {}
+
+    def close(number: int) -> None:
+        save_file(shard, folder / f"{number}.part", metadata={"format": "pt", "hdrq": facts})
+        shard.clear()
+
+    number = 0
     for name, tensor in _tensors(tensors, forms, inputs):
-        if shards[-1] and size + tensor.nbytes > LARGEST_SHARD:
-            shards.append({})
-            size = 0
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > LARGEST_SHARD:
+            close(number)
+            number += 1
         dense = tensor.detach().cpu().contiguous()
         whole = dense.untyped_storage().nbytes() == dense.nbytes  # a part of another is refused by safetensors
-        shards[-1][name] = dense if whole else dense.clone()
-        size += tensor.nbytes
-    count = len(shards)
-    names = (
-        ["model.safetensors"] if count == 1 else [f"model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
-    )
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt", "hdrq": facts})
-    if count > 1:
-        total = sum(t.nbytes for shard in shards for t in shard.values())
-        index = {own: name for name, shard in zip(names, shards, strict=True) for own in shard}
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+        shard[name] = dense if whole else dense.clone()
+        places.append((name, number, tensor.nbytes))
+    close(number)
+    count = number + 1
+    names = [f"model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)] if number else ["model.safetensors"]
+    for k, name in enumerate(names):
+        (folder / f"{k}.part").rename(folder / name)
+    if number:
+        index = {own: names[k] for own, k, _ in places}
+        text = json.dumps({"metadata": {"total_size": sum(size for *_, size in places)}, "weight_map": index}, indent=2)
         (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -200,8 +204,9 @@ def _tensors(tensors, forms, inputs) -> Iterator[tuple[str, torch.Tensor]]:
     written: set[int] = set()
     parts = {f"{name}.weight.{part}" for name in forms for part in ("codes", "scale", "zero_point")}
     parts |= {name for name in tensors if name.endswith(".input.scale")}
-    for name, tensor in tensors.items():
-        if name not in parts and not (tensor.numel() and tensor.data_ptr() in written):
+    for name in (n for n in tensors if n not in parts):
+        tensor = tensors[name]
+        if not (tensor.numel() and tensor.data_ptr() in written):
             written.add(tensor.data_ptr())
             yield name, tensor
     for name, form in forms.items():

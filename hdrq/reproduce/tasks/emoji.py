@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from hdrq import checks
-from hdrq.checkpoint.loading import read_state
+from hdrq.checkpoint.float_states import read_state
 from hdrq.errors import MissingExtra
 from hdrq.reproduce.classifier import Classifier
 from hdrq.reproduce.tasks.task import Task

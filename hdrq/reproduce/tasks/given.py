@@ -40,7 +40,7 @@ from hdrq.calibrate.images import image_reader
 from hdrq.calibrate.labelmaps import LAYOUTS, checked_size
 from hdrq.checkpoint.architecture import build
 from hdrq.checkpoint.files import file_hash, write_atomically
-from hdrq.checkpoint.loading import load_float, read_state
+from hdrq.checkpoint.float_states import load_float, read_state
 from hdrq.checkpoint.states import state_differences, tensors_of
 from hdrq.evaluate.metrics import logits_of
 from hdrq.methods.job import number, read_settings
@@ -168,7 +168,7 @@ def given(path: Path) -> Task:
         return trainable(settings, path.parent)
 
     def adapted(domain: str) -> nn.Module:
-        return load_float(settings.model, settings.model_args, str(states[domain]))
+        return load_float(settings.model, states[domain], settings.model_args)
 
     image = load(read[-1], "train")[0][:1]
     for model in map(adapted, domains) if states else [network()]:
