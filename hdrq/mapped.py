@@ -1,10 +1,12 @@
-"""Tensors in files that are mapped: the system writes them out, and reads them again, where memory gets short."""
+"""Memory of the system: tensors in files that it maps, and memory that malloc gives back to it."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -16,7 +18,8 @@ import torch
 def mapped(shape: Sequence[int], dtype: torch.dtype, folder: str | os.PathLike | None, advice: str) -> torch.Tensor:
     """A tensor in a file without a name, so that none outlives the process.
 
-    All of its room is taken now: writing to a map on a full disk would end the process.
+    The system writes it out, and reads it again, where memory gets short. All of its room is taken now: writing to a
+    map on a full disk would end the process.
 
     Args:
         folder: where the file lies; None for the system's folder of temporary files.
@@ -43,3 +46,9 @@ def mapped(shape: Sequence[int], dtype: torch.dtype, folder: str | os.PathLike |
     finally:
         os.close(handle)
         os.unlink(path)
+
+
+def give_back_freed_memory() -> None:
+    """Let malloc give the system what is free in the middle of its heap; where it is not glibc's nothing is done."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))

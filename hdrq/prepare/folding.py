@@ -51,6 +51,8 @@ def fold_batchnorm(model: nn.Module, run) -> dict[str, str]:
     Returns:
         What was folded with nothing left: the names of the BatchNorms, each with the name of its layer.
     """
+    if not any(_normalizes(module) for module in model.modules()):
+        return {}
     pairs, stays, before = _batchnorm_pairs(model, run)
     folded = _fold_unchanged(model, run, list(pairs.values()), before)
     stays |= {

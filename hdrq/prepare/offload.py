@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hdrq.mapped import mapped
+from hdrq.mapped import give_back_freed_memory, mapped
 
 SMALLEST = 1 << 16  # bytes of a tensor that is worth a file: a map takes whole pages, and a process has 65,530 maps
 ADVICE = "offload_folder says where weights lie, and must have room for the copies of the model"
@@ -58,6 +58,7 @@ class Offload:
             parameter.data = parameter.data.clone()
         yield
         self.put_parameters(module)
+        give_back_freed_memory()
 
 
 def addresses(model: nn.Module) -> frozenset[int]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from hdrq.mapped import give_back_freed_memory
+
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # mallopt's parameters, as <malloc.h> has them
 SETTLED = {TRIM_THRESHOLD: 64 << 20, MMAP_THRESHOLD: 32 << 20, MMAP_MAX: 65536}  # where glibc's own adjustment ends
 
@@ -57,4 +59,4 @@ def kept_memory() -> Iterator[None]:
     finally:
         for parameter, value in SETTLED.items():
             libc.mallopt(parameter, value)
-        libc.malloc_trim(ctypes.c_size_t(0))
+        give_back_freed_memory()
