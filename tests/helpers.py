@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +95,20 @@ def assert_sums_close(got: torch.Tensor, want: torch.Tensor, terms: torch.Tensor
 def state(model):
     """A copy of the state of a model."""
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def files_that_hold(model):
+    """For each parameter of more than one element, the file that its memory is mapped from; "" for none."""
+    places = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, _, _, *path = line.split(maxsplit=5)
+        low, high = (int(part, 16) for part in span.split("-"))
+        places.append((low, high, path[0] if path else ""))
+    return {
+        name: next(path for low, high, path in places if low <= p.data_ptr() < high)
+        for name, p in model.named_parameters()
+        if p.numel() > 1
+    }
 
 
 def same(a, b):

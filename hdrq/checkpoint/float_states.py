@@ -59,8 +59,12 @@ def load_float(
     if weights is None:
         raise ValueError("weights must be a file where offload_folder is given, got None")
     offload = Offload(offload_folder)
-    with _parameters_on_meta():
-        made = build(model, **(model_args or {}))
+    try:
+        with _parameters_on_meta():
+            made = build(model, **(model_args or {}))
+    except ValueError as error:
+        way_out = "parameters have no values until the state gives them; leave offload_folder out"
+        raise ValueError(f"{error}; {way_out}" if "meta" in str(error) else str(error)) from error
     _give_parameters(made, _state_for(made, known, weights, mapped=True), offload)
     return made.eval()
 
