@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import hdrq
+from hdrq.checkpoint.format import Writer
 from hdrq.quantizers.layers import quantized_layers
+from hdrq.quantizers.modules import WeightQuantizer
 
 
 def test_manifest_says_how_the_model_was_made(tmp_path):
@@ -34,6 +36,24 @@ def test_manifest_says_how_the_model_was_made(tmp_path):
         "4": {"range": [-8, 7], "axis": None, "shape": [5, 5, 3, 3]},
         "6": {"range": [-128, 127], "axis": None, "shape": [4, 20]},
     }
+
+
+def test_the_codes_of_one_layer_at_a_time_are_in_memory(tmp_path, monkeypatch):
+    model, events = quantized(), []
+    codes, write = WeightQuantizer.codes, Writer.write
+
+    def noted_codes(self, x):
+        events.append("made")
+        return codes(self, x)
+
+    def noted_write(self, name, value):
+        events.extend(["written"] if name.endswith("codes") else [])
+        return write(self, name, value)
+
+    monkeypatch.setattr(WeightQuantizer, "codes", noted_codes)
+    monkeypatch.setattr(Writer, "write", noted_write)
+    hdrq.save(model, tmp_path / "model")
+    assert events == ["made", "written"] * 3
 
 
 def test_what_a_file_cannot_hold_is_said_before_anything_is_written(tmp_path):

@@ -1,8 +1,11 @@
 """Folders of compressed-tensors that transformers reads: what hdrq writes, and what it merges of them."""
 
+import json
+
 import pytest
 import torch
 from helpers import assert_same_bits
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import hdrq
@@ -60,6 +63,22 @@ def test_weights_alone(tmp_path):
     for name, layer in quantized_layers(model).items():
         plain.get_submodule(name).weight.data.copy_(layer.latent)
     assert_same_bits(logits(read(tmp_path / "a")), logits(plain))
+
+
+def test_tensors_that_are_too_much_for_one_file_lie_in_several(tmp_path, monkeypatch):
+    model, most = quantized("W4A8"), 12_000
+    to_compressed_tensors(model, tmp_path / "whole")
+    monkeypatch.setattr("hdrq.export.folders.compressed.LARGEST_SHARD", most)
+    to_compressed_tensors(model, tmp_path / "a")
+    shards = sorted(path.name for path in (tmp_path / "a").glob("*.safetensors"))
+    count = len(shards)
+    assert count > 1 and shards == [f"model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
+    index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
+    held = {name: shard for shard in shards for name in load_file(tmp_path / "a" / shard)}
+    assert index["weight_map"] == held == dict.fromkeys(load_file(tmp_path / "whole" / "model.safetensors")) | held
+    sizes = [sum(t.nbytes for t in load_file(tmp_path / "a" / shard).values()) for shard in shards]
+    assert sum(sizes) == index["metadata"]["total_size"] and max(sizes) <= most
+    assert_same_bits(logits(read(tmp_path / "a")), logits(model))
 
 
 def test_folders_merge_and_load(tmp_path):
