@@ -96,7 +96,16 @@ def few_iterations(monkeypatch):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     "name",
-    ["README", "docs/quickstart", "docs/merging", "docs/throughput", "docs/parity", "docs/recipes", "docs/contract", "docs/memory"],
+    [
+        "README",
+        "docs/quickstart",
+        "docs/merging",
+        "docs/throughput",
+        "docs/parity",
+        "docs/recipes",
+        "docs/contract",
+        "docs/memory",
+    ],
 )
 def test_the_python_of_a_page_runs(name, elsewhere, few_iterations):
     pytest.importorskip("safetensors")

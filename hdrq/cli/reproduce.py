@@ -23,7 +23,7 @@ def reproduce(
         "reproduce"
     ),
     task: Annotated[
-        str, typer.Option(help="digits, digits-vit, emoji or segmentation; or a YAML file of your own.")
+        str, typer.Option(help="digits, digits-sam, digits-vit, emoji or segmentation; or a YAML file of your own.")
     ] = "digits",
     seeds: Annotated[int, typer.Option(help="How many, each with networks of its own.")] = 5,
     study: Annotated[

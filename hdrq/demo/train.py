@@ -6,6 +6,7 @@ without the source data, as SHOT does (Liang et al. 2020, "Do we really need to 
 
 import argparse
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,33 @@ def batches(count: int) -> list[Tensor]:
     return list(torch.randperm(count).split(BATCH))[: count // BATCH]
 
 
-def train_source(model: nn.Module, images: Tensor, labels: Tensor, epochs: int = 8, rate: float = 2e-3) -> nn.Module:
-    """Supervised training with label smoothing 0.1, which SHOT asks of its source model. The model is changed."""
+def train_source(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epochs: int = 8,
+    rate: float = 2e-3,
+    wrap: Callable[[torch.optim.Optimizer, nn.Module], Any] | None = None,
+) -> nn.Module:
+    """Supervised training with label smoothing 0.1, which SHOT asks of its source model. The model is changed.
+
+    ``wrap`` makes of Adam and the model what steps in its place.
+    """
     model.train()
     steps = epochs * (len(images) // BATCH)
-    optimizer = torch.optim.Adam(model.parameters(), rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    adam = torch.optim.Adam(model.parameters(), rate)
+    optimizer = adam if wrap is None else wrap(adam, model)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps)
     for _ in range(epochs):
         for index in batches(len(images)):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images[index]), labels[index], label_smoothing=0.1).backward()
-            optimizer.step()
+
+            def loss(index: Tensor = index) -> Tensor:
+                adam.zero_grad()
+                value = F.cross_entropy(model(images[index]), labels[index], label_smoothing=0.1)
+                value.backward()
+                return value
+
+            optimizer.step(loss)
             schedule.step()
     return model.eval()
 
@@ -71,24 +88,38 @@ def pseudo_labels(model: Any, images: Tensor) -> Tensor:
     return labels
 
 
-def adapt(source: Any, images: Tensor, epochs: int = 30, rate: float = 1e-3, beta: float = 0.3) -> Any:
+def adapt(
+    source: Any,
+    images: Tensor,
+    epochs: int = 30,
+    rate: float = 1e-3,
+    beta: float = 0.3,
+    wrap: Callable[[torch.optim.Optimizer, nn.Module], Any] | None = None,
+) -> Any:
     """SHOT: the head is frozen, the rest minimises information maximization + beta * cross-entropy to pseudo-labels.
 
-    ``source`` has ``features`` (N, F) and a linear ``head``, and is left as it is.
+    ``source`` has ``features`` (N, F) and a linear ``head``, and is left as it is. ``wrap`` is that of
+    :func:`train_source`.
     """
     model = copy.deepcopy(source)
     model.head.requires_grad_(False)
     steps = epochs * (len(images) // BATCH)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
+    optimizer = adam if wrap is None else wrap(adam, model)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     for _ in range(epochs):
         labels = pseudo_labels(model, images)
         model.train()
         for index in batches(len(images)):
-            optimizer.zero_grad()
-            logits = model(images[index])
-            (information_maximization(logits) + beta * F.cross_entropy(logits, labels[index])).backward()
-            optimizer.step()
+
+            def loss(index: Tensor = index, labels: Tensor = labels) -> Tensor:
+                adam.zero_grad()
+                logits = model(images[index])
+                value = information_maximization(logits) + beta * F.cross_entropy(logits, labels[index])
+                value.backward()
+                return value
+
+            optimizer.step(loss)
             schedule.step()
     return model.eval()
 

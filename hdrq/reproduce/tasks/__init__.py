@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hdrq import checks
-from hdrq.reproduce.tasks.digits import DIGITS
+from hdrq.reproduce.tasks.digits import DIGITS, DIGITS_SAM
 from hdrq.reproduce.tasks.emoji import EMOJI
 from hdrq.reproduce.tasks.given import given
 from hdrq.reproduce.tasks.segmentation import SEGMENTATION
@@ -15,7 +15,7 @@ from hdrq.reproduce.tasks.vit import DIGITS_VIT
 
 __all__ = ["CALIBRATION", "TASKS", "Task", "files", "remember", "task_of"]
 
-TASKS = {task.name: task for task in (DIGITS, DIGITS_VIT, EMOJI, SEGMENTATION)}
+TASKS = {task.name: task for task in (DIGITS, DIGITS_SAM, DIGITS_VIT, EMOJI, SEGMENTATION)}
 
 
 _FILES: dict[str, Path] = {}  # of settings, by the names of their tasks, which are in TASKS too

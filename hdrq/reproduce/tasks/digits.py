@@ -1,11 +1,15 @@
-"""Digits: rendered ones are the source, three other domains the targets."""
+"""Digits: rendered ones are the source, three other domains the targets; networks in any minima, or in flat ones."""
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
+
 from torch import Tensor
 
-from hdrq.demo import data
+from hdrq.demo import data, train
 from hdrq.demo.model import resnet
+from hdrq.reproduce import flat_training
 from hdrq.reproduce.tasks.task import CALIBRATION, Task
 
 
@@ -25,3 +29,4 @@ def digits(domain: str, split: str) -> tuple[Tensor, Tensor]:
 
 
 DIGITS = Task("digits", data.SOURCE, data.TARGETS, digits, resnet)
+DIGITS_SAM = replace(DIGITS, name="digits-sam", training=flat_training, facts=inspect.getsource(train))
