@@ -46,6 +46,10 @@ class Net(nn.Module):
         return self.block(self.left(x), self.right(x))
 
 
+def copied(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
 def in_the_oracle(model, unit, told, learner):
     """What the oracle makes of the unit, from what the unit holds before it is learned."""
     block = model.block
@@ -90,10 +94,10 @@ def test_every_parameter_is_the_oracles(chosen, monkeypatch):
             if unit.name != "block":
                 return super().fit(unit, journal)
             learner = self._learner(unit)
-            begun = learner.parameters.state(copy=True)
+            begun = copied(learner.parameters.state())
             want = in_the_oracle(model, unit, RECIPES[chosen], learner)
             learner.learn(0, lambda *_: None, lambda _: None, 0)
-            compared.append((begun, want, learner.parameters.state(copy=True)))
+            compared.append((begun, want, copied(learner.parameters.state())))
             learner.parameters.finish()
             return Fitted({}, {"loss_before": 0.0, "loss_after": 0.0})
 

@@ -106,7 +106,8 @@ class Learner:
             DivergenceError: a loss is not finite.
             ValueError: no weight has a gradient of the reconstruction loss.
         """
-        good, state, run = start, self.parameters.state(copy=True), self.step
+        good, state, run = start, dict[str, torch.Tensor](), self.step
+        self.parameters.copy_to(state)
         iterations, judgements = self.recipe.iterations, self._judgements()
         for i, batch in enumerate(self._batches(start), start):
             if i == start or self._phase(i) != self.phase:
@@ -122,7 +123,8 @@ class Learner:
                 if not self._finite(loss):
                     self.load(state, good)
                     raise self._divergence(good, done)
-                good, state = done, self.parameters.state(copy=True)
+                good = done
+                self.parameters.copy_to(state)
             if due or noted:
                 log(done, float(error))
             if judged:
@@ -330,7 +332,8 @@ class Learner:
 
     def _divergence(self, good: int, done: int) -> DivergenceError:
         """Run again from the last good state, looking at every iteration; then go back to it."""
-        state = self.parameters.state(copy=True)
+        state = dict[str, torch.Tensor]()
+        self.parameters.copy_to(state)
         broken_layers: list[str] = []
 
         def note(name, module, args, kwargs, output) -> None:

@@ -112,14 +112,23 @@ class Parameters:
         """For each learned tensor, on the device, whether it is finite."""
         return torch.stack([p.isfinite().all() for p in self.by_name.values()])
 
-    def state(self, copy: bool = False) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, torch.Tensor]:
         """The learned tensors and the optimizer's moments, by name."""
         tensors = {}
         for name, p in self.by_name.items():
             tensors[name] = p.detach()
             moments = self.optimizer.state[p]
             tensors.update({f"{name}/{key}": moments[key] for key in MOMENTS if moments})
-        return {name: value.clone() for name, value in tensors.items()} if copy else tensors
+        return tensors
+
+    @torch.no_grad()
+    def copy_to(self, state: dict[str, torch.Tensor]) -> None:
+        """Make ``state`` a copy of :meth:`state`, in the memory that it has."""
+        for name, value in self.state().items():
+            if name in state:
+                state[name].copy_(value)
+            else:
+                state[name] = value.clone()
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
