@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hdrq.prepare.eager import eagerly
+
 
 def version_of(x: torch.Tensor) -> int:
     """How often a tensor was changed in place; 0 for one made in inference mode, which does not say."""
@@ -17,10 +19,11 @@ def version_of(x: torch.Tensor) -> int:
 
 @contextmanager
 def hooks(handles: Iterable) -> Iterator[None]:
-    """Remove hooks when the block ends."""
+    """Remove hooks when the block ends; inside it they are called, in compiled modules too."""
     handles = list(handles)
     try:
-        yield
+        with eagerly():
+            yield
     finally:
         for handle in handles:
             handle.remove()
