@@ -29,7 +29,6 @@ from hdrq.methods.layerwise import Guidance, Target
 from hdrq.methods.nearest import round_to_nearest
 from hdrq.methods.post_merge import calls_of_tasks, spans
 from hdrq.methods.post_training import warn_of_layers
-from hdrq.prepare.eager import eagerly
 from hdrq.prepare.float_model import device_of
 from hdrq.prepare.units import find_blocks
 from hdrq.quantizers.layers import quantized_layers
@@ -37,7 +36,6 @@ from hdrq.quantizers.modules import Quantizer
 from hdrq.quantizers.provenance import origin, set_origin
 
 
-@eagerly()
 @torch.inference_mode(False)
 @torch.no_grad()
 def merge_calibrated(

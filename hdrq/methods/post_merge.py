@@ -26,7 +26,6 @@ from hdrq.methods.awq import AWQ
 from hdrq.methods.layerwise import BIASES, WEIGHTINGS, LayerWise, Target
 from hdrq.methods.post_training import fit
 from hdrq.methods.reconstruct.method import Reconstruction
-from hdrq.prepare.eager import eagerly
 from hdrq.prepare.float_model import check_module, prepare_float
 from hdrq.quantizers.layers import quantized_layers
 from hdrq.recipes import Recipe
@@ -38,7 +37,6 @@ LAM = {"epmq": 0.01, "gptq": 0.0, "regmean": 0.0}
 STREAMS = ("merged", "experts")
 
 
-@eagerly()
 @torch.inference_mode(False)
 @torch.enable_grad()
 def post_merge(

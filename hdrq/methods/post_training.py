@@ -38,7 +38,6 @@ from hdrq.methods.reconstruct.samples import part, split
 from hdrq.methods.sensitivity import chosen_bits
 from hdrq.prepare.attention import quantized_operands
 from hdrq.prepare.coverage import coverage, warn_of_float, warn_of_products
-from hdrq.prepare.eager import eagerly
 from hdrq.prepare.float_model import check_module, device_of, prepare_float
 from hdrq.prepare.offload import Offload
 from hdrq.prepare.prepared import prepare
@@ -53,7 +52,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@eagerly()
 @torch.inference_mode(False)
 @torch.enable_grad()
 def quantize(

@@ -22,7 +22,6 @@ from hdrq.checks import listed
 from hdrq.errors import MissingExtra
 from hdrq.evaluate.metrics import floats_of
 from hdrq.prepare.coverage import multiply_adds
-from hdrq.prepare.eager import eagerly
 from hdrq.prepare.float_model import check_module
 from hdrq.prepare.prepared import prepare
 from hdrq.quantizers.bits import Budget, budget_of, check_bits, is_automatic, matches
@@ -115,7 +114,6 @@ class Sensitivity:
         return chosen
 
 
-@eagerly()
 def sensitivity(
     model: nn.Module,
     calibration: torch.Tensor | Iterable,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -53,17 +53,27 @@ def _sequences(model: nn.Module, order: dict[str, None], layers: list[str]) -> s
         if (isinstance(modules[n], TRANSFORMERS) or not type(modules[n]).__module__.startswith("torch."))
         and sum(layer.startswith(f"{n}.") for layer in layers) > 1
     ]
+    holders = {n: _holder(n, modules) for n in own}
     for containers in ((nn.ModuleList, nn.Sequential), (nn.Module,)):
-        siblings = Counter(
-            (n.rpartition(".")[0], type(modules[n]))
-            for n in own
-            if isinstance(modules[n.rpartition(".")[0]], containers)
-        )
+        siblings = Counter((holders[n], type(modules[n])) for n in own if isinstance(modules[holders[n]], containers))
         repeated = {kind for (_, kind), count in siblings.items() if count > 1}
         blocks = [n for n in own if type(modules[n]) in repeated]
         if blocks:
             return {n for n in blocks if not any(other.startswith(f"{n}.") for other in blocks)}
     return set()
+
+
+def _holder(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The module that has another as a child, be it in a wrapper of torch's: of its compiler, or DataParallel."""
+    holder = name.rpartition(".")[0]
+    while holder and _wraps(modules[holder]):
+        holder = holder.rpartition(".")[0]
+    return holder
+
+
+def _wraps(module: nn.Module) -> bool:
+    plural = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    return type(module).__module__.startswith("torch.") and not plural and len(list(module.children())) == 1
 
 
 def _named(names: Sequence[str], order: dict[str, None], layers: list[str]) -> set[str]:

@@ -17,7 +17,6 @@ from hdrq.checkpoint.workdir import state_hash
 from hdrq.methods.nearest import round_to_nearest
 from hdrq.methods.post_training import fit
 from hdrq.prepare.coverage import warn_of_float
-from hdrq.prepare.eager import eagerly
 from hdrq.prepare.float_model import check_module
 from hdrq.prepare.observe import observe
 from hdrq.quantizers.attach import first_tensor
@@ -32,7 +31,6 @@ LEAVE = 1e3  # no scale goes below this fraction of where it starts
 ORIGINAL = ".parametrizations.weight.original"
 
 
-@eagerly()
 @torch.inference_mode(False)
 @torch.enable_grad()
 def prepare(

@@ -21,7 +21,6 @@ from hdrq.checkpoint.saving import check_storable
 from hdrq.checkpoint.workdir import Workdir, state_hash
 from hdrq.evaluate.metrics import accuracy_of
 from hdrq.prepare.copying import copy_model
-from hdrq.prepare.eager import eagerly
 from hdrq.prepare.float_model import check_module, device_of
 from hdrq.qat.domains import Labelled, Part, Stream, labelled, split, words_seed
 from hdrq.qat.flatness import ASAM, SAGM, SAM
@@ -75,7 +74,6 @@ class Trained:
         return f"{self.settings.caption}; left out: {self.target}"
 
 
-@eagerly()
 @torch.inference_mode(False)
 @torch.enable_grad()
 def train(
