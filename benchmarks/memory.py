@@ -99,7 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.way:
         print(json.dumps(quantized(options, options.folder)))
         return 0
-    found: dict[str, Any] = {"machine": facts(), "options": {k: str(v) for k, v in vars(options).items()}, "runs": {}}
+    told = {k: v for k, v in vars(options).items() if k not in ("folder", "out", "recipe", "way", "shape")}
+    found: dict[str, Any] = {"machine": facts(), "options": told, "runs": {}}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         for seed, file in enumerate(("source.safetensors", "weights.safetensors")):
@@ -110,8 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
             runs = {way: _run(options, recipe, way, folder) for way in WAYS}
             same = len({(folder / f"{way}.safetensors").read_bytes() for way in WAYS}) == 1
             found["runs"][recipe] = {**runs, "same": same}
-            told = "; ".join(f"{way} {run['peak']:.2f} ({run['seconds']:.0f} s)" for way, run in runs.items())
-            print(f"{recipe}: {told}; {'the same file' if same else 'OTHER FILES'}", flush=True)
+            said = "; ".join(f"{way} {run['peak']:.2f} ({run['seconds']:.0f} s)" for way, run in runs.items())
+            print(f"{recipe}: {said}; {'the same file' if same else 'OTHER FILES'}", flush=True)
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0 if all(run["same"] for run in found["runs"].values()) else 1
