@@ -1,18 +1,16 @@
 """Checkpoints of a run: what is finished, and how far the block in work has come. Never a pickle.
 
-A work folder holds ``run.json`` (what the run is made of, its fingerprint), ``block-000.safetensors`` and so on (what
-each finished block learned), ``current.safetensors`` (parameters, Adam's moments and the iteration of the block in
-work) and ``losses.csv``. Every file is replaced at once, so a kill leaves a state from which the run goes on. Batches,
-noise and schedules are functions of seed and iteration and need no file; what finished blocks return is
-computed again, by the same calls, to the same bits. Each file of tensors carries a hash of its content, so that a
-flipped bit is refused.
+A work folder holds ``run.json`` (what the run is made of, its fingerprint, and the bits that it found under a budget),
+``block-000.safetensors`` and so on (what each finished block learned), ``current.safetensors`` (parameters, Adam's
+moments and the iteration of the block in work) and ``losses.csv``. Every file is replaced at once, so a kill leaves a
+state from which the run goes on. Batches, noise and schedules are functions of seed and iteration and need no file;
+what finished blocks return is computed again, by the same calls, to the same bits. Each file of tensors carries a hash
+of its content, so that a flipped bit is refused.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -26,12 +24,16 @@ from safetensors.torch import save
 from torch import nn
 
 from hdrq._version import __version__
-from hdrq.checkpoint.files import output_folder, write_atomically
+from hdrq.checkpoint.files import csv_text, output_folder, write_atomically
 from hdrq.checks import differing, listed
+from hdrq.quantizers.bits import recorded
 from hdrq.recipes import Recipe
 from hdrq.rng import CONTRACT
 
 CURRENT = "current.safetensors"
+RUN = "run.json"
+CHOSEN = "chosen bits"  # what the run found under the budget that it began with: it is kept, and not compared
+LOSSES = ("block", "iteration", "loss")
 
 
 class Workdir:
@@ -48,19 +50,11 @@ class Workdir:
     """
 
     def __init__(self, path: str | os.PathLike, fingerprint: Mapping[str, Any], resume: bool) -> None:
-        self.path = output_folder(path, "workdir")
+        begun = begun_run(path, fingerprint, resume)
+        self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        run = self.path / "run.json"
-        text = json.dumps(fingerprint, indent=1, sort_keys=True, default=str)
-        if not run.exists():
-            write_atomically(run, text)
-            return
-        if not resume:
-            raise FileExistsError(f"workdir must hold no run, or resume=True go on with it, got one in {self.path}")
-        before, now = _read_run(run), json.loads(text)
-        changed = [f"{key} ({before.get(key)}, now {now.get(key)})" for key in differing(before, now)]
-        if changed:
-            raise ValueError(f"resume must have what the run in {self.path} began with, got others: {listed(changed)}")
+        if begun is None:
+            write_atomically(self.path / RUN, _text(fingerprint))
 
     def save_block(self, index: int, tensors: Mapping[str, torch.Tensor], facts: dict) -> None:
         """A finished block: what it learned. It is no longer in work."""
@@ -81,11 +75,8 @@ class Workdir:
 
     def write_losses(self, rows: list[tuple]) -> None:
         """``losses.csv``: block, iteration, loss."""
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(["block", "iteration", "loss"])
-        writer.writerows(rows)
-        write_atomically(self.path / "losses.csv", text.getvalue())
+        records = [dict(zip(LOSSES, row, strict=True)) for row in rows]
+        write_atomically(self.path / "losses.csv", csv_text(records, LOSSES))
 
     def _save(self, name: str, tensors: Mapping[str, torch.Tensor], facts: dict) -> None:
         copies = {key: value.detach().cpu().clone() for key, value in tensors.items()}
@@ -107,6 +98,30 @@ class Workdir:
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             way_out = "delete that file, and what it held is learned again"
             raise ValueError(f"workdir must hold checkpoints of hdrq, got {path}: {error}; {way_out}") from error
+
+
+def begun_run(path: str | os.PathLike, fingerprint: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
+    """What the run in a work folder began with, if there is one and it may go on; nothing is written.
+
+    Raises:
+        FileExistsError: there is a run, and ``resume`` is false.
+        ValueError: there is a run of another fingerprint; the message says what differs.
+    """
+    folder = output_folder(path, "workdir")
+    if not (folder / RUN).exists():
+        return None
+    if not resume:
+        raise FileExistsError(f"workdir must hold no run, or resume=True go on with it, got one in {folder}")
+    before, now = _read_run(folder / RUN), json.loads(_text(fingerprint))
+    names = [name for name in differing(before, now) if name != CHOSEN]
+    if names:
+        changed = [f"{name} ({before.get(name)}, now {now.get(name)})" for name in names]
+        raise ValueError(f"resume must have what the run in {folder} began with, got others: {listed(changed)}")
+    return before
+
+
+def _text(fingerprint: Mapping[str, Any]) -> str:
+    return json.dumps(fingerprint, indent=1, sort_keys=True, default=str)
 
 
 def _read_run(path: Path) -> dict[str, Any]:
@@ -150,7 +165,7 @@ def fingerprint(
         "device": next(devices, "cpu"),
         "seed": seed,
         "blocks": blocks if blocks is None else list(blocks),
-        "bits": bits if isinstance(bits, str) else [list(pair) for pair in bits.items()],  # their order decides
+        "bits": recorded(bits),
         "source": None,
         **states,
         **{f"recipe.{key}": value for key, value in asdict(plan).items()},

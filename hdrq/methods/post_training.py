@@ -26,7 +26,7 @@ from hdrq.calibrate.settings import RunSettings
 from hdrq.calibrate.shared_workdir import SharedWorkdir
 from hdrq.calibrate.statistics import check_rank, collect
 from hdrq.checkpoint.saving import check_storable
-from hdrq.checkpoint.workdir import fingerprint, state_hash
+from hdrq.checkpoint.workdir import CHOSEN, begun_run, fingerprint, state_hash
 from hdrq.checks import listed
 from hdrq.errors import DivergenceError
 from hdrq.evaluate.metrics import accumulated_errors
@@ -41,7 +41,7 @@ from hdrq.prepare.coverage import coverage, warn_of_float, warn_of_products
 from hdrq.prepare.float_model import check_module, device_of, prepare_float
 from hdrq.prepare.offload import Offload
 from hdrq.prepare.prepared import prepare
-from hdrq.quantizers.bits import check_bits
+from hdrq.quantizers.bits import budget_of, check_bits, recorded
 from hdrq.quantizers.layers import input_quantizers, quantized_layers
 from hdrq.quantizers.provenance import set_origin, set_statistics
 from hdrq.recipes import Recipe
@@ -175,7 +175,6 @@ def quantize(
                 "source must be the model before its adaptation where distance > 0, got None; or distance=0"
             )
         check_shareable(plan, graph, sum(call.size for call in batches), ranks)
-        bits = chosen_bits(model, batches, plan, bits)
         states = {"model": state_hash(model.state_dict()), "calibration": data_hash(batches)}
         if source is not None:
             states["source"] = state_hash(source.state_dict())
@@ -183,10 +182,15 @@ def quantize(
         if ranks.size > 1:
             run["processes"] = ranks.size
             ranks.check_same({**run, "workdir": workdir is not None, "resume": resume, "statistics": statistics})
-        folder = None
+        begun = None
         if workdir is not None:
             check_storable(model)
-            folder = SharedWorkdir(workdir, run, resume, ranks)
+            begun = ranks.of_first(lambda: begun_run(workdir, run, resume))
+        if budget_of(bits) is not None:
+            bits = chosen_bits(model, batches, plan, bits, begun)
+            run[CHOSEN] = recorded(bits)
+            ranks.check_same({CHOSEN: run[CHOSEN]})
+        folder = None if workdir is None else SharedWorkdir(workdir, run, resume, ranks)
         settings = RunSettings(seed, cache, cache_bytes, progress, folder, checkpoint_every, ranks, offload)
 
         def methods(quantized: nn.Module) -> list[Method]:
@@ -342,8 +346,7 @@ def fit(
     warn_of_layers(report)
     report.errors = errors() if walks else report.nearest
     report.seconds, report.peak_memory = time.perf_counter() - began, peak_memory(device_of(full))
-    policy = bits if isinstance(bits, str) else [list(pair) for pair in bits.items()]  # in the order that decides
-    how = {"contract": CONTRACT, "recipe": asdict(plan), "bits": policy, "seed": settings.seed, **facts}
+    how = {"contract": CONTRACT, "recipe": asdict(plan), "bits": recorded(bits), "seed": settings.seed, **facts}
     set_origin(quantized, {"folded": ready.folded, **how, "coverage": share.as_dict()})
     set_report(quantized, report)
     return quantized, full

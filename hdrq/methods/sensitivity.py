@@ -18,6 +18,7 @@ from hdrq import checks
 from hdrq.calibrate.data import Call, calibration_calls, check_call, first_samples, run_all
 from hdrq.calibrate.placement import place_quantizers
 from hdrq.calibrate.ranges import reaching_samples, search_weight
+from hdrq.checkpoint.workdir import CHOSEN
 from hdrq.checks import listed
 from hdrq.errors import MissingExtra
 from hdrq.evaluate.metrics import floats_of
@@ -185,16 +186,23 @@ def measure(
 
 
 def chosen_bits(
-    model: nn.Module, batches: list[Call], plan: Recipe, bits: str | Mapping[str, str]
-) -> str | Mapping[str, str]:
-    """``bits`` with the widths of every layer where a budget is asked for; as they are where none is.
+    model: nn.Module,
+    batches: list[Call],
+    plan: Recipe,
+    bits: str | Mapping[str, str],
+    begun: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
+    """The bits of every layer under the budget of ``bits``.
+
+    Args:
+        begun: what the run that goes on began with, whose bits are taken without another measurement.
 
     Raises:
         ValueError: the budget cannot be met.
         MissingExtra: scipy is not installed.
     """
-    if budget_of(bits) is None:
-        return bits
+    if begun is not None and CHOSEN in begun:
+        return dict(begun[CHOSEN])
     solver()  # missing, it is told before anything is measured
     found = measure(model, batches, plan, bits)
     return found.bits(found.assign())

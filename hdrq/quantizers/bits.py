@@ -66,6 +66,11 @@ def is_automatic(text: Any) -> bool:
     return isinstance(text, str) and text.startswith("auto:")
 
 
+def recorded(bits: str | Mapping[str, str]) -> str | list[list[str]]:
+    """``bits`` as JSON keeps them: patterns as pairs, whose order decides."""
+    return bits if isinstance(bits, str) else [list(pair) for pair in bits.items()]
+
+
 def check_bits(bits: Any) -> None:
     """``bits`` is a text of bit widths or a budget, or patterns with such texts: what is known before a model is.
 

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from networks import CALIBRATION, net
+from helpers import same, state
+from networks import CALIBRATION, learn, net
 from torch import nn
 
 import hdrq
@@ -102,6 +103,46 @@ def test_a_run_takes_the_bits_that_were_found():
     assert got == {name: 2 ** (int(text[1]) - 1) for name, text in want.items()}
     assert len(set(want.values())) > 1  # or any assignment would do
     assert [text[-1] for text in want.values()] == ["8", "4", "4", "8"]  # the ends read 8 bits
+
+
+@pytest.fixture
+def no_measurement(monkeypatch):
+    """From now on nothing can be measured."""
+
+    def forbidden(*_):
+        raise AssertionError("measured")
+
+    return lambda: monkeypatch.setattr("hdrq.methods.sensitivity.measure", forbidden)
+
+
+def test_a_resumed_run_takes_the_bits_that_its_folder_keeps(tmp_path, no_measurement):
+    options = {"bits": "auto:W3.5A4", "workdir": tmp_path}
+    whole = learn(**options)
+    (tmp_path / "block-003.safetensors").unlink()
+    no_measurement()
+    with pytest.raises(AssertionError, match="measured"):
+        learn(bits="auto:W3.5A4")
+    resumed = learn(**options, resume=True)
+    assert same(state(resumed), state(whole)) and origin(resumed)["bits"] == origin(whole)["bits"]
+
+
+def test_a_folder_of_another_run_is_refused_before_anything_is_measured(tmp_path, no_measurement):
+    learn(bits="auto:W3.5A4", workdir=tmp_path)
+    no_measurement()
+    for options, message in (
+        ({"bits": "auto:W3A4", "resume": True}, r"bits \(auto:W3.5A4, now auto:W3A4\)$"),
+        ({"bits": "auto:W3.5A4", "seed": 1, "resume": True}, r"others: seed \(0, now 1\)$"),
+        ({"bits": "auto:W3.5A4"}, "workdir must hold no run"),
+    ):
+        with pytest.raises((ValueError, FileExistsError), match=message):
+            learn(workdir=tmp_path, **options)
+
+
+def test_a_measurement_that_fails_begins_no_run(tmp_path, no_measurement):
+    no_measurement()
+    with pytest.raises(AssertionError, match="measured"):
+        learn(bits="auto:W3.5A4", workdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_patterns_keep_what_they_say_and_the_rest_shares_the_budget():
