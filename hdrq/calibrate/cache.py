@@ -50,7 +50,7 @@ class Cache:
             self.folder = None
         if budget is not None:
             budget = checks.integer("cache_bytes", budget, 0, 2**63 - 1)
-        self._room = {"device": budget, "host": budget} if budget is not None else _half_of_free(device, sharers)
+        self._room = {"device": budget, "host": budget} if budget is not None else half_of_free(device, sharers)
         if device.type == "cpu":
             self._room["host"] = 0  # the host is the device
         self._room["disk"] = 2**63 - 1
@@ -124,7 +124,8 @@ def batches(sources: Sequence[Rows], indices: torch.Tensor) -> Iterator[list[tor
             yield arrived(coming.popleft().result())
 
 
-def _half_of_free(device: torch.device, sharers: int = 1) -> dict[str, int]:
+def half_of_free(device: torch.device, sharers: int = 1) -> dict[str, int]:
+    """Half of the bytes that are free on the device, and of those on the host for each of so many processes."""
     host = _free_on_host() // 2 // sharers
     own = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else host
     return {"device": own, "host": host}

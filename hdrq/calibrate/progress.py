@@ -26,10 +26,8 @@ class Step:
     loss: float  # reconstruction loss at the last reading
 
 
-@contextmanager
-def bars(description: str = "", what: str = "block") -> Iterator[Callable[[Step], None]]:
-    """A callable that shows steps as rich bars, or, where standard error is no terminal or rich is missing, logs a line
-    for each block: at level INFO of the logger ``hdrq``, which the command line shows.
+def lines(description: str = "", what: str = "block") -> Callable[[Step], None]:
+    """A callable that logs a line for each block, at level INFO of the logger ``hdrq``, which the command line shows.
 
     ``what`` is a step's outer unit, in one word.
     """
@@ -39,14 +37,22 @@ def bars(description: str = "", what: str = "block") -> Iterator[Callable[[Step]
             place = f"{description} {what} {step.index + 1} of {step.blocks}".strip()
             logger.info("%s, %s: loss %.4g", place, plain(step.block) or "model", step.loss)
 
+    return log
+
+
+@contextmanager
+def bars(description: str = "", what: str = "block") -> Iterator[Callable[[Step], None]]:
+    """A callable that shows steps as rich bars, or as :func:`lines` where standard error is no terminal or rich is
+    missing.
+    """
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     except ImportError:
-        yield log
+        yield lines(description, what)
         return
     if not sys.stderr.isatty():
-        yield log
+        yield lines(description, what)
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as shown:

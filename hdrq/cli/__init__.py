@@ -27,7 +27,7 @@ try:
         reproduce,
         sensitivity,
     )
-    from hdrq.cli.terminal import Commands, Log
+    from hdrq.cli.terminal import Commands, show_log
 except ImportError as error:
     sys.exit(f'hdrq: the command line needs {error.name}; pip install "hdrq[cli]"')
 
@@ -73,9 +73,7 @@ def hdrq(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress: results and errors alone.")] = False,
 ) -> None:
     """Quantizers for reconstruction loops, and a merge of quantized models that works on their integers."""
-    logger = logging.getLogger("hdrq")
-    logger.handlers = [Log()]
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    show_log(logging.WARNING if quiet else logging.INFO)
     if os.environ.get("HDRQ_BACKEND"):
         from hdrq.backends.dispatch import of_process
 

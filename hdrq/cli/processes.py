@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from hdrq.cli.terminal import status_of
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -43,7 +45,7 @@ def process_group(device: str) -> Iterator[ProcessGroup | None]:
         dist.barrier()  # nobody takes the group down while another still exchanges
     except Exception as error:
         if getattr(error, TOLD, rank) != rank:
-            raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error
+            raise typer.Exit(status_of(error)) from error
         raise
     finally:
         dist.destroy_process_group()

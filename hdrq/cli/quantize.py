@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hdrq.checks import listed
 from hdrq.cli.terminal import console
+
+if TYPE_CHECKING:
+    from hdrq.calibrate.report import RunReport
+    from hdrq.methods.job import Run
 
 
 def quantize(
-    config: Annotated[Path | None, typer.Argument(help="A YAML file of settings; options override it.")] = None,
+    config: Annotated[
+        list[Path] | None,
+        typer.Argument(help="A YAML file of settings, which options override; several for a model each."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The architecture: module:factory.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Its state, safetensors.")] = None,
     source: Annotated[Path | None, typer.Option(help="The state before its adaptation.")] = None,
@@ -39,19 +49,15 @@ def quantize(
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Also without distance, and without noise: a table.")
     ] = False,
+    jobs: Annotated[int, typer.Option(help="How many of several models at once, each in a process.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a record for each model.")] = False,
 ) -> None:
-    """Quantize a model from unlabelled data.
+    """Quantize a model from unlabelled data; with several YAML files, a model each.
 
     With torchrun --nproc-per-node N -m hdrq quantize, N processes share the samples of each step.
     """
-    import torch.distributed as dist
-
-    from hdrq.calibrate.report import report_of
-    from hdrq.cli.processes import process_group
+    from hdrq import checks
     from hdrq.methods import job
-    from hdrq.methods.reconstruct.memory import keep_freed_memory
-    from hdrq.report.figures import write_losses
-    from hdrq.report.tables import errors_table
 
     given = {
         "model": model,
@@ -71,11 +77,30 @@ def quantize(
         "statistics": None if statistics is None else _statistics(statistics),
     }
     options = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
-    settings = {} if config is None else job.read_settings(config)
-    plan = job.Run.of({**settings, **options, **dict(job.parse_setting(text) for text in set_ or [])})
+    options |= dict(job.parse_setting(text) for text in set_ or [])
+    checks.integer("jobs", jobs, 1, 1024)
+    if ablate and as_json:
+        raise ValueError("json must be left out with --ablate, which prints a table, got both")
+    if config is not None and len(config) > 1:
+        alone = {"save_config": save_config is not None, "ablate": ablate}
+        _several(config, options, jobs, as_json, [name for name, given in alone.items() if given])
+        return
+    plan = job.Run.of({**(job.read_settings(config[0]) if config else {}), **options})
     if save_config is not None:
         job.write_settings(plan, save_config)
         return
+    _one(str(config[0]) if config else plan.model, plan, ablate, as_json)
+
+
+def _one(name: str, plan: Run, ablate: bool, as_json: bool) -> None:
+    import torch.distributed as dist
+
+    from hdrq.calibrate.report import report_of
+    from hdrq.cli.processes import process_group
+    from hdrq.methods import job
+    from hdrq.methods.reconstruct.memory import keep_freed_memory
+    from hdrq.report.tables import errors_table, run_record
+
     title = f"Accumulated error: {plan.recipe}, {plan.bits}, seed {plan.seed}"
     with keep_freed_memory(), process_group(plan.device) as group:
         if ablate:
@@ -85,6 +110,11 @@ def quantize(
         speaks = group is None or dist.get_rank(group) == 0
     if not speaks:
         return
+    if not ablate:
+        _draw_losses(plan, reports[plan.recipe])
+    if as_json:
+        print(json.dumps([run_record(name, plan, reports[plan.recipe])], indent=2))
+        return
     console.print(errors_table(reports, title))
     if ablate:
         return
@@ -92,6 +122,44 @@ def quantize(
     console.print(f"quantized: {report.coverage}", highlight=False, soft_wrap=True)
     memory = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in report.peak_memory.items())
     console.print(f"{report.seconds:.0f} s; peak memory: {memory or 'unknown'}", highlight=False)
+
+
+def _several(configs: list[Path], options: dict[str, Any], jobs: int, as_json: bool, alone: list[str]) -> None:
+    """Quantize a model for each file of settings.
+
+    Args:
+        alone: options that were given, and that one model alone can have.
+    """
+    import torch.distributed as dist
+
+    from hdrq.cli.jobs import Failure, carry_out, check
+    from hdrq.methods import job
+    from hdrq.report.tables import run_record, runs_table
+
+    alone += ["torchrun"] if dist.is_available() and dist.is_torchelastic_launched() else []
+    if alone:
+        raise ValueError(f"config must be one file with {listed(alone)}, got {len(configs)}")
+    runs = {str(path): job.Run.of({**job.read_settings(path), **options}) for path in configs}
+    if len(runs) < len(configs):
+        raise ValueError(f"config must be another file for each model, got {listed(map(str, configs))}")
+    check(runs)
+    records, status = {}, 0
+    for name, found in carry_out(runs, jobs):
+        if isinstance(found, Failure):
+            sys.stderr.write(f"hdrq: {name}: {found.message}\n")
+            status = max(status, found.status)
+            records[name] = run_record(name, runs[name], error=found.message)
+        else:
+            _draw_losses(runs[name], found)
+            records[name] = run_record(name, runs[name], found)
+    ordered = [records[name] for name in runs]
+    print(json.dumps(ordered, indent=2)) if as_json else console.print(runs_table(ordered))
+    raise typer.Exit(status)
+
+
+def _draw_losses(plan: Run, report: RunReport) -> None:
+    from hdrq.report.figures import write_losses
+
     if plan.workdir is not None and report.losses:
         write_losses(report.losses, Path(plan.workdir) / "losses.png")
 

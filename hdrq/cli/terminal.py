@@ -36,7 +36,7 @@ class Commands(TyperGroup):
     def main(self, *args: Any, **options: Any) -> Any:
         if not options.get("standalone_mode", True) or os.environ.get("HDRQ_TRACEBACK"):
             return super().main(*args, **options)
-        before, warnings.formatwarning = warnings.formatwarning, _warning
+        before, warnings.formatwarning = warnings.formatwarning, warning_line
         try:
             status = super().main(*args, **{**options, "standalone_mode": False}) or 0
             sys.stdout.flush()
@@ -45,8 +45,8 @@ class Commands(TyperGroup):
         except BrokenPipeError:
             status = 1
         except Exception as error:
-            sys.stderr.write(f"hdrq: {_line(error)}\n")  # at once: other processes may write there too
-            status = 1 if isinstance(error, FloatingPointError) else 2
+            sys.stderr.write(f"hdrq: {line(error)}\n")  # at once: other processes may write there too
+            status = status_of(error)
         finally:
             warnings.formatwarning = before
         _drop_what_cannot_be_written()
@@ -65,6 +65,13 @@ class Log(logging.StreamHandler):
     @property
     def stream(self):  # type: ignore[override]
         return sys.stderr
+
+
+def show_log(level: int) -> None:
+    """Show what the logger ``hdrq`` says, from a level on."""
+    logger = logging.getLogger("hdrq")
+    logger.handlers = [Log()]
+    logger.setLevel(level)
 
 
 @contextmanager
@@ -96,7 +103,13 @@ def numbers(name: str, text: str | None) -> tuple[float, ...] | None:
         raise ValueError(f"{name} must be numbers between commas, got {text!r}") from error
 
 
-def _line(error: Any) -> str:
+def status_of(error: Exception) -> int:
+    """What a command ends with: 1 for a loss that diverged, 2 for bad input."""
+    return 1 if isinstance(error, FloatingPointError) else 2
+
+
+def line(error: Any) -> str:
+    """An error in one line, as a command ends with it."""
     if hasattr(error, "format_message"):  # the options were wrong
         return plain(error.format_message())
     whole = isinstance(error, OSError) and error.strerror and error.filename is None  # a message without "[Errno 28]"
@@ -108,7 +121,7 @@ def _line(error: Any) -> str:
     return f"{type(error).__name__}: {text}; HDRQ_TRACEBACK=1 shows where"
 
 
-def _warning(message: Any, *_: Any, **__: Any) -> str:
+def warning_line(message: Any, *_: Any, **__: Any) -> str:
     return f"hdrq: warning: {plain(str(message))[:LONGEST]}\n"
 
 

@@ -15,17 +15,21 @@ import yaml
 from torch import nn
 
 from hdrq import checks, recipes
+from hdrq.calibrate.cache import Cache
+from hdrq.calibrate.data import calibration_calls, run_all
 from hdrq.calibrate.images import MEAN, STD, load_data
 from hdrq.calibrate.progress import Step
 from hdrq.calibrate.ranks import Ranks
 from hdrq.calibrate.report import RunReport, report_of
-from hdrq.checkpoint.files import check_room, output_path, write_atomically
+from hdrq.checkpoint.files import check_room, output_folder, output_path, write_atomically
 from hdrq.checkpoint.float_states import load_float
 from hdrq.checkpoint.loading import float_dtype
 from hdrq.checkpoint.saving import check_storable, save
+from hdrq.checkpoint.workdir import begun_run
 from hdrq.methods.post_merge import METHODS, post_merge
-from hdrq.methods.post_training import quantize
+from hdrq.methods.post_training import check_options, quantize
 from hdrq.methods.sensitivity import Sensitivity, sensitivity
+from hdrq.prepare.float_model import check_module
 from hdrq.quantizers.bits import check_bits
 from hdrq.quantizers.provenance import origin, set_origin
 
@@ -165,6 +169,44 @@ def number(value: Any) -> Any:
         return value
 
 
+def check(run: Run) -> None:
+    """Refuse at once what :func:`execute` would refuse later: settings, files, and a model that does not run.
+
+    Of the data one sample is read, which the model runs on.
+
+    Raises:
+        TypeError, ValueError, OSError: "X must be …, got …".
+    """
+    plan = _settings(run)
+    source, options = run.source, (run.workdir, run.resume, run.checkpoint_every, run.statistics)
+    check_options(plan, source, run.seed, run.graph, *options)
+    Cache(torch.device(run.device), run.cache, run.cache_bytes)
+    if run.workdir is not None:
+        output_folder(run.workdir, "workdir")
+        if not run.resume:
+            begun_run(run.workdir, {}, resume=False)
+    _, model, _, sample, _ = _prepare(replace(run, samples=1))
+    check_module("model", model, run.bits)
+    run_all(calibration_calls(sample), "model must run on calibration")(model)
+
+
+def check_apart(runs: Mapping[str, Run]) -> None:
+    """Refuse runs, by name, of which one writes what another writes or reads, or nothing."""
+    writers: dict[str, str] = {}
+    for name, run in runs.items():
+        if run.out is None:
+            raise ValueError(f"out must be given for each of several runs, got none for {name}")
+        for what, path in (("out", run.out), ("workdir", run.workdir)):
+            other = writers.setdefault(os.path.realpath(path), name) if path is not None else name
+            if other != name:
+                raise ValueError(f"{what} must be another for each run, got {path!r} for {other} and for {name}")
+    for name, run in runs.items():
+        for what, path in (("weights", run.weights), ("source", run.source), ("data", run.data)):
+            writer = name if path is None else writers.get(os.path.realpath(path), name)
+            if writer != name:
+                raise ValueError(f"{what} of {name} must be there before the runs, got {path!r}, which {writer} writes")
+
+
 def execute(
     run: Run, progress: Callable[[Step], None] | bool = True, process_group: ProcessGroup | None = None
 ) -> nn.Module:
@@ -295,15 +337,21 @@ def _least(model: nn.Module) -> int:
     return sum(t.numel() // 4 if t.ndim > 1 else t.nbytes for t in model.state_dict().values() if torch.is_tensor(t))
 
 
-def _prepare(run: Run):
+def _settings(run: Run) -> recipes.Recipe:
+    """The recipe, once the settings are checked that need neither the model nor the data."""
     plan = recipes.recipe(run.recipe, run.preset, **run.knobs)
     check_bits(run.bits)
     if run.out is not None:
         output_path(run.out)
-    share = checks.real("held_out", run.held_out, 0.0, 0.5)
+    checks.real("held_out", run.held_out, 0.0, 0.5)
     checks.device(run.device)
     if run.samples is not None:
         checks.integer("samples", run.samples, 1, 2**31)
+    return plan
+
+
+def _prepare(run: Run):
+    plan = _settings(run)
     model = load_float(run.model, run.weights, run.model_args, offload_folder=run.offload_folder).to(run.device)
     if run.out is not None:
         check_storable(model)
@@ -313,6 +361,6 @@ def _prepare(run: Run):
         source = load_float(run.model, run.source, run.model_args, offload_folder=run.offload_folder).to(run.device)
     data = load_data(run.data, resize=run.resize, crop=run.crop, mean=run.mean, std=run.std, limit=run.samples)
     data = data.to(float_dtype(model))
-    every = round(1 / share) if share > 0 else 0
+    every = round(1 / run.held_out) if run.held_out > 0 else 0
     held = torch.arange(len(data)) % every == every - 1 if every else torch.zeros(len(data), dtype=torch.bool)
     return plan, model, source, data[~held], data[held] if held.any() else None

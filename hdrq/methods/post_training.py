@@ -150,13 +150,9 @@ def quantize(
             knobs["iterations"] = iterations
         plan = make_recipe(recipe, preset, **knobs)
         check_bits(bits)
-        seed = checks.integer("seed", seed, 0, 2**63 - 1)
-        checks.integer("checkpoint_every", checkpoint_every, 0, 2**31)
-        checks.choice("graph", graph, ("auto", True, False))
+        check_options(plan, source, seed, graph, workdir, resume, checkpoint_every, statistics)
+        seed, rank = int(seed), None if statistics is False else check_rank(statistics)
         offload = None if offload_folder is None else Offload(offload_folder)
-        rank = None if statistics is False else check_rank(statistics)
-        if resume and workdir is None:
-            raise ValueError("workdir must be the folder of the run to resume, got None")
         check_module("model", model, bits)
         if source is not None:
             check_module("source", source, bits)
@@ -170,10 +166,6 @@ def quantize(
         check_call(model, batches[0])
         if checked is not None:
             check_call(model, checked[0], "held_out")
-        if plan.needs_source and source is None:
-            raise ValueError(
-                "source must be the model before its adaptation where distance > 0, got None; or distance=0"
-            )
         check_shareable(plan, graph, sum(call.size for call in batches), ranks)
         states = {"model": state_hash(model.state_dict()), "calibration": data_hash(batches)}
         if source is not None:
@@ -212,6 +204,32 @@ def quantize(
         if statistics is not False:
             set_statistics(quantized, collect(quantized, ranks.share(batches), rank, ranks))
         return quantized
+
+
+def check_options(
+    plan: Recipe,
+    source: Any,
+    seed: int,
+    graph: bool | str,
+    workdir: str | os.PathLike | None,
+    resume: bool,
+    checkpoint_every: int,
+    statistics: bool | int,
+) -> None:
+    """Refuse options of :func:`quantize` that are wrong whatever the model and the data are.
+
+    Args:
+        source: None where there is none.
+    """
+    checks.integer("seed", seed, 0, 2**63 - 1)
+    checks.integer("checkpoint_every", checkpoint_every, 0, 2**31)
+    checks.choice("graph", graph, ("auto", True, False))
+    if statistics is not False:
+        check_rank(statistics)
+    if resume and workdir is None:
+        raise ValueError("workdir must be the folder of the run to resume, got None")
+    if plan.needs_source and source is None:
+        raise ValueError("source must be the model before its adaptation where distance > 0, got None; or distance=0")
 
 
 def check_shareable(plan: Recipe, graph: bool | str, samples: int, ranks: Ranks) -> None:

@@ -21,6 +21,7 @@ from hdrq.checks import plain
 from hdrq.evaluate.metrics import IoURow, Row
 from hdrq.merging.adding import AddReport
 from hdrq.merging.assessment import Readiness
+from hdrq.methods.job import Run
 from hdrq.methods.sensitivity import Sensitivity
 
 
@@ -127,6 +128,39 @@ def errors_table(reports: Mapping[str, RunReport], title: str):
         result.add_column(name, justify="right")
     for block in dict.fromkeys(block for cells in columns.values() for block in cells):
         result.add_row(shown(block), *(cells.get(block, "") for cells in columns.values()))
+    return result
+
+
+def run_record(name: str, run: Run, report: RunReport | None = None, error: str | None = None) -> dict[str, Any]:
+    """A run of ``hdrq quantize`` as JSON has it: its report, or the error that it ended with."""
+    settings = {key: getattr(run, key) for key in ("out", "recipe", "bits", "seed")}
+    found: dict[str, Any] = {}
+    if report is not None:
+        found = {key: getattr(report, key) for key in ("nearest", "errors", "seconds", "peak_memory")}
+        found["coverage"] = None if report.coverage is None else report.coverage.as_dict()
+        found["blocks"] = [
+            {key: getattr(block, key) for key in ("name", "loss_before", "loss_after", "seconds")}
+            for block in report.blocks
+        ]
+    return {"name": name, "error": error, **settings, **found}
+
+
+def runs_table(records: Sequence[Mapping[str, Any]]):
+    """What became of several runs (:func:`run_record`), as a :class:`rich.table.Table`."""
+    result = Table(title="Quantized", caption="error: ‖y_q − y‖² / ‖y‖² of the output on data held out")
+    result.add_column("model", overflow="fold")
+    for name in ("bits", "nearest", "error", "seconds", "peak MiB"):
+        result.add_column(name, justify="right")
+    result.add_column("file, or what went wrong", overflow="fold")
+    for record in records:
+        bits = record["bits"] if isinstance(record["bits"], str) else "patterns"
+        if record["error"] is not None:
+            result.add_row(shown(record["name"]), shown(bits), "", "", "", "", shown(record["error"]), style="red")
+            continue
+        errors = (f"{record[key]['output']:.3g}" if record[key] else "" for key in ("nearest", "errors"))
+        memory = ", ".join(f"{size / 2**20:,.0f}" for size in record["peak_memory"].values())
+        cells = (shown(bits), *errors, f"{record['seconds']:.0f}", memory, shown(record["out"]))
+        result.add_row(shown(record["name"]), *cells)
     return result
 
 
