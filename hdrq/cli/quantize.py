@@ -82,7 +82,7 @@ def quantize(
     if ablate and as_json:
         raise ValueError("json must be left out with --ablate, which prints a table, got both")
     if config is not None and len(config) > 1:
-        alone = {"save_config": save_config is not None, "ablate": ablate}
+        alone = {"--save-config": save_config is not None, "--ablate": ablate}
         _several(config, options, jobs, as_json, [name for name, given in alone.items() if given])
         return
     plan = job.Run.of({**(job.read_settings(config[0]) if config else {}), **options})
@@ -110,18 +110,18 @@ def _one(name: str, plan: Run, ablate: bool, as_json: bool) -> None:
         speaks = group is None or dist.get_rank(group) == 0
     if not speaks:
         return
-    if not ablate:
-        _draw_losses(plan, reports[plan.recipe])
-    if as_json:
-        print(json.dumps([run_record(name, plan, reports[plan.recipe])], indent=2))
-        return
-    console.print(errors_table(reports, title))
     if ablate:
+        console.print(errors_table(reports, title))
         return
     (report,) = reports.values()
-    console.print(f"quantized: {report.coverage}", highlight=False, soft_wrap=True)
-    memory = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in report.peak_memory.items())
-    console.print(f"{report.seconds:.0f} s; peak memory: {memory or 'unknown'}", highlight=False)
+    if as_json:
+        print(json.dumps([run_record(name, plan, report)], indent=2))
+    else:
+        console.print(errors_table(reports, title))
+        console.print(f"quantized: {report.coverage}", highlight=False, soft_wrap=True)
+        memory = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in report.peak_memory.items())
+        console.print(f"{report.seconds:.0f} s; peak memory: {memory or 'unknown'}", highlight=False)
+    _draw_losses(plan, report)
 
 
 def _several(configs: list[Path], options: dict[str, Any], jobs: int, as_json: bool, alone: list[str]) -> None:
@@ -133,28 +133,41 @@ def _several(configs: list[Path], options: dict[str, Any], jobs: int, as_json: b
     import torch.distributed as dist
 
     from hdrq.cli.jobs import Failure, carry_out, check
-    from hdrq.methods import job
     from hdrq.report.tables import run_record, runs_table
 
     alone += ["torchrun"] if dist.is_available() and dist.is_torchelastic_launched() else []
     if alone:
         raise ValueError(f"config must be one file with {listed(alone)}, got {len(configs)}")
-    runs = {str(path): job.Run.of({**job.read_settings(path), **options}) for path in configs}
+    runs = {str(path): _run_of(path, options) for path in configs}
     if len(runs) < len(configs):
         raise ValueError(f"config must be another file for each model, got {listed(map(str, configs))}")
     check(runs)
-    records, status = {}, 0
+    reports, failures = {}, {}
     for name, found in carry_out(runs, jobs):
         if isinstance(found, Failure):
             sys.stderr.write(f"hdrq: {name}: {found.message}\n")
-            status = max(status, found.status)
-            records[name] = run_record(name, runs[name], error=found.message)
+            failures[name] = found
         else:
-            _draw_losses(runs[name], found)
-            records[name] = run_record(name, runs[name], found)
-    ordered = [records[name] for name in runs]
-    print(json.dumps(ordered, indent=2)) if as_json else console.print(runs_table(ordered))
-    raise typer.Exit(status)
+            reports[name] = found
+    records = [
+        run_record(name, run, reports.get(name), failures[name].message if name in failures else None)
+        for name, run in runs.items()
+    ]
+    print(json.dumps(records, indent=2)) if as_json else console.print(runs_table(records))
+    for name, report in reports.items():
+        _draw_losses(runs[name], report)
+    raise typer.Exit(max((found.status for found in failures.values()), default=0))
+
+
+def _run_of(path: Path, options: dict[str, Any]) -> Run:
+    """The settings of one of several files, whose name errors begin with."""
+    from hdrq.methods import job
+
+    settings = job.read_settings(path)
+    try:
+        return job.Run.of({**settings, **options})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _draw_losses(plan: Run, report: RunReport) -> None:
