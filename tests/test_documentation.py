@@ -1,6 +1,8 @@
 """The documentation: its Python runs, its commands parse, its links lead somewhere, its file format is hdrq's.
 
-Pages on one family have tests beside it: drop-in (tests/compat), adapters (tests/merging), qat (tests/qat).
+Pages on one family have tests beside it: drop-in (tests/compat), adapters (tests/merging), qat (tests/qat), export and
+folders (tests/export). The block of docs/distributed.md needs several processes, as tests/methods/test_distributed.py
+has them.
 """
 
 import importlib
@@ -97,14 +99,8 @@ def few_iterations(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        "README",
-        "docs/quickstart",
-        "docs/merging",
-        "docs/throughput",
-        "docs/parity",
-        "docs/recipes",
-        "docs/contract",
-        "docs/memory",
+        *("README", "docs/quickstart", "docs/merging", "docs/throughput", "docs/parity", "docs/recipes"),
+        *("docs/contract", "docs/budgets", "docs/post-merge", "docs/memory"),
     ],
 )
 def test_the_python_of_a_page_runs(name, elsewhere, few_iterations):
