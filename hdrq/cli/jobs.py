@@ -120,7 +120,7 @@ def _outcome(answer: Any, process: SpawnProcess) -> RunReport | Failure:
     """What a process sent, or how it ended without."""
     try:
         found = answer.recv()
-    except EOFError:
+    except (EOFError, OSError):  # nothing was sent, or a part
         process.join()
         code = process.exitcode or 0
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
