@@ -155,3 +155,12 @@ def test_a_model_in_half_precision_gets_data_in_half_precision(place):
         app, ["evaluate", "--model", "tinynet:half", "q.safetensors", "--data", "images", "--resize=20", "--crop=16"]
     )
     assert result.exit_code == 0, result.stderr
+
+
+def test_weights_may_stay_in_files(place):
+    """The same file comes out, and none is left in the folder."""
+    for out, more in (("usual", ()), ("offloaded", ("--offload-folder", "offload"))):
+        result = call(*SETTINGS, *more, **{**OPTIONS, "out": f"{out}.safetensors"})
+        assert result.exit_code == 0, result.output
+    assert (place / "usual.safetensors").read_bytes() == (place / "offloaded.safetensors").read_bytes()
+    assert (place / "offload").is_dir() and not list((place / "offload").iterdir())
