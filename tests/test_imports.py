@@ -40,6 +40,35 @@ def test_import_loads_no_tool_and_needs_no_unix(before):
     assert done.stdout.strip() == "[]"
 
 
+WITHOUT_EXTRAS = """
+import sys
+for name in ("safetensors", "matplotlib", "PIL", "yaml", "rich", "scipy", "typer", "sklearn", "onnx", "torchao"):
+    sys.modules[name] = None
+import torch, hdrq
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3)).eval()
+x = torch.randn(16, 4)
+quantized = hdrq.quantize(model, x, "qdrop", iterations=2, progress=False)
+print(hdrq.evaluate.accuracy(hdrq.merge([quantized, quantized]), x, torch.zeros(16, dtype=torch.int64)) >= 0)
+hdrq.save(quantized, "a")
+for call in (
+    lambda: hdrq.load("a", model), lambda: hdrq.load_float(lambda: model, "a"),
+    lambda: hdrq.quantize(model, x, "qdrop", workdir="w"),
+):
+    try:
+        call()
+    except hdrq.errors.MissingExtra as error:
+        print(error)
+"""
+
+
+def test_torch_and_numpy_are_all_that_the_core_needs(tmp_path):
+    run = [sys.executable, "-W", "ignore", "-c", WITHOUT_EXTRAS]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, check=False)
+    refusal = 'files of models need safetensors, which is not installed: pip install "hdrq[files]"'
+    assert done.stdout.splitlines() == ["True"] + 3 * [refusal], done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 @pytest.mark.parametrize(
     ("statement", "message"),
     [

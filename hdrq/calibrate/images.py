@@ -154,8 +154,7 @@ def _tensor(path: Path) -> torch.Tensor:
         except (EOFError, ValueError, MemoryError, OverflowError, SyntaxError, TypeError) as error:
             raise ValueError(f"data must be an array, got {path}, which cannot be read: {error}") from error
     elif path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from hdrq.checkpoint.library import SafetensorError, load_file
 
         try:
             tensors = load_file(path)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from hdrq.checkpoint.architecture import build
+from hdrq.checkpoint.library import load_file
 from hdrq.checkpoint.states import state_differences, tensors_of
 from hdrq.checks import listed
+from hdrq.errors import MissingExtra
 from hdrq.prepare.offload import Offload
 
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, and of torch.compile
@@ -174,7 +175,7 @@ def read_state(path: str | os.PathLike, mapped: bool = False) -> dict[str, torch
                 raise ValueError(f"it must be a state dict of tensors, and holds {held[:200]}")
             return dict(state)
         return load_file(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, MissingExtra):
         raise
     except Exception as error:  # a damaged pickle raises anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

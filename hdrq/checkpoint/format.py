@@ -15,10 +15,10 @@ from math import prod
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from hdrq import checks
 from hdrq.checkpoint.files import disk_with_room, replacing
+from hdrq.checkpoint.library import SafetensorError
 from hdrq.checkpoint.tensors import (
     DTYPES,
     LONGEST_HEADER,

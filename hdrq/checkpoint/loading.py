@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -16,6 +15,7 @@ from hdrq import checks
 from hdrq.checkpoint.architecture import build
 from hdrq.checkpoint.float_states import load_float
 from hdrq.checkpoint.format import TABLES, Reader, packs, scales_shape, statistics_specs
+from hdrq.checkpoint.library import SafetensorError, safe_open
 from hdrq.checkpoint.states import plain_state, state_differences
 from hdrq.checks import listed
 from hdrq.ops.packing import unpack

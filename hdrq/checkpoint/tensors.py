@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from math import prod
 
 import torch
-from safetensors import safe_open
+
+from hdrq.checkpoint.library import safe_open
 
 LONGEST_HEADER = 100_000_000  # bytes, in any reader of safetensors
 DTYPES = {

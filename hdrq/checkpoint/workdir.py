@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
 from hdrq._version import __version__
 from hdrq.checkpoint.files import csv_text, output_folder, write_atomically
+from hdrq.checkpoint.library import SafetensorError, check_installed, safe_open, save
 from hdrq.checks import differing, listed
 from hdrq.quantizers.bits import recorded
 from hdrq.recipes import Recipe
@@ -104,9 +103,11 @@ def begun_run(path: str | os.PathLike, fingerprint: Mapping[str, Any], resume: b
     """What the run in a work folder began with, if there is one and it may go on; nothing is written.
 
     Raises:
+        MissingExtra: safetensors is not installed.
         FileExistsError: there is a run, and ``resume`` is false.
         ValueError: there is a run of another fingerprint; the message says what differs.
     """
+    check_installed()
     folder = output_folder(path, "workdir")
     if not (folder / RUN).exists():
         return None

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hdrq.checkpoint.library import load_file
 from hdrq.demo.data import TARGETS
 
 NAMES = ("source", *TARGETS)

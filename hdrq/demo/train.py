@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hdrq.checkpoint.library import save_file
 from hdrq.demo.data import SOURCE, TARGETS, load
 from hdrq.demo.model import WEIGHTS, resnet
 from hdrq.evaluate.averaging import average

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from hdrq import checks
 from hdrq.checkpoint.files import file_hash
 from hdrq.checkpoint.float_states import IN_FOLDER, read_state
+from hdrq.checkpoint.library import SafetensorError, safe_open
 from hdrq.checkpoint.workdir import state_hash
 from hdrq.export.folders import Folder, is_folder
 from hdrq.export.folders.reading import read_json

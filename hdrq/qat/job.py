@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_bytes
 
 from hdrq import checks
 from hdrq.calibrate.images import MEAN, STD, class_names, image_files, image_reader
 from hdrq.calibrate.progress import Step
 from hdrq.checkpoint.files import csv_text, output_folder, write_atomically
 from hdrq.checkpoint.float_states import load_float
+from hdrq.checkpoint.library import save as to_bytes
 from hdrq.checkpoint.saving import save
 from hdrq.methods.job import number
 from hdrq.qat.settings import SELECTIONS, Training

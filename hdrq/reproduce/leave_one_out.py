@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import nn
 
 from hdrq import checks
 from hdrq._version import __version__
 from hdrq.checkpoint.files import csv_text, write_atomically
+from hdrq.checkpoint.library import load_file
+from hdrq.checkpoint.library import save as to_bytes
 from hdrq.checkpoint.saving import save
 from hdrq.methods.post_training import fold
 from hdrq.qat.settings import SELECTIONS

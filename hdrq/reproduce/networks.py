@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import nn
 
 from hdrq.checkpoint.files import write_atomically
+from hdrq.checkpoint.library import SafetensorError, load_file, save
 from hdrq.checkpoint.workdir import state_hash
 from hdrq.reproduce.tasks import Task
 

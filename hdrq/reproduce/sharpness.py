@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hdrq.checkpoint.files import csv_text, write_atomically
+from hdrq.checkpoint.library import load_file
 from hdrq.checkpoint.loading import load
 from hdrq.evaluate import direction_surface, hessian_top_eigenvalue, hessian_trace
 from hdrq.methods.post_training import fold

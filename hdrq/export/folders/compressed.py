@@ -170,7 +170,7 @@ def _write_shards(
     facts: str,
 ) -> None:
     """The tensors in files of at most ``LARGEST_SHARD`` bytes, and their index where they are several."""
-    from safetensors.torch import save_file
+    from hdrq.checkpoint.library import save_file
 
     places: list[tuple[str, int, int]] = []  # of each tensor: its name, its shard, its bytes
     shard: dict[str, torch.Tensor] = {}

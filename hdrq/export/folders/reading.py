@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from hdrq._version import __version__
 from hdrq.checkpoint.files import file_hash
 from hdrq.checkpoint.format import Spec, Writer, codes_spec
+from hdrq.checkpoint.library import SafetensorError
 from hdrq.checkpoint.tensors import TensorFile
 from hdrq.export.folders.schemes import forms_of, input_ranges
 
