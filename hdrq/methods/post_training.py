@@ -179,7 +179,7 @@ def quantize(
             check_storable(model)
             begun = ranks.of_first(lambda: begun_run(workdir, run, resume))
         if budget_of(bits) is not None:
-            bits = chosen_bits(model, batches, plan, bits, begun)
+            bits = chosen_bits(model, batches, plan, bits, begun, offload)
             run[CHOSEN] = recorded(bits)
             ranks.check_same({CHOSEN: run[CHOSEN]})
         folder = None if workdir is None else SharedWorkdir(workdir, run, resume, ranks)

@@ -24,6 +24,7 @@ from hdrq.errors import MissingExtra
 from hdrq.evaluate.metrics import floats_of
 from hdrq.prepare.coverage import multiply_adds
 from hdrq.prepare.float_model import check_module
+from hdrq.prepare.offload import Offload
 from hdrq.prepare.prepared import prepare
 from hdrq.quantizers.bits import Budget, budget_of, check_bits, is_automatic, matches
 from hdrq.quantizers.layers import shared_weights
@@ -161,6 +162,7 @@ def measure(
     widths: Sequence[int] = WIDTHS,
     samples: int = 128,
     progress: Callable[[int, int, str], None] | None = None,
+    offload: Offload | None = None,
 ) -> Sensitivity:
     """:func:`sensitivity` once its arguments are checked."""
     if not isinstance(widths, Sequence):
@@ -168,7 +170,7 @@ def measure(
     each = sorted({checks.bits("widths", width) for width in widths})
     if not each:
         raise ValueError("widths must be one or more, got none")
-    probe = _Probe(model, batches, checks.integer("samples", samples, 1, 2**31), plan, bits)
+    probe = _Probe(model, batches, checks.integer("samples", samples, 1, 2**31), plan, bits, offload)
     checks.real("budget", probe.budget, min(each))
     found = []
     for done, names in enumerate(probe.groups):
@@ -191,11 +193,13 @@ def chosen_bits(
     plan: Recipe,
     bits: str | Mapping[str, str],
     begun: Mapping[str, Any] | None = None,
+    offload: Offload | None = None,
 ) -> dict[str, str]:
     """The bits of every layer under the budget of ``bits``.
 
     Args:
         begun: what the run that goes on began with, whose bits are taken without another measurement.
+        offload: where the weights of copies lie; None for memory.
 
     Raises:
         ValueError: the budget cannot be met.
@@ -204,7 +208,7 @@ def chosen_bits(
     if begun is not None and CHOSEN in begun:
         return dict(begun[CHOSEN])
     solver()  # missing, it is told before anything is measured
-    found = measure(model, batches, plan, bits)
+    found = measure(model, batches, plan, bits, offload=offload)
     return found.bits(found.assign())
 
 
@@ -221,7 +225,13 @@ class _Probe:
     """A model in full precision some of whose weights can be rounded, and what it returned before."""
 
     def __init__(
-        self, model: nn.Module, batches: list[Call], samples: int, plan: Recipe, bits: str | Mapping[str, str]
+        self,
+        model: nn.Module,
+        batches: list[Call],
+        samples: int,
+        plan: Recipe,
+        bits: str | Mapping[str, str],
+        offload: Offload | None,
     ) -> None:
         budget = budget_of(bits)
         if budget is None:
@@ -229,7 +239,7 @@ class _Probe:
         self.budget, self.plan, self.given = budget.weight, plan, bits
         reaching = run_all(reaching_samples(batches, plan))  # as a run takes them, so that it meets the same layers
         first = run_all(batches[:1], "model must run on calibration")
-        ready = prepare(model, first, reaching, _without_budget(bits), attention=plan.attention)
+        ready = prepare(model, first, reaching, _without_budget(bits), attention=plan.attention, offload=offload)
         self.full = ready.full
         where = (_without_budget(bits), plan.activation_placement, plan.quantize_input, ready.units, ready.operands)
         self.placement = place_quantizers(ready.quantized, reaching, *where)

@@ -58,6 +58,17 @@ def test_files_hold_the_bits_that_memory_would(tmp_path, recipe, dtype):
     assert same(state(model), before)
 
 
+def test_bits_for_a_budget_are_measured_from_files_too(tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    put, sizes = offload.Offload.put, []
+    monkeypatch.setattr(offload.Offload, "put", lambda self, weight: sizes.append(weight.numel()) or put(self, weight))
+    given = {"bits": "auto:W5A8", "progress": False}
+    usual = hdrq.quantize(Net().eval(), X, "rtn", **given)
+    assert not sizes
+    assert same(state(hdrq.quantize(Net().eval(), X, "rtn", offload_folder=tmp_path, **given)), state(usual))
+    assert sizes.count(Net().head.weight.numel()) == 2  # of the copy that is measured, and of the quantized one
+
+
 @linux
 @pytest.mark.parametrize("recipe", ["rtn", "qdrop"])
 def test_weights_lie_in_files_but_while_their_unit_is_fitted(tmp_path, monkeypatch, recipe):

@@ -109,7 +109,7 @@ def test_a_run_takes_the_bits_that_were_found():
 def no_measurement(monkeypatch):
     """From now on nothing can be measured."""
 
-    def forbidden(*_):
+    def forbidden(*_, **__):
         raise AssertionError("measured")
 
     return lambda: monkeypatch.setattr("hdrq.methods.sensitivity.measure", forbidden)
