@@ -209,7 +209,7 @@ def walk(
     for index, node in enumerate(nodes):
         began = time.perf_counter()
         inputs = in_full.inputs(index)
-        quantized = behind_quantized.inputs(index) if node.needs else inputs
+        quantized = behind_quantized.inputs(index) if node.needs or teachers is not None else inputs
         target = in_full.run(index, inputs)[node.outputs.main]
 
         module, reference = model.get_submodule(node.name), full.get_submodule(node.name)

@@ -46,8 +46,8 @@ def _what(manifest: Mapping[str, Any]) -> str:
     merge, added, recipe, origin = (manifest.get(key) for key in ("merge", "added", "recipe", "origin"))
     calibrated, guided = (manifest.get(key) for key in ("calibrated", "post_merge"))
     if isinstance(merge, Mapping):
-        own = calibrated if isinstance(calibrated, Mapping) else {}
-        return _said("merged", {key: fact for key, fact in merge.items() if not own or key == "weights"} | dict(own))
+        own = {key: fact for key, fact in calibrated.items() if key != "recipe"} if isinstance(calibrated, Mapping) else {}
+        return _said("merged", {key: fact for key, fact in merge.items() if not own or key == "weights"} | own)
     if isinstance(added, Mapping):
         changes = added.get("changes")
         count = f"{len(changes)} change{'s' * (len(changes) != 1)}" if isinstance(changes, list) else "a change"

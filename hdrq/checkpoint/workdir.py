@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -145,9 +145,27 @@ def _block(index: int) -> str:
     return f"block-{index:03}.safetensors"
 
 
+def opened(
+    path: str | os.PathLike | None, resume: bool, run: Callable[[], Mapping[str, Any]]
+) -> Workdir | None:
+    """The folder of a run; None where none is asked for.
+
+    Args:
+        run: gives the fingerprint.
+
+    Raises:
+        FileExistsError, ValueError: see :class:`Workdir`; a run is to be resumed, and no folder is given.
+    """
+    if path is not None:
+        return Workdir(path, run(), resume)
+    if resume:
+        raise ValueError("workdir must be the folder of the run to resume, got None")
+    return None
+
+
 def fingerprint(
     model: nn.Module,
-    states: Mapping[str, str],
+    states: Mapping[str, Any],
     plan: Recipe,
     bits: Any,
     seed: int,
@@ -156,8 +174,20 @@ def fingerprint(
     """Everything that decides the bits of a run, as text that can be compared.
 
     Args:
-        states: hashes of ``"model"`` and ``"calibration"``, and of ``"source"`` where there is one.
+        states: hashes of ``"model"`` and ``"calibration"``, and of ``"source"`` where there is one; or what else stands
+            for the model, such as those that it is merged of.
     """
+    return {
+        **surroundings(model, seed, blocks),
+        "bits": recorded(bits),
+        "source": None,
+        **states,
+        **{f"recipe.{key}": value for key, value in asdict(plan).items()},
+    }
+
+
+def surroundings(model: nn.Module, seed: int, blocks: Sequence[str] | None) -> dict[str, Any]:
+    """What decides the bits of any run beside its model, its data and its method."""
     devices = (v.device.type for v in model.state_dict().values() if isinstance(v, torch.Tensor))
     return {
         "hdrq": __version__,
@@ -166,10 +196,6 @@ def fingerprint(
         "device": next(devices, "cpu"),
         "seed": seed,
         "blocks": blocks if blocks is None else list(blocks),
-        "bits": recorded(bits),
-        "source": None,
-        **states,
-        **{f"recipe.{key}": value for key, value in asdict(plan).items()},
     }
 
 

@@ -50,13 +50,19 @@ def merge(models: Sequence[nn.Module], **options: Any) -> nn.Module:
     states = states_of(models)
     settings = MergeSettings.of(len(models), **options)
     inputs = Inputs(states, settings)
-    manifest = merged_manifest(inputs, settings)
     merged = copy.deepcopy(models[0])
+    check_ready(fill(merged, inputs, settings), "warn")
+    return merged
+
+
+@torch.no_grad()
+def fill(model: nn.Module, inputs: Inputs, settings: MergeSettings) -> Readiness:
+    """Put a merge into a model of that structure, in place of all that it holds; how ready the models were for it."""
+    manifest = merged_manifest(inputs, settings)
     layers: list[LayerReadiness] = []
     tensors = dict(merged_tensors(inputs, settings, report=layers, at_most=LOOKED_AT))
-    check_ready(Readiness(tuple(layers)), "warn")
-    assign(merged, manifest, tensors, tensors.__getitem__)
-    return merged
+    assign(model, manifest, tensors, tensors.__getitem__)
+    return Readiness(tuple(layers))
 
 
 def states_of(models: Sequence[Any]) -> list[Source]:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from hdrq.checkpoint.files import file_hash, output_folder, output_path
-from hdrq.checkpoint.format import Reader, Spec, Writer, statistics_specs
+from hdrq.checkpoint.format import Reader, Spec, Writer, packs, statistics_specs
 from hdrq.checkpoint.saving import Tensors
 from hdrq.export.folders import Folder, FolderWriter, is_folder
 from hdrq.export.onnx_import import OnnxModel, is_onnx
+from hdrq.ops import dequantize, unpack
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,16 @@ def opened(path: str | os.PathLike, stack: ExitStack) -> Source:
     if is_onnx(path):
         return stack.enter_context(OnnxModel(path))
     return stack.enter_context(Folder(path)) if is_folder(path) else stack.enter_context(Reader(path))
+
+
+def dequantized(source: Source, name: str) -> torch.Tensor:
+    """The quantized weight of a model's layer, float32, in its shape."""
+    facts = source.manifest["weights"][name]
+    low, high = facts["range"]
+    codes, scale = (source.tensor(f"{name}.weight.{part}") for part in ("codes", "scale"))
+    codes = unpack(codes, facts["shape"], signed=low < 0) if packs(low, high) else codes
+    zero_point = source.tensor(f"{name}.weight.zero_point").float() if facts.get("affine") else None
+    return dequantize(codes, scale, zero_point=zero_point, axis=facts["axis"], group_size=facts.get("group_size"))
 
 
 def check_out(out: str | os.PathLike, path: str | os.PathLike) -> None:

@@ -1,99 +1,283 @@
-"""Merges of models that exist as integers, rounded for what their layers read: a few samples in place of originals."""
+"""Merges of models that exist as integers, calibrated by what their layers read: a few samples in place of originals."""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from torch import nn
 
 from hdrq import checks
-from hdrq.calibrate.cache import Cache
-from hdrq.calibrate.data import data_hash, run_all
+from hdrq.calibrate.data import Call, data_hash, run_all
 from hdrq.calibrate.finite import check_finite
 from hdrq.calibrate.progress import Step
-from hdrq.calibrate.replay import without_caches
-from hdrq.calibrate.report import RunReport, set_report
-from hdrq.calibrate.sequential import walk
+from hdrq.calibrate.report import RunReport, peak_memory, set_report
+from hdrq.calibrate.sequential import Method
 from hdrq.calibrate.settings import RunSettings
+from hdrq.checkpoint.architecture import build
 from hdrq.checkpoint.files import output_path
+from hdrq.checkpoint.format import STRUCTURE, Reader
 from hdrq.checkpoint.loading import float_dtype, load
 from hdrq.checkpoint.saving import save
+from hdrq.checkpoint.workdir import opened, state_hash, surroundings
 from hdrq.evaluate.averaging import weighted_mean
-from hdrq.merging.models import merge
+from hdrq.merging.assessment import check_ready
+from hdrq.merging.inputs import Inputs
+from hdrq.merging.models import fill, states_of
+from hdrq.merging.settings import MergeSettings
+from hdrq.merging.sources import Source, dequantized
 from hdrq.methods.layerwise import Guidance, Target
 from hdrq.methods.nearest import round_to_nearest
-from hdrq.methods.post_merge import calls_of_tasks, spans
+from hdrq.methods.post_merge import LEARNED, calls_of_tasks, spans
 from hdrq.methods.post_training import warn_of_layers
-from hdrq.prepare.float_model import device_of
+from hdrq.methods.reconstruct.method import Reconstruction
+from hdrq.methods.walks import walk_all
+from hdrq.prepare.float_model import check_evaluated, device_of
 from hdrq.prepare.units import find_blocks
-from hdrq.quantizers.layers import quantized_layers
+from hdrq.quantizers.layers import QuantizedLayer, quantized_layers
 from hdrq.quantizers.modules import Quantizer
 from hdrq.quantizers.provenance import origin, set_origin
+from hdrq.recipes import Recipe
+from hdrq.recipes import recipe as make_recipe
+
+CLOSED_FORM = "closed-form"
+METHODS = (CLOSED_FORM, *LEARNED)
+# Fields of a recipe that the models' own quantizers have decided, or that are GPTQ's and AWQ's.
+DECIDED = (
+    *("name", "method", "damping", "act_order", "clip", "candidates", "range_samples", "range_union", "attention"),
+    *("quantize_input", "affine_activations", "activation_placement", "learn_outputs"),
+    *("per_channel", "group_size", "affine_weights"),
+)
 
 
 @torch.inference_mode(False)
-@torch.no_grad()
+@torch.enable_grad()
 def merge_calibrated(
-    models: Sequence[nn.Module],
+    models: Sequence[nn.Module | str | os.PathLike],
     calibration: Sequence[Any],
     *,
+    architecture: nn.Module | str | None = None,
     weights: Sequence[float] | None = None,
     bits: str | None = None,
+    method: str = CLOSED_FORM,
     blocks: Sequence[str] | None = None,
     seed: int = 0,
+    cache: str = "auto",
+    cache_bytes: int | None = None,
+    workdir: str | os.PathLike | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 0,
     progress: Callable[[Step], None] | bool = True,
-    **guidance: Any,
+    **options: Any,
 ) -> nn.Module:
     """:func:`hdrq.merge` of quantized models, its integers chosen for a few samples of each model's task.
 
-    Scales, ranges and what is not quantized are those of :func:`hdrq.merge`. With ``W_t = (I_t − z_t)·Δ_t`` and their
-    mean W_m, layers are rounded one after the other by GPTQ for what they read behind those that are finished:
-    ``target="mean"`` rounds W_m, ``"experts"`` what has the models' outputs, see
-    :func:`hdrq.methods.post_merge.post_merge`, whose equations are these. No original is needed.
+    Scales, ranges and what is not quantized are first those of :func:`hdrq.merge`, and weights the mean W_m of the
+    models' ``W_t = (I_t − z_t)·Δ_t``. No original is needed. Methods:
+
+    - ``"closed-form"``: layers are rounded one after the other by GPTQ for what they read behind those that are
+      finished. ``target="mean"`` rounds W_m, ``"experts"`` what has the models' outputs, see
+      :func:`hdrq.methods.post_merge.post_merge`, whose equations are these. Scales stay.
+    - ``"hdrq"``, ``"qdrop"``, ``"brecq"``: block reconstruction of that recipe, from W_m on, scales learned too. With
+      B_t a block of model t as it runs, its activations quantized, B the merge's, and x_t, x̂_t what they read on a
+      sample of task t::
+
+          mean over samples and positions of Σ_channels (B(x̂_t) − B_t(x_t))²  +  distance·Σ_layers ‖W − W_m‖₂  (HDRQ)
+
+      ``distance`` is 0 unless it is given. Each sample counts alike, whatever λ and its task. With 0 ``iterations``
+      the result is :func:`hdrq.merge` with rule ``"half-even"``.
+
+    In memory are the models given, or of files one model (``"closed-form"``, which reads the files' layers one at a
+    time) or all of them (blocks, which learn from the models as they run), and beside them two models in float, the
+    merge and W_m, and the architecture, where it is given as a module.
 
     Args:
-        models: two or more results of :func:`hdrq.quantize`, of one architecture; left as they are.
+        models: two or more results of :func:`hdrq.quantize`, of one architecture, in evaluation mode and left as they
+            are; or as many files that :func:`hdrq.save` wrote.
         calibration: for each model, data of its task as for :func:`hdrq.quantize`.
+        architecture: of files, as for :func:`hdrq.load`.
         weights, bits: of :func:`hdrq.merge`.
-        blocks, progress: of :func:`hdrq.quantize`.
-        seed: of the merge.
-        guidance: fields of :class:`hdrq.methods.layerwise.Guidance`, such as ``target``.
+        method: see above.
+        blocks, progress, cache, cache_bytes, workdir, resume, checkpoint_every: of :func:`hdrq.quantize`.
+        seed: of batches, noise and drops.
+        options: with ``"closed-form"`` fields of :class:`hdrq.methods.layerwise.Guidance`, such as ``target``; else of
+            :class:`hdrq.recipes.Recipe`, such as ``iterations``, but for those that the quantizers of the models
+            decide (:data:`DECIDED`).
+
+    Returns:
+        A quantized model, with a report (:func:`hdrq.report.report_of`).
 
     Raises:
         TypeError, ValueError: "X must be …, got …"; what differs between the models.
+        FileNotFoundError: no such file.
+        DivergenceError: a loss is not finite; see :func:`hdrq.quantize`.
     """
-    guided = Guidance(**guidance)
-    models = list(models)
+    began = time.perf_counter()
+    plan, models = plan_of(method, options), list(models)
+    settings = MergeSettings(weights, "half-even", seed=seed, bits=bits)
     shares = checks.mixing_weights(weights, len(models))
-    by_task = calls_of_tasks(models, calibration, "models")
-    batches = [call for calls in by_task for call in calls]
-    merged = merge(models, weights=weights, bits=bits, rule="half-even", seed=seed)
-    own = [quantized_layers(model) for model in models]
-    layers = quantized_layers(merged)
-    for name, layer in layers.items():
-        layer.latent.copy_(weighted_mean(shares, [each[name].latent for each in own]))
-    full = copy.deepcopy(merged)
+    checks.integer("checkpoint_every", checkpoint_every, 0, 2**31)
+    with ExitStack() as stack:
+        sources, merged = _opened(models, architecture, stack)
+        by_task = calls_of_tasks([merged] * len(models), calibration, "models")
+        _check_grids(plan, sources)
+        check_ready(fill(merged, Inputs(sources, settings), settings), "warn")
+        how = _facts(method, plan, seed, by_task)
+
+        def fingerprint() -> dict[str, Any]:
+            run = {**surroundings(merged, seed, blocks), "weights": list(shares), "bits": bits, **how}
+            return {**run, "models": [_hash(source) for source in sources]}
+
+        run = RunSettings(seed, cache, cache_bytes, progress, opened(workdir, resume, fingerprint), checkpoint_every)
+        own = [_Layers(source, quantized_layers(merged)) for source in sources]
+        if isinstance(plan, Guidance) or plan.iterations:
+            _take_mean(merged, own, shares)
+        full = _unquantized(merged)
+        if isinstance(plan, Guidance):
+            report = RunReport(f"merge towards {plan.target}")
+            _walk(full, merged, by_task, [plan.method(own, spans(by_task))], run, report, blocks)
+        else:
+            report = RunReport(f"merge by blocks of {method}")
+            teachers = [load(m, architecture) if not isinstance(m, nn.Module) else m for m in models]
+            _walk(full, merged, by_task, _learning(plan, full, seed), run, report, blocks, teachers)
+    round_to_nearest(merged)
+    warn_of_layers(report)
+    report.seconds, report.peak_memory = time.perf_counter() - began, peak_memory(device_of(merged))
+    set_report(merged, report)
+    set_origin(merged, {**origin(merged), "calibrated": how})
+    return merged
+
+
+def plan_of(method: str, options: Mapping[str, Any]) -> Guidance | Recipe:
+    """What a method of :func:`merge_calibrated` does, from the options that it knows.
+
+    Raises:
+        TypeError, ValueError: "X must be …, got …".
+    """
+    checks.choice("method", method, METHODS)
+    closed = method == CLOSED_FORM
+    known = {f.name for f in fields(Guidance if closed else Recipe)} - (set() if closed else set(DECIDED))
+    for name, value in options.items():
+        if name not in known:
+            why = ", which has the quantizers of its models" if name in DECIDED and not closed else ""
+            raise ValueError(f'{name} must be left out with method="{method}"{why}, got {value!r}')
+    if closed:
+        return Guidance(**options)
+    return make_recipe(method, **{**({"distance": 0.0} if method == "hdrq" else {}), **options})
+
+
+def _opened(
+    models: Sequence[Any], architecture: nn.Module | str | None, stack: ExitStack
+) -> tuple[list[Source], nn.Module]:
+    """The models as sources, and a copy of the first, to be filled."""
+    if any(isinstance(model, str | os.PathLike) for model in models):
+        if not all(isinstance(model, str | os.PathLike) for model in models):
+            raise TypeError("models must be modules, or files all of them, got both")
+        return [stack.enter_context(Reader(path)) for path in models], load(models[0], architecture)
+    if architecture is not None:
+        raise ValueError("architecture must be left out with models that are modules, got one")
+    sources = states_of(models)
+    for k, model in enumerate(models):
+        check_evaluated(f"models[{k}]", model)
+    return sources, copy.deepcopy(models[0])
+
+
+def _check_grids(plan: Guidance | Recipe, sources: Sequence[Source]) -> None:
+    """Refuse to learn weights with zero points, of which the noise in place of rounding knows nothing."""
+    affine = [name for name, facts in sources[0].manifest["weights"].items() if facts.get("affine")]
+    if isinstance(plan, Recipe) and plan.learns == "weights" and plan.iterations and affine:
+        raise ValueError(
+            'method must be "qdrop", "brecq" or "closed-form" for weights with zero points, which noise does not '
+            f'know, got "{plan.name}" for {checks.listed(affine)}'
+        )
+
+
+def _facts(method: str, plan: Guidance | Recipe, seed: int, by_task: Sequence[Sequence[Call]]) -> dict[str, Any]:
+    """What the manifest says of a calibrated merge beside what it says of every merge."""
+    own = asdict(plan) if isinstance(plan, Guidance) else {"seed": seed, "recipe": asdict(plan)}
+    return {"method": method, **own, "calibration": data_hash([call for calls in by_task for call in calls])}
+
+
+def _hash(source: Source) -> str:
+    """A fingerprint of a model, the same in memory and in a file."""
+    tables = json.dumps([source.manifest[key] for key in STRUCTURE[2:] if key in source.manifest], sort_keys=True)
+    return state_hash({name: source.tensor(name) for name in sorted(source.specs)}, tables)
+
+
+class _Layers(Mapping[str, Target]):
+    """What a model has in the place of each quantized layer of the merge, made of its integers when it is asked for."""
+
+    def __init__(self, source: Source, layers: Mapping[str, QuantizedLayer]) -> None:
+        self.source, self.layers = source, layers
+
+    def __getitem__(self, name: str) -> Target:
+        layer, bias = self.layers[name], f"{name}.bias".removeprefix(".")
+        weight = dequantized(self.source, self.source.manifest["tied"].get(name, name)).to(layer.latent)
+        has_bias = getattr(layer.module, "bias", None) is not None
+        return Target(weight, self.source.tensor(bias).to(weight.device) if has_bias else None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+@torch.no_grad()
+def _take_mean(merged: nn.Module, models: Sequence[_Layers], shares: Sequence[float]) -> None:
+    """Put the mean of the models' weights into a merge, off its grid."""
+    for name, layer in quantized_layers(merged).items():
+        layer.latent.copy_(weighted_mean(shares, [each[name].weight for each in models]))
+
+
+def _unquantized(model: nn.Module) -> nn.Module:
+    """A copy whose quantizers let everything pass."""
+    full = copy.deepcopy(model)
     for module in full.modules():
         if isinstance(module, Quantizer):
             module.mode = "float"
+    return full
+
+
+def _learning(plan: Recipe, full: nn.Module, seed: int) -> list[Method]:
+    """The walks of a recipe, whose distance is from the weights of ``full``."""
+    layers = quantized_layers(full) if plan.needs_source else {}
+    anchor = {name: layer.latent.detach().float() for name, layer in layers.items()}
+    return [Reconstruction(part, anchor, seed) for part in plan.walks()] if plan.iterations else []
+
+
+def _walk(
+    full: nn.Module,
+    merged: nn.Module,
+    by_task: Sequence[Sequence[Call]],
+    methods: Sequence[Method],
+    run: RunSettings,
+    report: RunReport,
+    blocks: Sequence[str] | None,
+    teachers: Sequence[nn.Module] | None = None,
+) -> None:
+    """Fit the merge, in place, task after task; with teachers calls of all tasks take turns, each with its teacher.
+
+    What is reported of the first samples is of all tasks then.
+    """
+    turns = [(task, call) for task, calls in enumerate(by_task) for call in calls]
+    if teachers is not None:
+        longest = max(map(len, by_task))
+        turns = [(t, calls[k]) for k in range(longest) for t, calls in enumerate(by_task) if k < len(calls)]
+    batches = [call for _, call in turns]
     units = find_blocks(full, run_all(batches[:1], "models must run on calibration"), blocks)
     check_finite(full, batches, units)
-    targets = [{n: Target(layer.latent, layer.module.bias) for n, layer in each.items()} for each in own]
-    method = guided.method(targets, spans(by_task))
-    report = RunReport(f"merge towards {guided.target}")
-    with without_caches(full, merged), RunSettings(progress=progress).shown() as told:
-        report.blocks, report.losses = walk(full, merged, units, batches, method, Cache(device_of(full)), told)
-    round_to_nearest(merged)
-    warn_of_layers(report)
-    set_report(merged, report)
-    how = {**asdict(guided), "calibration": data_hash(batches)}
-    set_origin(merged, {**origin(merged), "calibrated": how})
-    return merged
+    for task, teacher in enumerate(teachers or ()):
+        check_finite(teacher, by_task[task], units, f"calibration[{task}]")
+    teaching = None if teachers is None else [teachers[task] for task, _ in turns]
+    walk_all(full, merged, units, batches, methods, run, report, teaching)
 
 
 def merge_calibrated_files(
@@ -107,7 +291,7 @@ def merge_calibrated_files(
     crop: int = 224,
     **options: Any,
 ) -> nn.Module:
-    """:func:`merge_calibrated` of files that :func:`hdrq.save` wrote, into another; all of them are in memory.
+    """:func:`merge_calibrated` of files that :func:`hdrq.save` wrote, into another.
 
     Args:
         data: for each file, a path that :func:`hdrq.calibrate.images.load_data` reads, with ``resize``, ``crop`` and at
@@ -122,9 +306,8 @@ def merge_calibrated_files(
     output_path(out)
     if len(data) != len(paths):
         raise ValueError(f"calibrate must be given as often as there are models, {len(paths)} times, got {len(data)}")
-    models = [load(path, model) for path in paths]
-    calibration = [load_data(path, resize=resize, crop=crop, limit=samples) for path in data]
-    calibration = [x.to(float_dtype(each)) for x, each in zip(calibration, models, strict=True)]
-    merged = merge_calibrated(models, calibration, **options)
+    dtype = float_dtype(build(model) if isinstance(model, str) else model)
+    calibration = [load_data(path, resize=resize, crop=crop, limit=samples).to(dtype) for path in data]
+    merged = merge_calibrated(list(paths), calibration, architecture=model, **options)
     save(merged, out)
     return merged

@@ -13,22 +13,19 @@ import torch
 from torch import nn
 
 from hdrq import checks
-from hdrq.calibrate.cache import Cache
 from hdrq.calibrate.data import Call, calibration_calls, check_call, data_hash, first_samples, run_all
 from hdrq.calibrate.finite import check_finite
 from hdrq.calibrate.progress import Step
 from hdrq.calibrate.ranges import attach_quantizers, reaching_samples
 from hdrq.calibrate.ranks import Ranks
-from hdrq.calibrate.replay import without_caches
 from hdrq.calibrate.report import RunReport, peak_memory, set_report
-from hdrq.calibrate.sequential import Method, walk
+from hdrq.calibrate.sequential import Method
 from hdrq.calibrate.settings import RunSettings
 from hdrq.calibrate.shared_workdir import SharedWorkdir
 from hdrq.calibrate.statistics import check_rank, collect
 from hdrq.checkpoint.saving import check_storable
 from hdrq.checkpoint.workdir import CHOSEN, begun_run, fingerprint, state_hash
 from hdrq.checks import listed
-from hdrq.errors import DivergenceError
 from hdrq.evaluate.metrics import accumulated_errors
 from hdrq.methods.awq import AWQ
 from hdrq.methods.layerwise import LayerWise
@@ -36,13 +33,14 @@ from hdrq.methods.nearest import round_to_nearest
 from hdrq.methods.reconstruct.method import Reconstruction
 from hdrq.methods.reconstruct.samples import part, split
 from hdrq.methods.sensitivity import chosen_bits
+from hdrq.methods.walks import walk_all
 from hdrq.prepare.attention import quantized_operands
 from hdrq.prepare.coverage import coverage, warn_of_float, warn_of_products
 from hdrq.prepare.float_model import check_module, device_of, prepare_float
 from hdrq.prepare.offload import Offload
 from hdrq.prepare.prepared import prepare
 from hdrq.quantizers.bits import budget_of, check_bits, recorded
-from hdrq.quantizers.layers import input_quantizers, quantized_layers
+from hdrq.quantizers.layers import quantized_layers
 from hdrq.quantizers.provenance import set_origin, set_statistics
 from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
@@ -120,7 +118,7 @@ def quantize(
         resume: go on with the run in ``workdir``, if there is one; it ends with the bits of a run that was not stopped.
         checkpoint_every: iterations between checkpoints inside a block; 0 for none but after each block.
         statistics: keep with the model, and in its file, the second moments of what each layer reads, for merges that
-            are rounded for them with no data (:class:`hdrq.methods.statistics_merge.StatisticsMerge`): True for all of
+            are rounded for them with no data (:mod:`hdrq.methods.statistics_merge`): True for all of
             them, 2·K² bytes for a weight of K inputs, or the rank r of a sketch, 4·K·(r + 2) bytes.
         progress: called with a :class:`Step` from time to time; True for bars if standard error is a terminal.
             Rank 0 of a process group alone is asked.
@@ -330,35 +328,7 @@ def fit(
         coverage=share,
     )
     if walks:
-        folder = None if settings.workdir is None else settings.workdir.path
-        sharers = ranks.on_this_host()
-        store = Cache(device_of(full), settings.cache, settings.cache_bytes, folder, sharers)
-        found = methods(quantized)
-        with (
-            without_caches(full, quantized, *(teachers or ())),
-            settings.shown() as told,
-        ):
-            try:
-                for number, method in enumerate(found):
-                    for quantizer in input_quantizers(quantized).values():
-                        quantizer.mode = "float" if "activations" not in method.fits else "round"
-                    reports, report.losses = walk(
-                        full,
-                        quantized,
-                        units,
-                        batches,
-                        method,
-                        store,
-                        told,
-                        walks=(number, len(found)),
-                        losses=report.losses,
-                        teachers=teachers,
-                    )
-                    report.blocks += reports
-            except DivergenceError as error:
-                error.model = round_to_nearest(quantized)
-                raise
-        report.cache_peak = store.peak
+        walk_all(full, quantized, units, batches, methods(quantized), settings, report, teachers)
     if rounds:
         round_to_nearest(quantized)
     warn_of_layers(report)

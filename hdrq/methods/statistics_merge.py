@@ -28,11 +28,11 @@ from hdrq.merging.inputs import Inputs
 from hdrq.merging.manifest import merged_manifest
 from hdrq.merging.models import states_of
 from hdrq.merging.settings import MergeSettings
-from hdrq.merging.sources import Source, check_out, label_of, opened, writer
+from hdrq.merging.sources import Source, check_out, dequantized, label_of, opened, writer
 from hdrq.merging.tensors import Progress, merged_tensors, no_progress
 from hdrq.methods.layerwise import Guidance, Target
 from hdrq.methods.post_training import warn_of_layers
-from hdrq.ops import MergedTensor, dequantize, pack, unpack
+from hdrq.ops import MergedTensor, pack
 from hdrq.quantizers.layers import QuantizedLayer
 from hdrq.quantizers.modules import WeightQuantizer
 
@@ -135,7 +135,7 @@ class _Guided:
         moments = [expanded(statistics(source, name)) for source in sources]
         bias = f"{name}.bias".removeprefix(".")
         biases = self.inputs.tensor(bias) if bias in self.inputs.specs else [None] * len(sources)
-        targets = [Target(_weight(source, name), b) for source, b in zip(sources, biases, strict=True)]
+        targets = [Target(dequantized(source, name), b) for source, b in zip(sources, biases, strict=True)]
         layer = self._alone(name, merged, targets)
         method = self.guidance.method([{name: target} for target in targets])
         self._reports.append(method.fit_layer([layer], moments))
@@ -160,13 +160,3 @@ class _Guided:
         module.bias = None if mean is None else nn.Parameter(mean)
         parametrize.register_parametrization(module, "weight", quantizer)
         return QuantizedLayer(name, module)
-
-
-def _weight(source: Source, name: str) -> torch.Tensor:
-    """The quantized weight of a model, float32, in its shape."""
-    facts = source.manifest["weights"][name]
-    low, high = facts["range"]
-    codes, scale = (source.tensor(f"{name}.weight.{part}") for part in ("codes", "scale"))
-    codes = unpack(codes, facts["shape"], signed=low < 0) if packs(low, high) else codes
-    zero_point = source.tensor(f"{name}.weight.zero_point").float() if facts.get("affine") else None
-    return dequantize(codes, scale, zero_point=zero_point, axis=facts["axis"], group_size=facts.get("group_size"))

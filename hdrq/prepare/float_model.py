@@ -61,6 +61,11 @@ def check_module(name: str, model: Any, bits: str | Mapping[str, str] = "") -> N
     for layer, module in weighted_layers(model).items():
         if not _stays(layer, bits):
             _check_weight(name, layer, module)
+    check_evaluated(name, model)
+
+
+def check_evaluated(name: str, model: nn.Module) -> None:
+    """``model`` is in evaluation mode, and so is every module in it that computes something else while it trains."""
     if model.training:
         raise ValueError(f"{name} must be in evaluation mode, got training mode; call {name}.eval()")
     if wrong := [module for module, matters in trained(model).items() if matters]:

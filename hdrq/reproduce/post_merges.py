@@ -40,14 +40,16 @@ class Merging:
     """A way to make one quantized model of experts.
 
     Args:
-        options: of :func:`hdrq.post_merge`.
+        options: of :func:`hdrq.post_merge`, or of :func:`hdrq.methods.calibrated_merge.merge_calibrated`.
         follows: the way whose choice it takes, as a control does.
         choices: sets of further options, of which one is chosen.
+        integers: whether the experts are known as integers only, each rounded to nearest.
     """
 
     options: dict[str, Any]
     follows: str = ""
     choices: tuple[dict[str, Any], ...] = ({},)
+    integers: bool = False
 
 
 LAMBDAS = tuple({"lam": lam} for lam in (0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0))
@@ -62,8 +64,9 @@ WAYS = {
     ),  # not quantized
     "blocks, experts' targets": Merging(BLOCKS, choices=LEARNED),
     "blocks, the merge's targets": Merging(BLOCKS, follows="blocks, experts' targets"),
-    "integers, E-PMQ-style": Merging({"target": "experts"}),
-    "integers, GPTQ": Merging({"target": "mean"}),
+    "integers, E-PMQ-style": Merging({"target": "experts"}, integers=True),
+    "integers, GPTQ": Merging({"target": "mean"}, integers=True),
+    "integers, blocks": Merging(BLOCKS, choices=LEARNED, integers=True),
 }
 FLOAT, BASELINE = "average, full precision", "GPTQ"
 
@@ -100,6 +103,7 @@ def judged_merge(
         merged = average(experts)
     else:
         knobs = chosen(job.task, job.method, folder, cache) if choose else {}
+        experts = known(job.method, experts, images, job.bits, job.network)
         merged = made(job.method, experts, images, job.bits, knobs, job.network)
         if layers := [layer for block in report_of(merged).blocks for layer in block.layers]:
             objective = {kind: f"{sum(getattr(layer, kind) for layer in layers):.6g}" for kind in OBJECTIVE}
@@ -116,10 +120,20 @@ def calibration(task: Task) -> list[Tensor]:
     return [task.load(domain, "train")[0][:SAMPLES] for domain in task.targets]
 
 
+def known(
+    name: str, experts: Sequence[nn.Module], images: Sequence[Tensor], bits: str, seed: int
+) -> Sequence[nn.Module]:
+    """The experts as a way knows them: in full precision, or quantized."""
+    if not WAYS[name].integers:
+        return experts
+    own = zip(experts, images, strict=True)
+    return [quantize(m, x, "rtn", bits=bits, per_channel=True, seed=seed, progress=False) for m, x in own]
+
+
 def made(
     name: str, experts: Sequence[nn.Module], images: Sequence[Tensor], bits: str, knobs: dict[str, Any], seed: int
 ) -> nn.Module:
-    """One model of experts, by a way."""
+    """One model of experts, by a way, which knows them as they are given."""
     options = {**WAYS[name].options, **knobs}
     if name == "blocks, the merge's targets":
         recipe = options.pop("method")
@@ -127,17 +141,15 @@ def made(
         order = torch.randperm(len(images) * len(images[0]), generator=torch.Generator().manual_seed(seed))
         how = {"source": merged, "per_channel": True, "seed": seed, "progress": False, **options}
         return quantize(merged, torch.cat(list(images))[order], recipe, bits=bits, **how)
-    if "target" in options:
-        own = zip(experts, images, strict=True)
-        quantized = [quantize(m, x, "rtn", bits=bits, per_channel=True, seed=seed, progress=False) for m, x in own]
-        return merge_calibrated(quantized, images, progress=False, **options)
+    if WAYS[name].integers:
+        return merge_calibrated(experts, images, seed=seed, progress=False, **options)
     return post_merge(experts, images, bits=bits, group_size=None, seed=seed, progress=False, **options)
 
 
 def chosen(task_name: str, name: str, folder: Path, cache: Path) -> dict[str, Any]:
     """The options that a way is free to choose: those whose outputs are nearest to each expert's on images kept apart.
 
-    A file has all that were tried.
+    The experts are those that it knows. A file has all that were tried.
     """
     way = WAYS[name]
     if way.follows:
@@ -151,11 +163,13 @@ def chosen(task_name: str, name: str, folder: Path, cache: Path) -> dict[str, An
     models = networks(task, RATE_SEED, cache)
     experts, images = [models[domain] for domain in task.targets], calibration(task)
     fixed: dict[str, Any] = {}
-    if name == "blocks, experts' targets":
+    if way.choices == LEARNED:
         fixed["weight_lr"] = choose_rate(task_name, "HDRQ, paper", ITERATIONS, folder, cache)
+    learned_from = [x[:-HELD_OUT] for x in images]
+    experts = known(name, experts, learned_from, CHOSEN_AT, RATE_SEED)
     tried = []
     for choice in way.choices:
-        merged = made(name, experts, [x[:-HELD_OUT] for x in images], CHOSEN_AT, {**fixed, **choice}, RATE_SEED)
+        merged = made(name, experts, learned_from, CHOSEN_AT, {**fixed, **choice}, RATE_SEED)
         tried.append(error(merged, experts, [x[-HELD_OUT:] for x in images]))
     best = {**fixed, **way.choices[tried.index(min(tried))]}
     facts = {"task": task_name, "way": name, "bits": CHOSEN_AT, "chosen": best, **software()}
