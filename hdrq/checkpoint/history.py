@@ -46,7 +46,11 @@ def _what(manifest: Mapping[str, Any]) -> str:
     merge, added, recipe, origin = (manifest.get(key) for key in ("merge", "added", "recipe", "origin"))
     calibrated, guided = (manifest.get(key) for key in ("calibrated", "post_merge"))
     if isinstance(merge, Mapping):
-        own = {key: fact for key, fact in calibrated.items() if key != "recipe"} if isinstance(calibrated, Mapping) else {}
+        own = (
+            {key: fact for key, fact in calibrated.items() if key != "recipe"}
+            if isinstance(calibrated, Mapping)
+            else {}
+        )
         return _said("merged", {key: fact for key, fact in merge.items() if not own or key == "weights"} | own)
     if isinstance(added, Mapping):
         changes = added.get("changes")

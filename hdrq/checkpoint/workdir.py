@@ -145,9 +145,7 @@ def _block(index: int) -> str:
     return f"block-{index:03}.safetensors"
 
 
-def opened(
-    path: str | os.PathLike | None, resume: bool, run: Callable[[], Mapping[str, Any]]
-) -> Workdir | None:
+def opened(path: str | os.PathLike | None, resume: bool, run: Callable[[], Mapping[str, Any]]) -> Workdir | None:
     """The folder of a run; None where none is asked for.
 
     Args:

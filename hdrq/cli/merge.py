@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from hdrq.cli.add import add_to_file
-from hdrq.cli.terminal import console, numbers, progress_bar
+from hdrq.cli.terminal import console, numbers, progress_bar, tell_of_blocks
 
 if TYPE_CHECKING:
     from hdrq.merging.assessment import Readiness
@@ -79,6 +79,19 @@ def merge(
         str | None, typer.Option(help="Calibrated merges: the models' outputs (experts), or their mean weights (mean).")
     ] = None,
     lam: Annotated[float | None, typer.Option(help="Calibrated merges: the pull towards the mean weights.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="With --calibrate: closed-form (the default), or hdrq, qdrop or brecq, whose blocks learn towards the "
+            "models' own."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="With --calibrate, any other option of the method: name=value, iterations=400."),
+    ] = None,
+    workdir: Annotated[Path | None, typer.Option(help="With --calibrate: checkpoints, losses and their plot.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="With --calibrate: go on with the run in workdir.")] = False,
     samples: Annotated[int, typer.Option(help="How many samples of the data are read.")] = 256,
     resize: Annotated[int, typer.Option(help="The shorter side of an image, pixels.")] = 256,
     crop: Annotated[int, typer.Option(help="The sides of its middle, pixels.")] = 224,
@@ -111,29 +124,32 @@ def merge(
             raise ValueError(f"sweep must be of two files, got the recipe {files[0]}, which has weights of its own")
         files, options = _of_recipe(files[0], options)
     inputs = {"samples": samples, "resize": resize, "crop": crop}
+    guided = {"target": target, "lam": lam}
+    run = {"method": method, "set": set_, "workdir": workdir, "resume": resume or None}  # of blocks
     if add:
         settings = {"minus": minus, "scale": scale, "alpha": alpha, "model": model, "data": data, **inputs}
         settings |= _taken(options, "seed", "rule")
-        _none_given(options, "with --add")
+        _none_given({**options, "calibrate": calibrate, **guided, **run}, "with --add")
         add_to_file(files, add, out, settings, report, as_json)
         return
     _none_given({"minus": minus, "scale": scale, "alpha": alpha, "data": data}, "without --add")
-    guided = {"target": target, "lam": lam}
     if calibrate or options.get("rule") == "calibrated":
-        if not calibrate:
-            del options["rule"]
         settings = _taken(options, "seed", "weights", "bits")
         settings |= {name: value for name, value in guided.items() if value is not None}
         unused = {**options, "report": report, "dry_run": dry_run or None, "json": as_json or None, "sweep": sweep}
-        _none_given(unused if calibrate else {**unused, "model": model}, "in a calibrated merge")
-        if calibrate and model is None:
-            raise ValueError("model must be given with --calibrate: layers must be run, got none")
-        # Without out there is --dry-run, refused above.
-        merge_calibrated(
-            files, calibrate, cast(Path, out), settings | ({"model": model, **inputs} if calibrate else {})
-        )
+        # Without out there is --dry-run, refused below.
+        if calibrate:
+            _none_given(unused, "in a calibrated merge")
+            if model is None:
+                raise ValueError("model must be given with --calibrate: layers must be run, got none")
+            settings |= {name: value for name, value in run.items() if value is not None}
+            merge_calibrated(files, calibrate, cast(Path, out), settings | {"model": model, **inputs})
+        else:
+            del unused["rule"]
+            _none_given({**unused, "model": model, **run}, "in a merge calibrated by statistics")
+            merge_by_statistics(files, cast(Path, out), settings)
         return
-    _none_given({**guided, "model": model}, "without --calibrate")
+    _none_given({**guided, **run, "model": model}, "without --calibrate")
     unready = "warn" if force else "refuse"
     if sweep is not None:
         _none_given({"weights": options.get("weights"), "report": report, "json": as_json or None}, "with --sweep")
@@ -162,19 +178,25 @@ def merge_swept(files: list[Path], out: Path | None, values: str, options: dict[
             print(file)
 
 
-def merge_calibrated(files: list[Path], data: list[Path] | None, out: Path, settings: dict[str, Any]) -> None:
-    """``hdrq merge --calibrate``, or, where the files have statistics in the place of data, ``--rule calibrated``."""
+def merge_calibrated(files: list[Path], data: list[Path], out: Path, settings: dict[str, Any]) -> None:
+    """``hdrq merge --calibrate``; the texts of ``--set`` are among the settings."""
     from hdrq.calibrate.report import report_of
     from hdrq.methods.calibrated_merge import merge_calibrated_files
-    from hdrq.methods.statistics_merge import merge_files_by_statistics
-    from hdrq.report.tables import layers_table
+    from hdrq.methods.job import parse_setting
+    from hdrq.methods.reconstruct.memory import keep_freed_memory
 
-    if data:
+    settings |= dict(parse_setting(text) for text in settings.pop("set", []))
+    with keep_freed_memory():
         report = report_of(merge_calibrated_files(files, data, out, **settings))
-    else:
-        with progress_bar("merging") as show:
-            report = merge_files_by_statistics(files, out, progress=show, **settings)
-    console.print(layers_table(report))
+    tell_of_blocks(report, settings.get("workdir"))
+
+
+def merge_by_statistics(files: list[Path], out: Path, settings: dict[str, Any]) -> None:
+    """``hdrq merge --rule calibrated``: files have statistics in the place of data."""
+    from hdrq.methods.statistics_merge import merge_files_by_statistics
+
+    with progress_bar("merging") as show:
+        tell_of_blocks(merge_files_by_statistics(files, out, progress=show, **settings), None)
 
 
 def _of_recipe(path: Path, options: dict[str, Any]) -> tuple[list[Path], dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hdrq.cli.terminal import console
+from hdrq.cli.terminal import console, tell_of_blocks
 
 
 def post_merge(
@@ -33,13 +33,15 @@ def post_merge(
     samples: Annotated[int, typer.Option(help="How many samples of each task are read.")] = 256,
     resize: Annotated[int, typer.Option(help="The shorter side of an image, pixels.")] = 256,
     crop: Annotated[int, typer.Option(help="The sides of its middle, pixels.")] = 224,
-    seed: Annotated[int, typer.Option(help="Of the elements that ranges are searched on.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of batches, noise, and the elements that ranges are searched on.")] = 0,
+    workdir: Annotated[Path | None, typer.Option(help="Checkpoints, losses and their plot.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in workdir.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any field of the recipe: name=value.")] = None,
 ) -> None:
     """Merge experts in full precision and quantize the merge, guided by the experts on a few samples of each."""
     from hdrq.calibrate.report import report_of
     from hdrq.methods.job import parse_setting, post_merge_files
-    from hdrq.report.tables import layers_table
+    from hdrq.methods.reconstruct.memory import keep_freed_memory
 
     options: dict[str, Any] = {
         "base": base,
@@ -56,10 +58,11 @@ def post_merge(
         "resize": resize,
         "crop": crop,
         "seed": seed,
+        "workdir": workdir,
+        "resume": resume,
     }
     options |= dict(parse_setting(text) for text in set_ or [])
-    result = post_merge_files(files, data, out, model=model, **options)
-    report = report_of(result)
-    if any(block.layers for block in report.blocks):
-        console.print(layers_table(report))
+    with keep_freed_memory():
+        report = report_of(post_merge_files(files, data, out, model=model, **options))
+    tell_of_blocks(report, workdir)
     console.print(f"quantized: {report.coverage}", highlight=False, soft_wrap=True)

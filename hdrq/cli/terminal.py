@@ -8,7 +8,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +18,9 @@ from typer.core import TyperGroup
 
 from hdrq.checks import plain
 from hdrq.errors import BackendError, MissingExtra
+
+if TYPE_CHECKING:
+    from hdrq.calibrate.report import RunReport
 
 WIDE = 200  # columns of a pipe or a file, which tables fit whatever their names are
 _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
@@ -89,6 +93,19 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
             bars.update(task, completed=done, total=total, description=plain(name))
 
         yield show
+
+
+def tell_of_blocks(report: RunReport, workdir: Path | None) -> None:
+    """Print what the layers or the blocks of a run came to, and plot its losses into its work folder, if it has one."""
+    from hdrq.report.figures import write_losses
+    from hdrq.report.tables import errors_table, layers_table
+
+    if any(block.layers for block in report.blocks):
+        console.print(layers_table(report))
+    elif report.blocks:
+        console.print(errors_table({report.recipe: report}, f"{report.recipe}: the loss, block by block"))
+    if workdir is not None and report.losses:
+        write_losses(report.losses, workdir / "losses.png")
 
 
 def numbers(name: str, text: str | None) -> tuple[float, ...] | None:

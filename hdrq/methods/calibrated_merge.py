@@ -1,4 +1,4 @@
-"""Merges of models that exist as integers, calibrated by what their layers read: a few samples in place of originals."""
+"""Merges of models that exist as integers, calibrated by what they do with a few samples of each one's task."""
 
 from __future__ import annotations
 
@@ -289,6 +289,7 @@ def merge_calibrated_files(
     samples: int | None = 256,
     resize: int = 256,
     crop: int = 224,
+    checkpoint_every: int = 1000,
     **options: Any,
 ) -> nn.Module:
     """:func:`merge_calibrated` of files that :func:`hdrq.save` wrote, into another.
@@ -308,6 +309,7 @@ def merge_calibrated_files(
         raise ValueError(f"calibrate must be given as often as there are models, {len(paths)} times, got {len(data)}")
     dtype = float_dtype(build(model) if isinstance(model, str) else model)
     calibration = [load_data(path, resize=resize, crop=crop, limit=samples).to(dtype) for path in data]
-    merged = merge_calibrated(list(paths), calibration, architecture=model, **options)
+    options |= {"architecture": model, "checkpoint_every": checkpoint_every}
+    merged = merge_calibrated(paths, calibration, **options)
     save(merged, out)
     return merged

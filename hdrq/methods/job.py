@@ -265,6 +265,7 @@ def post_merge_files(
     resize: int = 256,
     crop: int = 224,
     method: str = "epmq",
+    checkpoint_every: int = 1000,
     **options: Any,
 ) -> nn.Module:
     """:func:`post_merge` of experts in files, into a file that :func:`hdrq.load` reads.
@@ -293,7 +294,7 @@ def post_merge_files(
         check_storable(experts[0])
     calibration = [load_data(path, resize=resize, crop=crop, limit=samples) for path in data]
     calibration = [x.to(float_dtype(expert)) for x, expert in zip(calibration, experts, strict=True)]
-    result = post_merge(experts, calibration, origin_model, method=method, **options)
+    result = post_merge(experts, calibration, origin_model, method=method, checkpoint_every=checkpoint_every, **options)
     run = {"samples": samples, "resize": resize, "crop": crop}
     set_origin(result, {**origin(result), "architecture": {"factory": model, "arguments": arguments}, "run": run})
     _save(result, os.fspath(out))

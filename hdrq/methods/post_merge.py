@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,8 @@ from hdrq.calibrate.ranges import REACHING, search_weight_scale
 from hdrq.calibrate.report import report_of, set_report
 from hdrq.calibrate.sequential import Method, Unit
 from hdrq.calibrate.settings import RunSettings
-from hdrq.checkpoint.workdir import state_hash
+from hdrq.checkpoint.saving import check_storable
+from hdrq.checkpoint.workdir import fingerprint, opened, state_hash
 from hdrq.checks import listed
 from hdrq.merging.float_merges import FloatMerge, merge_float
 from hdrq.methods.awq import AWQ
@@ -58,6 +60,9 @@ def post_merge(
     held_out: Any = None,
     cache: str = "auto",
     cache_bytes: int | None = None,
+    workdir: str | os.PathLike | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 0,
     progress: Callable[[Step], None] | bool = True,
     **knobs: Any,
 ) -> nn.Module:
@@ -99,6 +104,7 @@ def post_merge(
             solves with ``"epmq"`` and keeps with the others, as GPTQ and RegMean have it.
         merge_options: more fields of :class:`hdrq.merging.float_merges.FloatMerge`.
         held_out, blocks, seed, cache, cache_bytes, progress: as for :func:`hdrq.quantize`.
+        workdir, resume, checkpoint_every: as for :func:`hdrq.quantize`: a run that was killed goes on to the same bits.
         knobs: fields of :class:`hdrq.recipes.Recipe`, such as ``damping`` and ``act_order``, or ``iterations`` and
             ``bias_lr`` where blocks are learned.
 
@@ -109,6 +115,7 @@ def post_merge(
 
     Raises:
         TypeError, ValueError: "X must be …, got …".
+        FileExistsError: there is a run in ``workdir``, and ``resume`` is false.
 
     Source: E-PMQ (arXiv 2605.16882), its abstract alone; RegMean (Jin et al., ICLR 2023); GPTQ; AWQ.
     """
@@ -125,6 +132,7 @@ def post_merge(
     stream = checks.choice("stream", stream or ("experts" if method == "regmean" else "merged"), STREAMS)
     plan = _plan(method, group_size, knobs)
     seed = checks.integer("seed", seed, 0, 2**63 - 1)
+    checks.integer("checkpoint_every", checkpoint_every, 0, 2**31)
     settings = FloatMerge(merge, **(merge_options or {}))
     experts = list(experts)
     for k, expert in enumerate(experts):
@@ -134,6 +142,19 @@ def post_merge(
     merged = _merged(experts, base, settings)
     rounds = method != "regmean"
     batches = [call for calls in by_task for call in calls]
+    how: dict[str, Any] = {
+        "merge": settings.merge,
+        "method": method,
+        "experts": [state_hash(e.state_dict()) for e in experts],
+    }
+    how |= {"base": None if base is None else state_hash(base.state_dict())}
+    how |= {name: getattr(settings, name) for name in ("scale", "keep", "aggregate", "trim")}
+    how |= {"weights": None if settings.weights is None else list(settings.weights)}
+    how |= {"lam": lam, "weighting": weighting, "stream": stream, "bias": bias} if guided else {}
+    states = {"calibration": data_hash(batches)}
+    if workdir is not None:
+        check_storable(merged)
+    folder = opened(workdir, resume, lambda: fingerprint(merged, {**how, **states}, plan, bits, seed, blocks))
 
     def methods(quantized: nn.Module) -> list[Method]:
         if method == "rtn":
@@ -160,15 +181,6 @@ def post_merge(
         for k, (expert, calls) in enumerate(zip(experts, by_task, strict=True)):
             run = run_all(calls[:1], f"experts[{k}] must run on calibration[{k}]")
             prepared.append(prepare_float(expert, run, f"experts[{k}]", shared=True)[0])
-    how: dict[str, Any] = {
-        "merge": settings.merge,
-        "method": method,
-        "experts": [state_hash(e.state_dict()) for e in experts],
-    }
-    how |= {"base": None if base is None else state_hash(base.state_dict())}
-    how |= {name: getattr(settings, name) for name in ("scale", "keep", "aggregate", "trim")}
-    how |= {"weights": None if settings.weights is None else list(settings.weights)}
-    how |= {"lam": lam, "weighting": weighting, "stream": stream, "bias": bias} if guided else {}
     each = -(-max(plan.range_samples, REACHING) // len(by_task))
     quantized, full = fit(
         merged,
@@ -176,10 +188,10 @@ def post_merge(
         checked,
         plan,
         methods,
-        RunSettings(seed, cache, cache_bytes, progress),
+        RunSettings(seed, cache, cache_bytes, progress, folder, checkpoint_every),
         bits=bits,
         blocks=blocks,
-        facts={"post_merge": how, "fingerprints": {"calibration": data_hash(batches)}},
+        facts={"post_merge": how, "fingerprints": states},
         reaching=_in_turn([first_samples(calls, each) for calls in by_task]),
         rounds=rounds,
         teachers=[prepared[k] for k, calls in enumerate(by_task) for _ in calls] if method in LEARNED else None,

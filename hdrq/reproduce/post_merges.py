@@ -120,12 +120,10 @@ def calibration(task: Task) -> list[Tensor]:
     return [task.load(domain, "train")[0][:SAMPLES] for domain in task.targets]
 
 
-def known(
-    name: str, experts: Sequence[nn.Module], images: Sequence[Tensor], bits: str, seed: int
-) -> Sequence[nn.Module]:
+def known(name: str, experts: Sequence[nn.Module], images: Sequence[Tensor], bits: str, seed: int) -> list[nn.Module]:
     """The experts as a way knows them: in full precision, or quantized."""
     if not WAYS[name].integers:
-        return experts
+        return list(experts)
     own = zip(experts, images, strict=True)
     return [quantize(m, x, "rtn", bits=bits, per_channel=True, seed=seed, progress=False) for m, x in own]
 
