@@ -128,3 +128,21 @@ class Checkpointed(nn.Module):
 
     def forward(self, x):
         return self.wrap(self.inner, x)
+
+
+TASKS = [CALIBRATION, CALIBRATION.flip(2) + 0.5]  # of the two relatives of one network
+
+
+def relative(number, bits):
+    """A quantized relative of one network, for one of the tasks."""
+    model = net()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(data(*p.shape, seed=100 * number + len(name)) * 0.4 * p.abs().mean())
+    return hdrq.quantize(model, TASKS[number], "rtn", bits={"*": bits}, per_channel=True, progress=False)
+
+
+def deviation(merged, models):
+    """How far a merge is from its models, each on its own task."""
+    with torch.no_grad():
+        return sum(float((merged(x) - own(x)).square().mean()) for x, own in zip(TASKS, models, strict=True))

@@ -35,7 +35,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block: its reconstruction loss on the first calibration samples, and the seconds it took."""
+    """One block: its reconstruction loss on some calibration samples, evenly spaced, and the seconds it took."""
 
     name: str
     loss_before: float  # rounded to nearest, its inputs quantized

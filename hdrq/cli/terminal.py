@@ -103,7 +103,7 @@ def tell_of_blocks(report: RunReport, workdir: Path | None) -> None:
     if any(block.layers for block in report.blocks):
         console.print(layers_table(report))
     elif report.blocks:
-        console.print(errors_table({report.recipe: report}, f"{report.recipe}: the loss, block by block"))
+        console.print(errors_table({report.recipe: report}, f"Loss: {report.recipe}"))
     if workdir is not None and report.losses:
         write_losses(report.losses, workdir / "losses.png")
 

@@ -61,8 +61,8 @@ class AWQ:
     @torch.no_grad()
     def fit(self, unit: Unit, journal: Journal) -> Fitted:
         """Leave every weight of a unit finished; see the class."""
-        loss, first = UnitLoss(unit, channel_axis(unit)), reported_samples(unit.count)
-        before = loss.measured(first, AT_ONCE)
+        loss, reported = UnitLoss(unit, channel_axis(unit)), reported_samples(unit.count)
+        before = loss.measured(reported, AT_ONCE)
         layers = {own_name(unit, layer.name): layer for layer in unit.weights}
         served = {name: layer for name, layer in layers.items() if _is_linear(layer)}
         run = run_unit(unit, unit.full, 0, unit.count)
@@ -97,7 +97,7 @@ class AWQ:
                 reports.append(LayerReport(layer.name, note=why))
             layer.settle()
             journal.note(unit, number + 1, len(layers), reports[-1].error)
-        after = loss.measured(first, AT_ONCE)
+        after = loss.measured(reported, AT_ONCE)
         return Fitted(state_of(unit), {"loss_before": before, "loss_after": after}, tuple(reports))
 
     @torch.no_grad()

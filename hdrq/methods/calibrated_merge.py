@@ -91,8 +91,8 @@ def merge_calibrated(
 
           mean over samples and positions of Σ_channels (B(x̂_t) − B_t(x_t))²  +  distance·Σ_layers ‖W − W_m‖₂  (HDRQ)
 
-      ``distance`` is 0 unless it is given. Each sample counts alike, whatever λ and its task. With 0 ``iterations``
-      the result is :func:`hdrq.merge` with rule ``"half-even"``.
+      Each sample counts alike, whatever λ and its task. With 0 ``iterations`` the result is :func:`hdrq.merge` with
+      rule ``"half-even"``.
 
     In memory are the models given, or of files one model (``"closed-form"``, which reads the files' layers one at a
     time) or all of them (blocks, which learn from the models as they run), and beside them two models in float, the
@@ -144,7 +144,7 @@ def merge_calibrated(
             report = RunReport(f"merge towards {plan.target}")
             _walk(full, merged, by_task, [plan.method(own, spans(by_task))], run, report, blocks)
         else:
-            report = RunReport(f"merge by blocks of {method}")
+            report = RunReport(f"blocks of {method}")
             teachers = [load(m, architecture) if not isinstance(m, nn.Module) else m for m in models]
             _walk(full, merged, by_task, _learning(plan, full, seed), run, report, blocks, teachers)
     round_to_nearest(merged)
@@ -170,7 +170,7 @@ def plan_of(method: str, options: Mapping[str, Any]) -> Guidance | Recipe:
             raise ValueError(f'{name} must be left out with method="{method}"{why}, got {value!r}')
     if closed:
         return Guidance(**options)
-    return make_recipe(method, **{**({"distance": 0.0} if method == "hdrq" else {}), **options})
+    return make_recipe(method, **options)
 
 
 def _opened(
@@ -263,20 +263,15 @@ def _walk(
     blocks: Sequence[str] | None,
     teachers: Sequence[nn.Module] | None = None,
 ) -> None:
-    """Fit the merge, in place, task after task; with teachers calls of all tasks take turns, each with its teacher.
-
-    What is reported of the first samples is of all tasks then.
-    """
-    turns = [(task, call) for task, calls in enumerate(by_task) for call in calls]
-    if teachers is not None:
-        longest = max(map(len, by_task))
-        turns = [(t, calls[k]) for k in range(longest) for t, calls in enumerate(by_task) if k < len(calls)]
-    batches = [call for _, call in turns]
+    """Fit the merge, in place; with teachers towards each task's own."""
+    batches = [call for calls in by_task for call in calls]
     units = find_blocks(full, run_all(batches[:1], "models must run on calibration"), blocks)
     check_finite(full, batches, units)
-    for task, teacher in enumerate(teachers or ()):
-        check_finite(teacher, by_task[task], units, f"calibration[{task}]")
-    teaching = None if teachers is None else [teachers[task] for task, _ in turns]
+    teaching = None
+    if teachers is not None:
+        for k, (teacher, calls) in enumerate(zip(teachers, by_task, strict=True)):
+            check_finite(teacher, calls, units, f"calibration[{k}]")
+        teaching = [teacher for teacher, calls in zip(teachers, by_task, strict=True) for _ in calls]
     walk_all(full, merged, units, batches, methods, run, report, teaching)
 
 

@@ -73,8 +73,8 @@ class LayerWise:
     @torch.no_grad()
     def fit(self, unit: Unit, journal: Journal) -> Fitted:
         """Leave every weight of a unit finished; see the class."""
-        loss, first = UnitLoss(unit, channel_axis(unit)), reported_samples(unit.count)
-        before = loss.measured(first, AT_ONCE)
+        loss, reported = UnitLoss(unit, channel_axis(unit)), reported_samples(unit.count)
+        before = loss.measured(reported, AT_ONCE)
         reports = []
         for number, layers in enumerate(order := _in_order(unit)):
             reports.append(self.fit_layer(layers, self._moments(unit, layers)))
@@ -82,7 +82,7 @@ class LayerWise:
         if self.experts is not None:
             losses = {"loss_before": sum(r.nearest for r in reports), "loss_after": sum(r.error for r in reports)}
         else:
-            losses = {"loss_before": before, "loss_after": loss.measured(first, AT_ONCE)}
+            losses = {"loss_before": before, "loss_after": loss.measured(reported, AT_ONCE)}
         return Fitted(state_of(unit), losses, tuple(reports))
 
     @torch.no_grad()

@@ -16,8 +16,9 @@ MEASURED, AT_ONCE = 256, 32  # samples that a unit's losses are reported on, at 
 
 
 def reported_samples(count: int) -> torch.Tensor:
-    """The numbers of the samples, of so many, that the losses in a report are measured on."""
-    return torch.arange(min(MEASURED, count))
+    """The numbers of the samples, of so many, that the losses in a report are measured on: evenly spaced over all."""
+    measured = min(MEASURED, count)
+    return torch.arange(measured) * count // max(measured, 1)
 
 
 def reconstruction_loss(

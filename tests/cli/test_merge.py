@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import backend_params, merged_content
+from helpers import backend_params, merged_content, same, state
 from networks import SAMPLES, mergeable, quantized
 
 import hdrq
@@ -217,17 +217,24 @@ def test_inspect_says_which_values_are_broken(files, tmp_path, name, value, prob
     assert json.loads(call("inspect", files[0], "--json").stdout)["problems"] == []
 
 
-def test_a_merge_is_calibrated_by_data_of_each_model(files, tmp_path, monkeypatch):
+@pytest.fixture
+def calibrated(files, tmp_path, monkeypatch):
+    """The words of a calibrated merge of three files, and the samples of its tasks."""
     from safetensors.torch import save_file
-
-    from hdrq.methods.calibrated_merge import merge_calibrated
 
     monkeypatch.setattr("networks.factory", lambda: mergeable(9), raising=False)
     tasks = [SAMPLES + k for k in range(3)]
     for k, x in enumerate(tasks):
         save_file({"x": x}, tmp_path / f"data{k}.safetensors")
     data = [word for k in range(3) for word in ("--calibrate", tmp_path / f"data{k}.safetensors")]
-    line = (*files, *data, "-o", tmp_path / "out", "--target", "mean", "--weights", "0.5,0.25,0.25")
+    return (*files, *data, "-o", tmp_path / "out"), tasks
+
+
+def test_a_merge_is_calibrated_by_data_of_each_model(files, tmp_path, calibrated):
+    from hdrq.methods.calibrated_merge import merge_calibrated
+
+    (line, tasks) = calibrated
+    data, line = line[3:9], (*line, "--target", "mean", "--weights", "0.5,0.25,0.25")
     result = call("merge", *line, "--model", "networks:factory")
     assert result.exit_code == 0 and "merge towards mean" in result.output
     models = [hdrq.load(path, mergeable(5)) for path in files]
@@ -244,3 +251,43 @@ def test_a_merge_is_calibrated_by_data_of_each_model(files, tmp_path, monkeypatc
     ):
         result = call("merge", *options)
         assert result.exit_code and message in " ".join(result.output.split())
+
+
+@pytest.mark.filterwarnings("ignore:models are merged that are not ready", "ignore:block .* is rounded to nearest")
+def test_blocks_of_a_merge_learn_from_the_models(files, tmp_path, calibrated):
+    from hdrq.methods.calibrated_merge import merge_calibrated
+
+    line, tasks = calibrated
+    learned = (*line, "--model", "networks:factory", "--method", "hdrq", "--seed", 2)
+    learned = (*learned, "--set", "iterations=8", "--set", "weight_lr=0.05", "--set", "distance=0")
+    result = call("merge", *learned, "--workdir", tmp_path / "run")
+    assert result.exit_code == 0 and "Loss: blocks of hdrq" in result.output, result.output
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"losses.png", "losses.csv", "run.json", "block-002.safetensors"} <= names
+    models = [hdrq.load(path, mergeable(5)) for path in files]
+    how = {"iterations": 8, "weight_lr": 0.05, "distance": 0.0, "seed": 2}
+    again = merge_calibrated(models, tasks, method="hdrq", progress=False, **how)
+    found = hdrq.load(tmp_path / "out", mergeable(5))
+    assert same(state(found), state(again)) and not same(state(found), state(hdrq.merge(models, rule="half-even")))
+    assert "method hdrq, seed 2" in " ".join(call("inspect", tmp_path / "out", "--history").output.split())
+    for options, message in (
+        ((*learned, "--workdir", tmp_path / "run"), "workdir must hold no run, or resume=True go on with it"),
+        ((*learned, "--lam", 1), 'lam must be left out with method="hdrq", got 1.0'),
+        ((*learned, "--method", "gptq"), "method must be one of 'closed-form', 'hdrq', 'qdrop', 'brecq', got 'gptq'"),
+        ((*learned, "--set", "bits_=3"), 'bits_ must be left out with method="hdrq", got 3'),
+        ((*learned, "--resume"), "workdir must be the folder of the run to resume, got None"),
+        ((*files, "-o", tmp_path / "no", "--method", "hdrq"), "method must be left out without --calibrate, got hdrq"),
+        ((*files, "-o", tmp_path / "no", "--set", "a=1"), "set must be left out without --calibrate, got ['a=1']"),
+        (
+            (*files, "-o", tmp_path / "no", "--rule", "calibrated", "--workdir", tmp_path / "run"),
+            "workdir must be left out in a merge calibrated by statistics",
+        ),
+        (
+            (files[0], "--add", files[1], "-o", tmp_path / "no", "--method", "hdrq"),
+            "method must be left out with --add, got hdrq",
+        ),
+    ):
+        result = call("merge", *options)
+        assert result.exit_code and message in " ".join(result.output.split()), result.output
+    resumed = call("merge", *learned, "--workdir", tmp_path / "run", "--resume")
+    assert resumed.exit_code == 0 and torch.equal(hdrq.load(tmp_path / "out", mergeable(5))(SAMPLES), again(SAMPLES))

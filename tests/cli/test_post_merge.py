@@ -66,3 +66,16 @@ def test_what_is_missing_is_said_and_nothing_is_written(files, monkeypatch):
         "\n", " "
     )
     assert not (files / "out.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore:block .* is rounded to nearest")
+def test_a_work_folder_has_the_run(files, monkeypatch):
+    monkeypatch.setattr("networks.factory", lambda: mergeable(9), raising=False)
+    options = ("--group-size", 2, "--method", "hdrq", "--set", "iterations=3", "--workdir", files / "run")
+    result = call(files, *options)
+    assert result.exit_code == 0 and "Loss: hdrq" in result.output, result.output
+    assert {"losses.png", "block-002.safetensors"} <= {path.name for path in (files / "run").iterdir()}
+    before = (files / "out.safetensors").read_bytes()
+    result = call(files, *options)
+    assert result.exit_code and "workdir must hold no run" in " ".join(result.output.split())
+    assert call(files, *options, "--resume").exit_code == 0 and (files / "out.safetensors").read_bytes() == before

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import same, state
-from networks import CALIBRATION, data, net
+from networks import CALIBRATION, TASKS, deviation, net, relative
 from torch import nn
 
 import hdrq
@@ -12,26 +12,10 @@ from hdrq.methods.calibrated_merge import merge_calibrated
 from hdrq.quantizers.layers import quantized_layers
 from hdrq.report import report_of
 
-TASKS = [CALIBRATION, CALIBRATION.flip(2) + 0.5]
-
-
-def model(number, bits):
-    """A quantized relative of one base."""
-    base = net()
-    with torch.no_grad():
-        for name, p in base.named_parameters():
-            p.add_(data(*p.shape, seed=100 * number + len(name)) * 0.4 * p.abs().mean())
-    return hdrq.quantize(base, TASKS[number], "rtn", bits={"*": bits}, per_channel=True, progress=False)
-
 
 @pytest.fixture(scope="module")
 def models():
-    return [model(k, "W4A16") for k in range(2)]
-
-
-def deviation(merged, models):
-    with torch.no_grad():
-        return sum(float((merged(x) - own(x)).square().mean()) for x, own in zip(TASKS, models, strict=True))
+    return [relative(k, "W4A16") for k in range(2)]
 
 
 def test_a_few_samples_of_each_task_are_worth_having(models):

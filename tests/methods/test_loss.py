@@ -6,12 +6,19 @@ from torch import nn
 
 import hdrq
 from hdrq.calibrate.report import report_of
-from hdrq.methods.loss import reconstruction_loss
+from hdrq.methods.loss import reconstruction_loss, reported_samples
 
 
 def test_channels_are_summed_and_the_rest_is_averaged():
     output = torch.zeros(2, 5, 3)
     assert reconstruction_loss(output, output + 2, 1) == 20 and reconstruction_loss(output, output + 2, 2) == 12
+
+
+def test_losses_are_reported_on_samples_of_every_task():
+    """Calibration sets of tasks lie one behind the other."""
+    found = reported_samples(3 * 256)
+    assert len(found) == 256 and [int((found // 256 == task).sum()) for task in range(3)] == [86, 85, 85]
+    assert reported_samples(96).tolist() == list(range(96)) and not len(reported_samples(0))
 
 
 class Unit(nn.Module):

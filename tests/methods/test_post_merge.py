@@ -1,5 +1,7 @@
 """Quantized merges of experts: each layer against its objective, limits, controls, and what is refused."""
 
+import os
+
 import pytest
 import torch
 from helpers import same, state
@@ -235,6 +237,7 @@ def test_the_file_has_how_it_was_made_and_loads(guided, tmp_path):
         ({"tasks": [*TASKS[:2], TASKS[2] * torch.nan]}, r"calibration\[2\] must be batches of finite tensors, got NaN"),
         ({"tasks": [*TASKS[:2], TASKS[2][..., 1:]]}, r"calibration must have samples of one shape .* calibration\[2\]"),
         ({"experts": [*EXPERTS[:2], nn.Sequential(*EXPERTS[2][:-1]).eval()]}, r"experts\[2\] must be alike .* 9.bias"),
+        ({"resume": True}, "workdir must be the folder of the run to resume, got None"),
         ({"merge": "ties"}, "base must be the model that the experts were trained from"),
         ({"group_size": 128}, None),
         ({"group_size": 100}, "group_size must divide the 256 inputs of 9, got 100"),
@@ -248,6 +251,41 @@ def test_bad_arguments_are_refused(change, message):
         merged(**change)
     with pytest.raises(TypeError, match="calibration must be a list of data, one for each of the experts, got Tensor"):
         merged(tasks=CALIBRATION)
+
+
+@pytest.mark.parametrize("method", ["hdrq", "epmq"])
+def test_a_killed_run_goes_on_to_the_same_bits(method, tmp_path, monkeypatch):
+    learned = {"iterations": 6, "checkpoint_every": 2} if method == "hdrq" else {}
+    how = {"experts": EXPERTS[:2], "tasks": TASKS[:2], "method": method, **learned}
+    replace, left = os.replace, iter(range(4 if learned else 2))
+
+    def failing(source, target):
+        if str(target).endswith(".safetensors") and next(left, None) is None:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(KeyboardInterrupt):
+            merged(**how, workdir=tmp_path)
+    kept = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert kept == ["block-000.safetensors", "current.safetensors" if learned else "block-001.safetensors"]
+    for change, message in (
+        ({"experts": EXPERTS[1:]}, r"experts \("),
+        ({"tasks": TASKS[1:]}, r"calibration \("),
+        ({"merge": "task-arithmetic", "base": BASE}, r"base \(None, now \w+\); merge \("),
+        ({"method": "gptq", "lam": None}, r"method \("),
+        ({"lam": 0.5, "method": "epmq"}, r"lam \("),
+        ({"damping": 0.5}, r"recipe.damping \("),
+    ):
+        given = {**how, **change, "workdir": tmp_path, "resume": True}
+        given = {key: value for key, value in given.items() if given["method"] == "hdrq" or key not in learned}
+        with pytest.raises(ValueError, match=f"resume must have what the run in .* {message}"):
+            merged(**given)
+    steps = []
+    resumed = merged(**how, workdir=tmp_path, resume=True, progress=steps.append)
+    assert min(step.index for step in steps) == len(kept) - bool(learned)
+    assert same(state(resumed), state(merged(**how)))
 
 
 def test_a_model_in_training_mode_is_refused_by_its_number():

@@ -50,12 +50,12 @@ class Reconstruction:
             DivergenceError: a loss is not finite; the unit is left as it last was good.
             ValueError: no weight of the unit has a gradient of the reconstruction loss.
         """
-        learner, first = self._learner(unit), reported_samples(unit.count)
+        learner, reported = self._learner(unit), reported_samples(unit.count)
         if (kept := journal.kept(unit)) is not None:
             tensors, start, before = kept
             learner.load(tensors, start)
         else:
-            start, before = 0, learner.rounded_loss(first)
+            start, before = 0, learner.rounded_loss(reported)
             learner.judge(0)
 
         def save(iteration: int) -> None:
@@ -76,7 +76,7 @@ class Reconstruction:
                 stacklevel=2,
             )
         learner.parameters.load(best.tensors)
-        after = learner.rounded_loss(first)
+        after = learner.rounded_loss(reported)
         learner.parameters.finish()
         return Fitted(best.tensors, {"loss_before": before, "loss_after": after})
 

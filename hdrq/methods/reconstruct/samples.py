@@ -7,19 +7,19 @@ from dataclasses import replace
 import torch
 
 from hdrq.calibrate.ranks import Ranks
-from hdrq.methods.loss import reported_samples
+from hdrq.methods.loss import MEASURED
 from hdrq.rng import words
 
 
 def split(count: int, judged: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The samples that a unit learns from, and those that it is judged by: evenly spaced, at most one in eight.
 
-    Where that is none, it is judged by those that its losses are reported on.
+    Where that is none, it is judged by the first of all.
     """
     judged = min(judged, count // 8)
     every = torch.arange(count)
     if judged == 0:
-        return every, reported_samples(count)
+        return every, every[:MEASURED]
     apart = torch.zeros(count, dtype=torch.bool)
     apart[torch.arange(judged) * count // judged] = True
     return every[~apart], every[apart]
