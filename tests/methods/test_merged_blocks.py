@@ -1,11 +1,13 @@
 """Merges of integers whose blocks learn towards the quantized models that they are merged of."""
 
+import copy
 import os
 
 import pytest
 import torch
 from helpers import same, state
-from networks import CALIBRATION, SAMPLES, TASKS, deviation, mergeable, net, relative
+from networks import CALIBRATION, SAMPLES, TASKS, data, deviation, mergeable, net, relative
+from torch import nn
 
 import hdrq
 from hdrq.calibrate.sequential import Fitted
@@ -51,8 +53,14 @@ def test_the_seed_decides_the_bits(models, learned):
 
 @pytest.mark.parametrize("method", ["hdrq", "qdrop"])
 def test_without_iterations_it_is_the_merge(models, method):
-    found = merge_calibrated(models, TASKS, weights=(0.75, 0.25), method=method, iterations=0, progress=False)
-    assert same(state(found), state(hdrq.merge(models, weights=(0.75, 0.25), rule="half-even")))
+    """Ties too, which a mean that is rounded to float32 before may break."""
+    other = copy.deepcopy(models[0])
+    with torch.no_grad():
+        for layer in quantized_layers(other).values():
+            layer.latent.add_(layer.weight_quantizer.broadcast(layer.weight_quantizer.scale, layer.latent))
+            layer.settle()
+    found = merge_calibrated([models[0], other], TASKS, method=method, iterations=0, progress=False)
+    assert same(state(found), state(hdrq.merge([models[0], other], rule="half-even")))
 
 
 @pytest.mark.filterwarnings("ignore:block .* is rounded to nearest")
@@ -170,6 +178,54 @@ def test_weights_with_zero_points_learn_their_rounding(models):
     found = merge_calibrated(own, TASKS, method="qdrop", iterations=5, activation_walk=0.5, progress=False)
     assert [block.name for block in report_of(found).blocks][:2] == ["0: weights", "3: weights"]
     assert all(layer.weight_quantizer.zero_point is not None for layer in quantized_layers(found).values())
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's too."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.table, self.inner, self.head = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 12)
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                p.copy_(data(*p.shape, seed=len(name)) + 0.2 * data(*p.shape, seed=seed))
+        self.head.weight = self.table.weight
+
+    def forward(self, x):
+        return self.head(self.inner(self.table(x)).relu())
+
+
+@pytest.mark.filterwarnings("ignore:recipe .* could not serve", "ignore:block .* is rounded to nearest")
+@pytest.mark.parametrize("options", [{}, {**LEARNS, "iterations": 4}])
+def test_layers_may_share_a_weight_and_have_no_bias(options, tmp_path):
+    tasks = [torch.arange(96).view(24, 4) % 12, torch.arange(96).view(24, 4) % 7]
+    own = [hdrq.quantize(Tied(k).eval(), x, "rtn", bits={"*": "W4A8"}, progress=False) for k, x in enumerate(tasks)]
+    found = merge_calibrated(own, tasks, **options)
+    layers = quantized_layers(found)
+    assert layers["head"].latent is layers["table"].latent and len(layers) == 3
+    hdrq.save(found, tmp_path / "m.safetensors")
+    assert torch.equal(hdrq.load(tmp_path / "m.safetensors", Tied(0).eval())(tasks[0]), found(tasks[0]))
+
+
+class Ratio(nn.Module):
+    """Where its first layer reads nothing but zeros, once they are rounded, it divides them by zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(h / h.abs().amax(1, keepdim=True))
+
+
+@pytest.mark.filterwarnings("ignore:models are merged that are not ready")
+def test_a_model_that_returns_no_number_once_it_is_quantized_is_refused():
+    x = data(32, 4)
+    own = [hdrq.quantize(Ratio().eval(), x, "rtn", bits={"*": "W4A4"}, progress=False) for _ in range(2)]
+    small = torch.cat([x[:5], x[5:6] * 1e-3])
+    with pytest.raises(ValueError, match=r"model must return finite values on calibration\[1\], got NaN .* 0 to 5"):
+        merge_calibrated(own, [x, small], **LEARNS)
 
 
 @pytest.mark.parametrize(
