@@ -25,7 +25,7 @@ from hdrq.checkpoint.architecture import build
 from hdrq.checkpoint.files import output_path
 from hdrq.checkpoint.format import STRUCTURE, Reader
 from hdrq.checkpoint.loading import float_dtype, load
-from hdrq.checkpoint.saving import save
+from hdrq.checkpoint.saving import check_storable, save
 from hdrq.checkpoint.workdir import opened, state_hash, surroundings
 from hdrq.evaluate.averaging import weighted_mean
 from hdrq.merging.assessment import check_ready
@@ -85,18 +85,19 @@ def merge_calibrated(
     - ``"closed-form"``: layers are rounded one after the other by GPTQ for what they read behind those that are
       finished. ``target="mean"`` rounds W_m, ``"experts"`` what has the models' outputs, see
       :func:`hdrq.methods.post_merge.post_merge`, whose equations are these. Scales stay.
-    - ``"hdrq"``, ``"qdrop"``, ``"brecq"``: block reconstruction of that recipe, from W_m on, scales learned too. With
-      B_t a block of model t as it runs, its activations quantized, B the merge's, and x_t, x̂_t what they read on a
-      sample of task t::
+    - ``"hdrq"``, ``"qdrop"``, ``"brecq"``: block reconstruction of that recipe, from W_m and those scales on. With B_t
+      a block of model t as it runs, its activations quantized, B the merge's, and x_t, x̂_t what they read on a sample
+      of task t::
 
           mean over samples and positions of Σ_channels (B(x̂_t) − B_t(x_t))²  +  distance·Σ_layers ‖W − W_m‖₂  (HDRQ)
 
       Each sample counts alike, whatever λ and its task. With 0 ``iterations`` the result is :func:`hdrq.merge` with
       rule ``"half-even"``.
 
-    In memory are the models given, or of files one model (``"closed-form"``, which reads the files' layers one at a
-    time) or all of them (blocks, which learn from the models as they run), and beside them two models in float, the
-    merge and W_m, and the architecture, where it is given as a module.
+    In memory are two models, the merge and W_m, at most; and the models given, where they are modules. The closed form
+    reads files a layer at a time. Blocks need every model whole while they are learned, files or not: what lies between
+    units runs a model from its start. To that come the rows that ``cache`` keeps, and in closed form the moments of a
+    layer (``docs/post-merge.md``).
 
     Args:
         models: two or more results of :func:`hdrq.quantize`, of one architecture, in evaluation mode and left as they
@@ -132,9 +133,12 @@ def merge_calibrated(
         how = _facts(method, plan, seed, by_task)
 
         def fingerprint() -> dict[str, Any]:
-            run = {**surroundings(merged, seed, blocks), "weights": list(shares), "bits": bits, **how}
-            return {**run, "models": [_hash(source) for source in sources]}
+            knobs = {f"recipe.{name}": value for name, value in how.get("recipe", {}).items()}
+            run = {**surroundings(merged, seed, blocks), "weights": list(shares), "bits": bits, **how, **knobs}
+            return {**run, "recipe": method, "models": [_hash(source) for source in sources]}
 
+        if workdir is not None:
+            check_storable(merged)
         run = RunSettings(seed, cache, cache_bytes, progress, opened(workdir, resume, fingerprint), checkpoint_every)
         own = [_Layers(source, quantized_layers(merged)) for source in sources]
         if isinstance(plan, Guidance) or plan.iterations:

@@ -161,7 +161,7 @@ def chosen(task_name: str, name: str, folder: Path, cache: Path) -> dict[str, An
     models = networks(task, RATE_SEED, cache)
     experts, images = [models[domain] for domain in task.targets], calibration(task)
     fixed: dict[str, Any] = {}
-    if way.choices == LEARNED:
+    if way.options.get("method") == "hdrq":
         fixed["weight_lr"] = choose_rate(task_name, "HDRQ, paper", ITERATIONS, folder, cache)
     learned_from = [x[:-HELD_OUT] for x in images]
     experts = known(name, experts, learned_from, CHOSEN_AT, RATE_SEED)

@@ -149,7 +149,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(models, learned, tmp_path, monkey
         ({"models": models[::-1]}, r"models \(\["),
         ({"calibration": TASKS[::-1]}, r"calibration \("),
         ({"weights": (0.6, 0.4)}, r"weights \("),
-        ({"distance": 0.1}, r"recipe \("),
+        ({"distance": 0.1}, r"recipe.distance \(0.0, now 0.1\)"),
         ({"method": "closed-form"}, r"method \(hdrq, now closed-form\)"),
     ):
         given = {**options, **change, "resume": True}

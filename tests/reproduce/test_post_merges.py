@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from hdrq.checkpoint.files import csv_text
 from hdrq.cli import app
+from hdrq.quantizers.layers import quantized_layers
 from hdrq.reproduce import post_merges
 from hdrq.reproduce.jobs import Job, networks
 from hdrq.reproduce.post_merges import FLOAT, WAYS, Merging, chosen, error, made, plan, render, run_all
@@ -21,6 +22,8 @@ def few(monkeypatch):
     monkeypatch.setattr(post_merges, "HELD_OUT", 32)
     for name in ("blocks, experts' targets", "blocks, the merge's targets"):
         monkeypatch.setitem(WAYS, name, Merging({"method": "hdrq", "iterations": 4, "distance": 0.0}))
+    learned = {"method": "hdrq", "iterations": 4}
+    monkeypatch.setitem(WAYS, "integers, blocks", Merging(learned, choices=post_merges.LEARNED[:2], integers=True))
 
 
 def test_every_way_has_a_row_and_a_place_in_the_table(small, few, tmp_path):
@@ -37,7 +40,7 @@ def test_every_way_has_a_row_and_a_place_in_the_table(small, few, tmp_path):
     for row in rows:
         if row["method"] == "E-PMQ-style":
             assert float(row["best"]) < float(row["error"]) < float(row["nearest"])
-        assert (row["nearest"] == "") == (row["method"].startswith("blocks") or row["method"] in (FLOAT, "nearest"))
+        assert (row["nearest"] == "") == ("blocks" in row["method"] or row["method"] in (FLOAT, "nearest"))
     (tmp_path / "rows.csv").write_text(csv_text(rows, post_merges.MERGES.columns))
     table = render(tmp_path / "rows.csv", tmp_path).splitlines()
     assert table[2].startswith("| seeds: 0, 1 | W3A3 | W3A3, less GPTQ |")
@@ -56,6 +59,21 @@ def test_a_choice_is_nearest_to_the_experts_on_images_kept_apart(small, few, tmp
     assert chosen("small", "its rounding alone", tmp_path, tmp_path) == {"lam": 0.1}  # a control takes the same
     assert len(tried) == 6 and len(json.loads(next((tmp_path / "rates").iterdir()).read_text())["tried"]) == 6
     assert chosen("small", "nearest", tmp_path, tmp_path) == {}
+
+
+def test_experts_known_as_integers_choose_by_their_own_outputs(small, few, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(post_merges, "choose_rate", lambda *given: 0.5)
+    monkeypatch.setattr(post_merges, "made", lambda name, experts, images, bits, knobs, seed: (knobs, experts))
+    monkeypatch.setattr(
+        post_merges, "error", lambda merged, experts, images: seen.append((merged, experts)) or len(seen)
+    )
+    (tmp_path / "rates").mkdir()
+    found = chosen("small", "integers, blocks", tmp_path, tmp_path)
+    assert found == {"weight_lr": 0.5, **post_merges.LEARNED[0]} and len(seen) == 2
+    for (knobs, experts), judges in seen:
+        assert knobs["weight_lr"] == 0.5 and all(a is b for a, b in zip(experts, judges, strict=True))
+        assert all(quantized_layers(expert) for expert in experts)
 
 
 def test_an_expert_is_no_way_from_itself(small, tmp_path):
