@@ -137,17 +137,18 @@ def merge(
         settings = _taken(options, "seed", "weights", "bits")
         settings |= {name: value for name, value in guided.items() if value is not None}
         unused = {**options, "report": report, "dry_run": dry_run or None, "json": as_json or None, "sweep": sweep}
-        # Without out there is --dry-run, refused below.
-        if calibrate:
-            _none_given(unused, "in a calibrated merge")
-            if model is None:
-                raise ValueError("model must be given with --calibrate: layers must be run, got none")
-            settings |= {name: value for name, value in run.items() if value is not None}
-            merge_calibrated(files, calibrate, cast(Path, out), settings | {"model": model, **inputs})
-        else:
+        if not calibrate:
             del unused["rule"]
-            _none_given({**unused, "model": model, **run}, "in a merge calibrated by statistics")
+            unused |= {"model": model, **run}
+        # Without out there is --dry-run, refused here.
+        _none_given(unused, "in a calibrated merge" if calibrate else "in a calibrated merge without --calibrate")
+        if not calibrate:
             merge_by_statistics(files, cast(Path, out), settings)
+            return
+        if model is None:
+            raise ValueError("model must be given with --calibrate: layers must be run, got none")
+        settings |= {name: value for name, value in run.items() if value is not None}
+        merge_calibrated(files, calibrate, cast(Path, out), settings | {"model": model, **inputs})
         return
     _none_given({**guided, **run, "model": model}, "without --calibrate")
     unready = "warn" if force else "refuse"

@@ -280,7 +280,7 @@ def test_blocks_of_a_merge_learn_from_the_models(files, tmp_path, calibrated):
         ((*files, "-o", tmp_path / "no", "--set", "a=1"), "set must be left out without --calibrate, got ['a=1']"),
         (
             (*files, "-o", tmp_path / "no", "--rule", "calibrated", "--workdir", tmp_path / "run"),
-            "workdir must be left out in a merge calibrated by statistics",
+            "workdir must be left out in a calibrated merge without --calibrate",
         ),
         (
             (files[0], "--add", files[1], "-o", tmp_path / "no", "--method", "hdrq"),
