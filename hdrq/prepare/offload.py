@@ -35,15 +35,16 @@ class Offload:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy in a file; the tensor itself if it is small, or not on a CPU.
+        """A copy in a file, of the same strides as a clone's; the tensor itself if it is small, or not on a CPU.
 
         Raises:
             OSError: the disk is full.
         """
         if tensor.device.type != "cpu" or tensor.nbytes < SMALLEST or tensor.layout != torch.strided:
             return tensor
-        home = mapped(tensor.shape, tensor.dtype, self.folder, ADVICE)
-        return home.copy_(tensor)
+        clone = torch.empty_like(tensor, device="meta")  # channels may be last, and operations choose kernels by that
+        home = mapped((tensor.numel(),), tensor.dtype, self.folder, ADVICE)
+        return home.as_strided(clone.shape, clone.stride()).copy_(tensor)
 
     def put_parameters(self, module: nn.Module, but: frozenset[int] = frozenset()) -> None:
         """Move a module's parameters to files, but those whose memory begins at one of these addresses."""

@@ -58,6 +58,12 @@ def test_files_hold_the_bits_that_memory_would(tmp_path, recipe, dtype):
     assert same(state(model), before)
 
 
+def test_a_file_has_the_strides_of_a_clone(tmp_path):
+    folder, w = offload.Offload(tmp_path), torch.randn(4, 3, 2, 2)
+    for tensor in (w.to(memory_format=torch.channels_last), w[:, :1], w[0, 0, 0, 0].expand(5, 6), w.mT, w[:0]):
+        assert folder.put(tensor).stride() == tensor.clone().stride() and torch.equal(folder.put(tensor), tensor)
+
+
 def test_bits_for_a_budget_are_measured_from_files_too(tmp_path, monkeypatch):
     pytest.importorskip("scipy")
     put, sizes = offload.Offload.put, []
