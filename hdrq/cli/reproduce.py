@@ -29,7 +29,9 @@ def reproduce(
     study: Annotated[
         str, typer.Option(help="table, increments, distance, noise, tau or longer; or several, with commas.")
     ] = "table",
-    bits: Annotated[str | None, typer.Option(help="Like W4A4,W3A3; those of the study.")] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="Like W4A4,W3A3; float for full precision alone; those of the study.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One seed, W3A3, four methods, their own rates.")] = False,
     rows: Annotated[
         list[Path] | None, typer.Option(help="A CSV to render, of any kind of run; those of --out. Repeatable.")

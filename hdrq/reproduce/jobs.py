@@ -106,11 +106,11 @@ class Kind:
 
 
 def grid(task: str, seeds: Iterable[int], study: Study = STUDIES["table"]) -> list[Job]:
-    """The jobs of a study, seed after seed."""
+    """The jobs of a study, seed after seed. Where its bits are ``"float"`` alone, those of full precision are all."""
     found = []
     for seed in seeds:
         for method in study.methods:
-            widths = ("float",) if method == "full precision" else study.bits
+            widths = ("float",) if method == "full precision" else tuple(b for b in study.bits if b != "float")
             found += [
                 Job(task, seed, method, each, study.iterations, knobs, study.rules)
                 for each in widths

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +63,8 @@ def test_shards_part_the_jobs(small, tmp_path, monkeypatch):
 
 
 def test_a_study_is_every_combination():
+    full = grid("digits", [0, 1], replace(STUDIES["table"], bits=("float",)))
+    assert [(job.network, job.method) for job in full] == [(0, "full precision"), (1, "full precision")]
     table = grid("digits", [0, 1], STUDIES["table"])
     assert len(table) == len({job.id for job in table}) == 2 * (1 + 5 * 3)  # full precision has one width
     distances = grid("digits", [0], STUDIES["distance"])
