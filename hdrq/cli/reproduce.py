@@ -36,6 +36,12 @@ def reproduce(
     rows: Annotated[
         list[Path] | None, typer.Option(help="A CSV to render, of any kind of run; those of --out. Repeatable.")
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="With render: a CSV of another task, whose networks were trained otherwise; the gains over it."
+        ),
+    ] = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="With landscape: save the quantized models, and read those that are there.")
     ] = False,
@@ -46,7 +52,7 @@ def reproduce(
     """Make this project's version of the paper's tables: runs that go on where they stopped, and intervals."""
     from hdrq import checks
     from hdrq.checkpoint.files import output_folder, write_atomically
-    from hdrq.reproduce import figures, landscape, post_merges, render
+    from hdrq.reproduce import between, figures, landscape, post_merges, render
     from hdrq.reproduce.jobs import TABLES, collected, grid, run, shard_of
     from hdrq.reproduce.protocol import QUICK, STUDIES
     from hdrq.reproduce.tasks import task_of
@@ -78,9 +84,14 @@ def reproduce(
         else:
             run(plan, out, networks, kind=kind, **options)
         write_atomically(out / f"{kind.name}.csv", collected(out, kind))
+    if against is not None and (what != "render" or rows is None or len(rows) != 1):
+        raise ValueError("against must go with render and one --rows, got others")
     found = rows or [path for kind, _ in kinds.values() if (path := out / f"{kind.name}.csv").is_file()]
     if not found:
         raise FileNotFoundError(f"rows must be a CSV of hdrq reproduce, got none in {out}")
+    if against is not None:
+        console.print(between.render_between(found[0], against, out), highlight=False, markup=False, soft_wrap=True)
+        return
     for path in found:
         header = _header(path)
         draw = next((draw for kind, draw in kinds.values() if header == list(kind.columns)), render.render)

@@ -79,7 +79,7 @@ def _titled(title: str, lines: Sequence[str]) -> str:
     return f"**{title}**\n\n" + "\n".join(lines)
 
 
-def _found(
+def found_of(
     results: Results,
     method: str,
     bits: str,
@@ -108,7 +108,7 @@ def _by_bits(results: Results, methods: Sequence[str], domains: Sequence[str], r
     for method in methods:
         cells = []
         for bits in BITS:
-            found = _found(results, method, bits, domains, rule)
+            found = found_of(results, method, bits, domains, rule)
             cells.append(str(one := estimate(found)) if found else "")
             seeds |= {one.seeds} if found else set()
         if any(cells):
@@ -127,8 +127,8 @@ def _differences(results: Results, domains: Sequence[str], rule: str) -> list[st
     found: dict[tuple[str, str], Estimate] = {}
     for method in (m for m in TABLE if m not in ("full precision", BASELINE)):
         for bits in BITS:
-            ours, theirs = (_found(results, name, bits, domains, rule) for name in (method, BASELINE))
-            shared = _paired(ours, theirs)
+            ours, theirs = (found_of(results, name, bits, domains, rule) for name in (method, BASELINE))
+            shared = paired(ours, theirs)
             if shared:
                 found[method, bits] = estimate(*shared)
     if not found:
@@ -158,7 +158,7 @@ def _study(results: Results, study: Study, bits: str, kinds: dict[int, list[str]
     columns = [(0, "")] + [(count, rule) for count in sorted({1, max(kinds)}) if count for rule in SHOWN]
     found: dict[str, list[list[dict]]] = {}
     for label, method, iterations, knobs in (*beside, *own):
-        each = [_found(results, method, bits, kinds[count], rule, iterations, knobs) for count, rule in columns]
+        each = [found_of(results, method, bits, kinds[count], rule, iterations, knobs) for count, rule in columns]
         if all(each):
             found[label] = each
     if len(found) < 2 or beside[0][0] not in found or set(found) <= {label for label, *_ in beside}:
@@ -196,15 +196,15 @@ def _rules(
     for rule in rules:
         ours, theirs = [], []
         for method, bits in ways:
-            ours += _found(results, method, bits, domains, rule)
-            theirs += _found(results, method, bits, domains, first)
-        shared = _paired(ours, theirs)
+            ours += found_of(results, method, bits, domains, rule)
+            theirs += found_of(results, method, bits, domains, first)
+        shared = paired(ours, theirs)
         if rule != first and shared:
             lines.append(f"| {rule} | {estimate(*shared)} |")
     return ["| rule | |", "|---|---|", *lines] if lines else []
 
 
-def _paired(ours: Sequence[dict], theirs: Sequence[dict]) -> tuple[list[dict], list[dict]] | None:
+def paired(ours: Sequence[dict], theirs: Sequence[dict]) -> tuple[list[dict], list[dict]] | None:
     """Both with the seeds alone that all have."""
     if not ours or not theirs:
         return None
@@ -224,14 +224,14 @@ def figure(results: Results, path: Path, task: str) -> None:
         points = [
             (i, estimate(found))
             for i, b in enumerate(BITS)
-            if (found := _found(results, method, b, [most], "systematic"))
+            if (found := found_of(results, method, b, [most], "systematic"))
         ]
         if points:
             x = [i + 0.06 * (k - 2) for i, _ in points]
             y = [one.mean for _, one in points]
             bars = [[one.mean - one.low for _, one in points], [one.high - one.mean for _, one in points]]
             axes.errorbar(x, y, bars, marker="o", capsize=2, label=method, color=figures.colour(method))
-    if found := _found(results, "full precision", "", [most], ""):
+    if found := found_of(results, "full precision", "", [most], ""):
         axes.axhline(estimate(found).mean, color="black", linestyle=":", label="full precision, average")
     axes.set(
         xticks=range(len(BITS)),

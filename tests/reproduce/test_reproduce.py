@@ -1,8 +1,10 @@
 """Evidence: jobs that go on where they stopped, rows that hold all, intervals that mean what they say."""
 
 import csv
+import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,6 +197,37 @@ def test_from_the_command_line_to_tables(small, tmp_path, monkeypatch):
     found = read(tmp_path / "out" / "rows.csv")
     way = Way("small", "RTN", "W3A3", "400", "{}", "systematic", "one+two")
     assert f"{estimate([found[way]])}" in render(tmp_path / "out" / "rows.csv", tmp_path / "c")
+
+
+def test_a_task_is_set_against_another(tmp_path):
+    """Shares are exact: rounded to nearest, models of the one are right on 80%, of the other on 60%, learned on 70%."""
+
+    def written(task, shares, domains="a+b"):
+        rows = []
+        for (method, share), seed in itertools.product(shares.items(), range(2)):
+            for names, rule in [("a", ""), ("b", ""), *((domains, rule) for rule in protocol.RULES)]:
+                right = encoded(np.arange(1000) % 100 < share)
+                known = {"method": method, "bits": "W3A3", "iterations": 400, "knobs": "{}", "rule": rule}
+                correct = json.dumps(dict.fromkeys(names.split("+"), right))
+                rows.append({"task": task, "network": seed, **known, "domains": names, "correct": correct})
+        (tmp_path / f"{task}.csv").write_text(csv_text(rows, list(rows[0])))
+        return str(tmp_path / f"{task}.csv")
+
+    flat, plain = written("flat", {"RTN": 80}), written("plain", {"RTN": 60, "QDrop": 70})
+    call = ["reproduce", "render", "-o", str(tmp_path / "out"), "--against", plain]
+    done = CliRunner().invoke(app, [*call, "--rows", flat])
+    assert done.exit_code == 0, done.output
+    lines = (tmp_path / "out" / "between.md").read_text().splitlines()
+    assert lines[0] == "## flat, less plain" and lines[4].startswith("| 2 seeds, W3A3 | single | all targets, nearest | ")
+    gains = {line.split(" | ")[0]: line.split(" | ")[1:] for line in lines[6:]}
+    assert gains.keys() == {"| RTN", "| RTN, less QDrop there"}
+    assert all(cell.startswith("80.0: 20.0 [") for cell in gains["| RTN"])
+    assert all(cell.startswith("80.0: 10.0 [") for cell in gains["| RTN, less QDrop there"])
+    for rows in ([], ["--rows", flat, "--rows", plain]):
+        assert "against must go with render and one --rows" in CliRunner().invoke(app, [*call, *rows]).output
+    (tmp_path / "both.csv").write_text(Path(flat).read_text() + "".join(Path(plain).read_text().splitlines(True)[1:]))
+    both = CliRunner().invoke(app, [*call, "--rows", str(tmp_path / "both.csv")])
+    assert "rows must be of one task to be compared, got flat, plain" in both.output
 
 
 def test_a_study_is_set_beside_the_table(tmp_path):
