@@ -25,6 +25,7 @@ PAGES = {
     "benchmarks/results/reproduce/digits-tables.md": "results/digits-tables.md",
     "benchmarks/results/reproduce/digits-post-merge.md": "results/digits-post-merge.md",
     "benchmarks/results/reproduce/digits-vit-tables.md": "results/digits-vit-tables.md",
+    "benchmarks/results/reproduce/digits-sam-gains.md": "results/digits-sam-gains.md",
     "benchmarks/results/reproduce/digits-vit-post-merge.md": "results/digits-vit-post-merge.md",
     "benchmarks/results/reproduce/digits-left-out.md": "results/digits-left-out.md",
 }
