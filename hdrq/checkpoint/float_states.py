@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hdrq.checkpoint.architecture import build
 from hdrq.checkpoint.library import load_file
 from hdrq.checkpoint.states import state_differences, tensors_of
 from hdrq.checks import listed
 from hdrq.errors import MissingExtra
+from hdrq.prepare.copying import tensors_in
 from hdrq.prepare.offload import Offload
 
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, and of torch.compile
@@ -76,6 +79,10 @@ def _state_for(
     """The tensors of a model, ``known`` by a name, from a file that has them all, and nothing that is no model's."""
     wanted = tensors_of(model)
     state = _without_prefix(read_state(weights, mapped), wanted, weights)
+    given = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in state}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in state and id(parameter) in given:  # a tied one is saved once
+            state[name] = state[given[id(parameter)]]
     for name in wanted.keys() - state.keys():
         if name.rpartition(".")[2] == "num_batches_tracked":
             state[name] = wanted[name]  # decides nothing in evaluation
@@ -92,10 +99,15 @@ def _state_for(
 def _parameters_on_meta() -> Iterator[None]:
     """Parameters of modules that are made inside the block have shapes and no values; buffers are as ever."""
 
+    made = WeakIdKeyDictionary()  # of a parameter that several modules are given, one without values
+    thread = threading.get_ident()  # the hook is the process's
+
     def without_values(module: nn.Module, name: str, parameter: Any) -> Any:
-        if type(parameter) is not nn.Parameter or parameter.is_meta:
+        if type(parameter) is not nn.Parameter or parameter.is_meta or threading.get_ident() != thread:
             return None
-        return nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+        if parameter not in made:
+            made[parameter] = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+        return made[parameter]
 
     hook = register_module_parameter_registration_hook(without_values)
     try:
@@ -126,13 +138,13 @@ def _give_parameters(model: nn.Module, state: Mapping[str, torch.Tensor], offloa
     derived = [
         f"{place}.{name}".removeprefix(".")
         for place, module in model.named_modules()
-        for name, value in {**vars(module), **module._buffers}.items()
-        if isinstance(value, torch.Tensor) and value.is_meta
+        for name, value in {**vars(module), **module._buffers, "_parameters": None, "_buffers": None}.items()
+        if any(tensor.is_meta for tensor in tensors_in(value, set()))
     ]
     if derived:
         raise ValueError(
-            f"model must compute no tensor of its parameters while it is made, got {listed(derived)}; "
-            "leave offload_folder out"
+            "model must keep its parameters in modules alone, and compute no tensor of them while it is made, got "
+            f"{listed(derived)}; leave offload_folder out"
         )
     model.load_state_dict({name: value for name, value in state.items() if name not in values}, strict=False)
 

@@ -183,10 +183,12 @@ def merge_calibrated(files: list[Path], data: list[Path], out: Path, settings: d
     """``hdrq merge --calibrate``; the texts of ``--set`` are among the settings."""
     from hdrq.calibrate.report import report_of
     from hdrq.methods.calibrated_merge import merge_calibrated_files
-    from hdrq.methods.job import parse_setting
+    from hdrq.methods.job import options_of
+    from hdrq.methods.layerwise import Guidance
     from hdrq.methods.reconstruct.memory import keep_freed_memory
+    from hdrq.recipes import Recipe
 
-    settings |= dict(parse_setting(text) for text in settings.pop("set", []))
+    settings |= options_of(settings.pop("set", []), Guidance, Recipe)
     with keep_freed_memory():
         report = report_of(merge_calibrated_files(files, data, out, **settings))
     tell_of_blocks(report, settings.get("workdir"))

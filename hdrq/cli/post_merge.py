@@ -40,8 +40,9 @@ def post_merge(
 ) -> None:
     """Merge experts in full precision and quantize the merge, guided by the experts on a few samples of each."""
     from hdrq.calibrate.report import report_of
-    from hdrq.methods.job import parse_setting, post_merge_files
+    from hdrq.methods.job import options_of, post_merge_files
     from hdrq.methods.reconstruct.memory import keep_freed_memory
+    from hdrq.recipes import Recipe
 
     options: dict[str, Any] = {
         "base": base,
@@ -61,7 +62,7 @@ def post_merge(
         "workdir": workdir,
         "resume": resume,
     }
-    options |= dict(parse_setting(text) for text in set_ or [])
+    options |= options_of(set_ or [], Recipe)
     with keep_freed_memory():
         report = report_of(post_merge_files(files, data, out, model=model, **options))
     tell_of_blocks(report, workdir)

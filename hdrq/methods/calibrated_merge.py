@@ -135,7 +135,8 @@ def merge_calibrated(
         def fingerprint() -> dict[str, Any]:
             knobs = {f"recipe.{name}": value for name, value in how.get("recipe", {}).items()}
             run = {**surroundings(merged, seed, blocks), "weights": list(shares), "bits": bits, **how, **knobs}
-            return {**run, "recipe": method, "models": [_hash(source) for source in sources]}
+            run |= {"recipe": method, "models": [_hash(source) for source in sources]}
+            return run | {"tasks": [data_hash(calls) for calls in by_task]}
 
         if workdir is not None:
             check_storable(merged)

@@ -149,6 +149,15 @@ def parse_setting(text: str) -> tuple[str, Any]:
         raise ValueError(f"set must have a value of YAML, got {text[:100]!r}: {error}") from error
 
 
+def options_of(texts: Sequence[str], *kinds: type) -> dict[str, Any]:
+    """Several of :func:`parse_setting`, which must be fields of one of the dataclasses ``kinds``."""
+    known = sorted({f.name for kind in kinds for f in fields(kind)} - {"name", "method"})
+    options = dict(parse_setting(text) for text in texts)
+    for name in options:
+        checks.choice("set", name, tuple(known))
+    return options
+
+
 def _yaml(text: str) -> Any:
     """What a text of YAML holds, without aliases, a few of which can stand for billions of values."""
     depth = 0

@@ -152,9 +152,10 @@ def post_merge(
     how |= {"weights": None if settings.weights is None else list(settings.weights)}
     how |= {"lam": lam, "weighting": weighting, "stream": stream, "bias": bias} if guided else {}
     states = {"calibration": data_hash(batches)}
+    tasks = {"tasks": [data_hash(calls) for calls in by_task]}  # who is taught by whom
     if workdir is not None:
         check_storable(merged)
-    folder = opened(workdir, resume, lambda: fingerprint(merged, {**how, **states}, plan, bits, seed, blocks))
+    folder = opened(workdir, resume, lambda: fingerprint(merged, {**how, **states, **tasks}, plan, bits, seed, blocks))
 
     def methods(quantized: nn.Module) -> list[Method]:
         if method == "rtn":
@@ -180,7 +181,7 @@ def post_merge(
     if method in ("epmq", "regmean", *LEARNED) or stream == "experts":
         for k, (expert, calls) in enumerate(zip(experts, by_task, strict=True)):
             run = run_all(calls[:1], f"experts[{k}] must run on calibration[{k}]")
-            prepared.append(prepare_float(expert, run, f"experts[{k}]", shared=True)[0])
+            prepared.append(prepare_float(expert, run, f"experts[{k}]")[0])
     each = -(-max(plan.range_samples, REACHING) // len(by_task))
     quantized, full = fit(
         merged,

@@ -357,7 +357,7 @@ def source_weights(
 ) -> dict[str, torch.Tensor]:
     """The source's weight, its own BatchNorm folded, for each quantized layer of a model."""
     run = run_all(batches[:1], "source must run on calibration")
-    full, _ = prepare_float(source, run, "source", shared=True, offload=offload)
+    full, _ = prepare_float(source, run, "source", offload=offload)
     modules = dict(full.named_modules())
     weights, wrong = {}, []
     for name, layer in quantized_layers(model).items():

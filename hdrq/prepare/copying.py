@@ -39,7 +39,7 @@ def copy_model(name: str, model: nn.Module, place: Callable[[torch.Tensor], torc
     memo: dict[int, Any] = {}
     kept: set[int] = set()
     for module in model.modules():
-        for tensor in _tensors_in(vars(module), kept):
+        for tensor in tensors_in(vars(module), kept):
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach().clone()
     for parameter in model.parameters():
@@ -58,7 +58,7 @@ def copy_model(name: str, model: nn.Module, place: Callable[[torch.Tensor], torc
         ) from error
 
 
-def _tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
     """The tensors in attributes, and in what they hold; modules are looked at by themselves."""
     if isinstance(value, ATOMS) or id(value) in seen:
         return
@@ -67,12 +67,12 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         yield value
     elif isinstance(value, Mapping):
         for item in list(value.values()):
-            yield from _tensors_in(item, seen)
+            yield from tensors_in(item, seen)
     elif isinstance(value, list | tuple | set | frozenset):
         for item in list(value):
-            yield from _tensors_in(item, seen)
+            yield from tensors_in(item, seen)
     else:
-        yield from _tensors_in(getattr(value, "__dict__", None), seen)
+        yield from tensors_in(getattr(value, "__dict__", None), seen)
 
 
 def _culprit(model: nn.Module, memo: dict[int, Any]) -> str | None:

@@ -14,7 +14,7 @@ from hdrq.checks import FLOATS, listed
 from hdrq.prepare.attention import replace_attention
 from hdrq.prepare.copying import copy_model
 from hdrq.prepare.folding import fold_batchnorm
-from hdrq.prepare.offload import Offload, addresses
+from hdrq.prepare.offload import Offload
 from hdrq.prepare.repeatable import check_repeatable, trained
 from hdrq.quantizers.bits import matches
 from hdrq.quantizers.layers import quantized_layers, weighted_layers
@@ -40,7 +40,8 @@ def check_float(name: str, model: Any) -> None:
     if absent := [place for place, tensor in _tensors(model) if tensor.is_meta]:
         raise ValueError(
             f"{name} must hold its weights, got tensors on the meta device (offloaded, or not loaded): "
-            f"{listed(absent)}; load the model whole, without device_map or offloading, and call {name}.to(device)"
+            f"{listed(absent)}; load the model whole, without device_map or offloading, and call {name}.to(device); "
+            "or by hdrq.load_float with an offload_folder, where it does not fit in memory"
         )
     if lazy := [place for place, tensor in _tensors(model) if isinstance(tensor, UninitializedParameter)]:
         raise ValueError(f"{name} must have initialized weights, got {listed(lazy)}; run it on a batch first")
@@ -125,7 +126,6 @@ def prepare_float(
     name: str = "model",
     *,
     fold: bool = True,
-    shared: bool = False,
     offload: Offload | None = None,
 ) -> tuple[nn.Module, dict[str, str]]:
     """A copy of a model with BatchNorm folded, its packed attentions replaced and no gradients; what was folded.
@@ -134,21 +134,17 @@ def prepare_float(
         run: ``run(model)`` executes the model on an example, and returns its outputs.
         name: the model's, in messages.
         fold: whether BatchNorm is folded.
-        shared: whether weights that nothing changes here are the model's own, to which nobody may write then.
-        offload: where the weights lie that the copy has of its own; None for memory.
+        offload: where the weights of the copy lie; None for memory.
 
     Raises:
         TypeError: the model cannot be copied.
         ValueError: two runs give different outputs.
     """
-    full = copy_model(name, model, place=_itself if shared else None).requires_grad_(False)
+    full = copy_model(name, model, place=None if offload is None else offload.put).requires_grad_(False)
+    copied = list(full.parameters())
     check_repeatable(name, full, run)
     replace_attention(full, run)
     folded = fold_batchnorm(full, run) if fold else {}
     if offload is not None:
-        offload.put_parameters(full, but=addresses(model))
+        offload.put_parameters(full, but=copied)
     return full, folded
-
-
-def _itself(weight: torch.Tensor) -> torch.Tensor:
-    return weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,27 +29,30 @@ class Offload:
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
+        if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+            raise ValueError(f"offload_folder must be a folder on a disk, got {folder!r}")
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"offload_folder must be a folder, got {os.fspath(folder)!r}, which is none")
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy in a file, of the same strides as a clone's; the tensor itself if it is small, or not on a CPU.
+        """A copy with the strides of a clone: in a file, or in memory if it is small, or not on a CPU.
 
         Raises:
             OSError: the disk is full.
         """
         if tensor.device.type != "cpu" or tensor.nbytes < SMALLEST or tensor.layout != torch.strided:
-            return tensor
+            return tensor.clone()
         clone = torch.empty_like(tensor, device="meta")  # channels may be last, and operations choose kernels by that
         home = mapped((tensor.numel(),), tensor.dtype, self.folder, ADVICE)
         return home.as_strided(clone.shape, clone.stride()).copy_(tensor)
 
-    def put_parameters(self, module: nn.Module, but: frozenset[int] = frozenset()) -> None:
-        """Move a module's parameters to files, but those whose memory begins at one of these addresses."""
+    def put_parameters(self, module: nn.Module, but: Sequence[nn.Parameter] = ()) -> None:
+        """Move a module's parameters to files, but those given, which lie there."""
+        there = {id(parameter) for parameter in but}
         for parameter in module.parameters():
-            if parameter.data_ptr() not in but:
+            if id(parameter) not in there:
                 parameter.data = self.put(parameter.data)
 
     @contextmanager
@@ -60,8 +63,3 @@ class Offload:
         yield
         self.put_parameters(module)
         give_back_freed_memory()
-
-
-def addresses(model: nn.Module) -> frozenset[int]:
-    """Where the memory of a model's parameters begins."""
-    return frozenset(parameter.data_ptr() for parameter in model.parameters())

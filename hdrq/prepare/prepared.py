@@ -20,7 +20,7 @@ from hdrq.prepare.units import find_blocks
 class Prepared:
     """What quantization starts from."""
 
-    full: nn.Module  # in full precision, to be read alone: it shares the model's weights where no fold changes them
+    full: nn.Module  # in full precision: BatchNorm folded, packed attentions replaced
     quantized: nn.Module  # a copy of it, to be given quantizers
     folded: dict[str, str]  # the BatchNorms that were folded, each with its layer
     units: list[str]  # the units of reconstruction, in forward order
@@ -52,7 +52,7 @@ def prepare(
     Raises:
         ValueError: folding or replacing changed the outputs, or a weight is read without a call of its layer.
     """
-    full, folded = prepare_float(model, run_batch, fold=fold, shared=True, offload=offload)
+    full, folded = prepare_float(model, run_batch, fold=fold, offload=offload)
     quantized = copy_model("model", full, place=torch.clone if offload is None else offload.put)
     units = find_blocks(full, run_sample, blocks)
     refuse_uncalled(quantized, run_sample, bits, model)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 
 import pytest
 import torch
@@ -44,6 +45,15 @@ class Derived(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(3))
         self.register_buffer("doubled", self.weight.detach() * 2, persistent=False)
+
+
+class Listed(nn.Module):
+    """A parameter that the module keeps in a list too."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.kept = [self.weight]
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +103,35 @@ def test_no_parameter_has_memory_while_the_model_is_made(tmp_path):
     assert not nn.Linear(2, 2).weight.is_meta  # modules made afterwards are as ever
 
 
+def test_one_parameter_given_to_two_layers_stays_one_and_need_be_saved_once(tmp_path):
+    def make():
+        model, weight = Tied(), nn.Parameter(torch.zeros(4, 4))
+        model.inner.weight = weight
+        model.outer.weight = weight
+        return model
+
+    given = {**Tied().state_dict(), "inner.weight": torch.rand(4, 4)}
+    del given["outer.weight"]  # as Hugging Face saves
+    save_file(given, tmp_path / "state")
+    for options in ({}, {"offload_folder": tmp_path / "offload"}):
+        made = hdrq.load_float(make, tmp_path / "state", **options)
+        assert made.outer.weight is made.inner.weight and torch.equal(made.outer.weight, given["inner.weight"])
+
+
+def test_modules_of_other_threads_have_their_values(tmp_path):
+    save_file(Tied().state_dict() | {"outer.weight": torch.ones(4, 4)}, tmp_path / "state")
+    found = []
+
+    def make():
+        other = threading.Thread(target=lambda: found.append(nn.Linear(2, 2)))
+        other.start()
+        other.join()
+        return Tied()
+
+    hdrq.load_float(make, tmp_path / "state", offload_folder=tmp_path)
+    assert not found[0].weight.is_meta
+
+
 def test_another_dtype_is_copied_to_the_folder(tmp_path):
     halves = {name: value.half() if value.is_floating_point() else value for name, value in net(1).state_dict().items()}
     save_file(halves, tmp_path / "state")
@@ -104,8 +143,10 @@ def test_another_dtype_is_copied_to_the_folder(tmp_path):
 
 def test_what_cannot_be_made_so_is_refused(tmp_path):
     save_file({"weight": torch.ones(3)}, tmp_path / "state")
-    with pytest.raises(ValueError, match=r"compute no tensor of its parameters while it is made, got doubled; leave"):
+    with pytest.raises(ValueError, match=r"compute no tensor of them while it is made, got doubled; leave"):
         hdrq.load_float(Derived, tmp_path / "state", offload_folder=tmp_path)
+    with pytest.raises(ValueError, match=r"must keep its parameters in modules alone, .*, got kept; leave"):
+        hdrq.load_float(Listed, tmp_path / "state", offload_folder=tmp_path)
     with pytest.raises(ValueError, match=r"no values until the state gives them; leave offload_folder out"):
         hdrq.load_float(run_while_made, tmp_path / "state", offload_folder=tmp_path)
     with pytest.raises(ValueError, match=r"must have the tensors of net, got .*; 1\.weight missing"):

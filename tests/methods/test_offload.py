@@ -58,6 +58,28 @@ def test_files_hold_the_bits_that_memory_would(tmp_path, recipe, dtype):
     assert same(state(model), before)
 
 
+@pytest.mark.parametrize("smallest", [1, 1 << 16])
+@pytest.mark.parametrize("recipe", ["rtn", "gptq"])
+def test_the_result_shares_nothing_with_the_users_model(tmp_path, monkeypatch, recipe, smallest):
+    """Be its tensors in files or, being small, in memory."""
+    monkeypatch.setattr(offload, "SMALLEST", smallest)
+    model = Net().eval()
+    before = state(model)
+    result = hdrq.quantize(model, X, recipe, bits="W4A8", progress=False, offload_folder=tmp_path)
+    assert same(state(model), before)
+    with torch.no_grad():
+        for tensor in (*result.parameters(), *result.buffers()):
+            tensor.zero_()
+    assert same(state(model), before)
+
+
+def test_a_forward_that_writes_to_weights_leaves_the_users_model():
+    model = nn.Sequential(nn.Embedding(10, 16, max_norm=1.0), nn.Linear(16, 4)).eval()
+    before = state(model)
+    hdrq.quantize(model, torch.arange(40).view(8, 5) % 10, "rtn", progress=False)
+    assert same(state(model), before)
+
+
 def test_a_file_has_the_strides_of_a_clone(tmp_path):
     folder, w = offload.Offload(tmp_path), torch.randn(4, 3, 2, 2)
     for tensor in (w.to(memory_format=torch.channels_last), w[:, :1], w[0, 0, 0, 0].expand(5, 6), w.mT, w[:0]):
@@ -72,7 +94,9 @@ def test_bits_for_a_budget_are_measured_from_files_too(tmp_path, monkeypatch):
     usual = hdrq.quantize(Net().eval(), X, "rtn", **given)
     assert not sizes
     assert same(state(hdrq.quantize(Net().eval(), X, "rtn", offload_folder=tmp_path, **given)), state(usual))
-    assert sizes.count(Net().head.weight.numel()) == 2  # of the copy that is measured, and of the quantized one
+    assert (
+        sizes.count(Net().head.weight.numel()) == 4
+    )  # twice of what is measured, and of what is quantized: in full precision, and the copy
 
 
 @linux
@@ -99,6 +123,9 @@ def test_weights_lie_in_files_but_while_their_unit_is_fitted(tmp_path, monkeypat
 
 def test_what_cannot_be_is_refused_at_the_start(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
+    for odd in ("", 5):
+        with pytest.raises(ValueError, match=f"offload_folder must be a folder on a disk, got {odd!r}"):
+            hdrq.quantize(Net().eval(), X, "rtn", offload_folder=odd)
     with pytest.raises(ValueError, match=r"offload_folder must be a folder, got '.*file', which is none"):
         hdrq.quantize(Net().eval(), X, "rtn", offload_folder=tmp_path / "file")
     monkeypatch.setattr("hdrq.methods.post_training.device_of", lambda model: torch.device("cuda:0"))

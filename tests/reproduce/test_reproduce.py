@@ -218,7 +218,8 @@ def test_a_task_is_set_against_another(tmp_path):
     done = CliRunner().invoke(app, [*call, "--rows", flat])
     assert done.exit_code == 0, done.output
     lines = (tmp_path / "out" / "between.md").read_text().splitlines()
-    assert lines[0] == "## flat, less plain" and lines[4].startswith("| 2 seeds, W3A3 | single | all targets, nearest | ")
+    assert lines[0] == "## flat, less plain"
+    assert lines[4].startswith("| 2 seeds, W3A3 | single | all targets, nearest | ")
     gains = {line.split(" | ")[0]: line.split(" | ")[1:] for line in lines[6:]}
     assert gains.keys() == {"| RTN", "| RTN, less QDrop there"}
     assert all(cell.startswith("80.0: 20.0 [") for cell in gains["| RTN"])
