@@ -139,6 +139,16 @@ def stopped(monkeypatch, **options):
             merge_calibrated(**options)
 
 
+@pytest.mark.parametrize("method", ["closed-form", "qdrop"])
+def test_a_run_is_resumed_with_each_sample_in_its_task_alone(models, tmp_path, method):
+    options = {"method": method, "workdir": tmp_path, "progress": False}
+    options |= {"iterations": 1} if method == "qdrop" else {}
+    first, second = TASKS
+    merge_calibrated(models, [[first[:8], first[8:]], [second]], **options)
+    with pytest.raises(ValueError, match=r"resume must have what the run in .* tasks \("):
+        merge_calibrated(models, [[first[:8]], [first[8:], second]], resume=True, **options)
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(models, learned, tmp_path, monkeypatch):
     options = {"models": models, "calibration": TASKS, "workdir": tmp_path, "checkpoint_every": 15, **LEARNS}
     stopped(monkeypatch, **options)
