@@ -294,7 +294,7 @@ def test_bad_settings(options, error, message):
 def test_what_is_free_is_what_linux_calls_available(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 1000 kB\nMemAvailable: 6000 kB\n")
     monkeypatch.setattr(cache, "MEMINFO", tmp_path / "meminfo")
-    assert cache._half_of_free(CPU) == {"device": 3000 * 1024, "host": 3000 * 1024}
+    assert cache.half_of_free(CPU) == {"device": 3000 * 1024, "host": 3000 * 1024}
     for text in ("MemFree: 1000 kB\n", "MemAvailable: much\n"):
         (tmp_path / "meminfo").write_text(text)
-        assert cache._half_of_free(CPU)["host"] > 2**20  # from free pages
+        assert cache.half_of_free(CPU)["host"] > 2**20  # from free pages
