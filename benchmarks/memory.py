@@ -70,7 +70,7 @@ def quantized(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     x = torch.randn(options.samples, options.width, generator=torch.Generator().manual_seed(0))
     knobs: dict[str, Any] = {"bits": options.bits, "iterations": options.iterations, "cache": "disk"}
     peak, began = Peak(), time.perf_counter()
-    source, model = (hdrq.load_float(network, f, vars(options)["shape"], **offload) for f in files)
+    source, model = (hdrq.load_float(network, f, options.shape, **offload) for f in files)
     if options.recipe == "hdrq":
         knobs["source"] = source
     if options.recipe in ("rtn", "gptq"):

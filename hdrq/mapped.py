@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 
 
-def mapped(shape: Sequence[int], dtype: torch.dtype, folder: str | os.PathLike | None, advice: str) -> torch.Tensor:
+def mapped(
+    shape: Sequence[int], dtype: torch.dtype, folder: str | os.PathLike | None, what: str, advice: str
+) -> torch.Tensor:
     """A tensor in a file without a name, so that none outlives the process.
 
     The system writes it out, and reads it again, where memory gets short. All of its room is taken now: writing to a
@@ -23,7 +25,7 @@ def mapped(shape: Sequence[int], dtype: torch.dtype, folder: str | os.PathLike |
 
     Args:
         folder: where the file lies; None for the system's folder of temporary files.
-        advice: what to do where the disk is full, for the message.
+        what, advice: what the folder is called where the disk is full, and what to do then.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
@@ -41,7 +43,7 @@ def mapped(shape: Sequence[int], dtype: torch.dtype, folder: str | os.PathLike |
         place = Path(path).parent
         free = shutil.disk_usage(place).free
         raise OSError(
-            error.errno, f"the folder must have room for {size:,} bytes, got {free:,} free; {advice}", str(place)
+            error.errno, f"{what} must have room for {size:,} bytes, got {free:,} free; {advice}", str(place)
         ) from error
     finally:
         os.close(handle)

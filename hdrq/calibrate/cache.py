@@ -72,7 +72,7 @@ class Cache:
         elif tier == "host":
             tensor = torch.empty((count, *shape), dtype=dtype, pin_memory=self.device.type == "cuda")
         else:
-            tensor = mapped((count, *shape), dtype, self.folder, ADVICE)
+            tensor = mapped((count, *shape), dtype, self.folder, "the cache's folder", ADVICE)
         self.used[tier] += size
         self.peak[tier] = max(self.peak[tier], self.used[tier])
         rows = Rows(tensor, tier, self.device)

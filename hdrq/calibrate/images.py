@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from hdrq import checks
 from hdrq.calibrate.data import spread
+from hdrq.checkpoint.library import SafetensorError, load_file
 
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 PIXELS = 2**27  # of a picture, at most, as it is declared and as it is resized
@@ -154,8 +155,6 @@ def _tensor(path: Path) -> torch.Tensor:
         except (EOFError, ValueError, MemoryError, OverflowError, SyntaxError, TypeError) as error:
             raise ValueError(f"data must be an array, got {path}, which cannot be read: {error}") from error
     elif path.suffix == ".safetensors":
-        from hdrq.checkpoint.library import SafetensorError, load_file
-
         try:
             tensors = load_file(path)
         except SafetensorError as error:

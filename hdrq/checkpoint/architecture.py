@@ -59,7 +59,7 @@ def build(model: str | Callable[..., nn.Module], **arguments) -> nn.Module:
     make = factory(model) if isinstance(model, str) else model
     if not callable(make):
         raise TypeError(f'model must be "module:factory" or a function that makes a module, got {type(model).__name__}')
-    text = model if isinstance(model, str) else getattr(model, "__qualname__", repr(model))
+    text = name_of(model)
     try:
         made = make(**arguments)
     except torch.OutOfMemoryError:
@@ -69,6 +69,11 @@ def build(model: str | Callable[..., nn.Module], **arguments) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise TypeError(f"model must be a factory of a torch.nn.Module, got one of {type(made).__name__}")
     return made
+
+
+def name_of(model: str | Callable[..., nn.Module]) -> str:
+    """What messages call an architecture."""
+    return model if isinstance(model, str) else getattr(model, "__qualname__", repr(model))
 
 
 def _said(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hdrq.checkpoint.architecture import build
+from hdrq.checkpoint.architecture import build, name_of
 from hdrq.checkpoint.library import load_file
 from hdrq.checkpoint.states import state_differences, tensors_of
 from hdrq.checks import listed
@@ -54,7 +54,7 @@ def load_float(
         ValueError: no such architecture; a file that is no state, or not the architecture's: the tensors are named.
         TypeError: ``model`` makes something else than a module.
     """
-    known = model if isinstance(model, str) else getattr(model, "__qualname__", repr(model))
+    known = name_of(model)
     if offload_folder is None:
         made = build(model, **(model_args or {}))
         if weights is not None:
@@ -67,8 +67,10 @@ def load_float(
         with _parameters_on_meta():
             made = build(model, **(model_args or {}))
     except ValueError as error:
+        if "meta" not in str(error):
+            raise
         way_out = "parameters have no values until the state gives them; leave offload_folder out"
-        raise ValueError(f"{error}; {way_out}" if "meta" in str(error) else str(error)) from error
+        raise ValueError(f"{error}; {way_out}") from error
     _give_parameters(made, _state_for(made, known, weights, mapped=True), offload)
     return made.eval()
 
@@ -79,8 +81,9 @@ def _state_for(
     """The tensors of a model, ``known`` by a name, from a file that has them all, and nothing that is no model's."""
     wanted = tensors_of(model)
     state = _without_prefix(read_state(weights, mapped), wanted, weights)
-    given = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in state}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    given = {id(parameter): name for name, parameter in parameters.items() if name in state}
+    for name, parameter in parameters.items():
         if name not in state and id(parameter) in given:  # a tied one is saved once
             state[name] = state[given[id(parameter)]]
     for name in wanted.keys() - state.keys():
@@ -98,7 +101,6 @@ def _state_for(
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Parameters of modules that are made inside the block have shapes and no values; buffers are as ever."""
-
     made = WeakIdKeyDictionary()  # of a parameter that several modules are given, one without values
     thread = threading.get_ident()  # the hook is the process's
 

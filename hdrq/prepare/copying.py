@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
 import torch
 from torch import nn
+
+from hdrq.prepare.offload import Offload
 
 ATOMS = (
     str,
@@ -26,12 +28,11 @@ ATOMS = (
 )
 
 
-def copy_model(name: str, model: nn.Module, place: Callable[[torch.Tensor], torch.Tensor] | None = None) -> nn.Module:
+def copy_model(name: str, model: nn.Module, offload: Offload | None = None) -> nn.Module:
     """A deep copy. A tensor that a module kept from a run, with the graph that made it, is copied without the graph.
 
     Args:
-        place: gives the values of each parameter of the copy; None copies them. One that returns what it is given
-            makes a copy that shares its weights with the model.
+        offload: where the parameters of the copy lie; None for memory.
 
     Raises:
         TypeError: something cannot be copied; the message names the module and the attribute.
@@ -42,10 +43,9 @@ def copy_model(name: str, model: nn.Module, place: Callable[[torch.Tensor], torc
         for tensor in tensors_in(vars(module), kept):
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach().clone()
-    for parameter in model.parameters():
-        # Memory of inference mode takes part in no training, so it is always copied.
-        if place is not None and type(parameter) is nn.Parameter and not parameter.is_inference():
-            memo[id(parameter)] = nn.Parameter(place(parameter.data), parameter.requires_grad)
+    if offload is not None:
+        plain = [parameter for parameter in model.parameters() if type(parameter) is nn.Parameter]
+        memo |= {id(p): nn.Parameter(offload.put(p.data), p.requires_grad) for p in plain}
     try:
         return copy.deepcopy(model, dict(memo))
     except torch.OutOfMemoryError:

@@ -140,7 +140,7 @@ def prepare_float(
         TypeError: the model cannot be copied.
         ValueError: two runs give different outputs.
     """
-    full = copy_model(name, model, place=None if offload is None else offload.put).requires_grad_(False)
+    full = copy_model(name, model, offload).requires_grad_(False)
     copied = list(full.parameters())
     check_repeatable(name, full, run)
     replace_attention(full, run)

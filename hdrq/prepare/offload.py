@@ -45,7 +45,7 @@ class Offload:
         if tensor.device.type != "cpu" or tensor.nbytes < SMALLEST or tensor.layout != torch.strided:
             return tensor.clone()
         clone = torch.empty_like(tensor, device="meta")  # channels may be last, and operations choose kernels by that
-        home = mapped((tensor.numel(),), tensor.dtype, self.folder, ADVICE)
+        home = mapped((tensor.numel(),), tensor.dtype, self.folder, "the folder of weights", ADVICE)
         return home.as_strided(clone.shape, clone.stride()).copy_(tensor)
 
     def put_parameters(self, module: nn.Module, but: Sequence[nn.Parameter] = ()) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from hdrq.prepare.attention import expose_operands
@@ -47,13 +46,13 @@ def prepare(
         blocks: the names of the units; None finds them.
         attention: whether the operands of attentions are to be quantized.
         fold: whether BatchNorm is folded.
-        offload: where the weights of the quantized copy lie; None for memory.
+        offload: where the weights of both copies lie; None for memory.
 
     Raises:
         ValueError: folding or replacing changed the outputs, or a weight is read without a call of its layer.
     """
     full, folded = prepare_float(model, run_batch, fold=fold, offload=offload)
-    quantized = copy_model("model", full, place=torch.clone if offload is None else offload.put)
+    quantized = copy_model("model", full, offload)
     units = find_blocks(full, run_sample, blocks)
     refuse_uncalled(quantized, run_sample, bits, model)
     operands = expose_operands(quantized, run_sample) if attention else []

@@ -184,7 +184,7 @@ def test_full_disk_while_caching_loses_nothing(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "posix_fallocate", filling)
-        with pytest.raises(OSError, match=r"the folder must have room for [\d,]+ bytes, got [\d,]+ free"):
+        with pytest.raises(OSError, match=r"the cache's folder must have room for [\d,]+ bytes, got [\d,]+ free"):
             learn(workdir=tmp_path, cache="disk", **OPTIONS)
     assert (tmp_path / "block-000.safetensors").exists()
     assert not list(tmp_path.glob("hdrq-*"))

@@ -1,8 +1,9 @@
-"""Quantized ONNX models to read: what ONNX Runtime's quantizer makes of a network, and graphs made by hand."""
+"""A network to export, and quantized ONNX models to read: made by ONNX Runtime's quantizer, or by hand."""
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from hdrq.checkpoint.format import Reader
 from hdrq.merging.files import merge_files
@@ -16,6 +17,21 @@ from onnxruntime import quantization as ort  # noqa: E402
 from hdrq.export import read_onnx, write_like  # noqa: E402
 
 X = np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)
+
+
+class Net(nn.Module):
+    """A residual network with two convolutions whose outputs nobody quantizes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = (x + self.b(self.a(x).relu())).relu()
+        return self.head(x.mean((2, 3)))
 
 
 def answers(path, fused=False, x=X):

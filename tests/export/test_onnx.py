@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import MODELS, built
+from export.onnx_models import Net
 from torch import nn
 
 import hdrq
@@ -28,21 +29,6 @@ def quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning, UserWarning))
         yield
-
-
-class Net(nn.Module):
-    """A residual network with two convolutions whose outputs nobody quantizes."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.stem(x).relu()
-        x = (x + self.b(self.a(x).relu())).relu()
-        return self.head(x.mean((2, 3)))
 
 
 def quantized(bits="W4A4", **options):

@@ -8,32 +8,19 @@ import numpy as np
 import pytest
 import torch
 from export.onnx_models import (
+    Net,
     X,
     answers,
     onnx,
     tensors,
 )
 from onnx import helper
-from torch import nn
 
 import hdrq
 from hdrq.export import read_onnx, to_onnx, write_like
 from hdrq.merging.files import merge_files
 
 pytestmark = pytest.mark.usefixtures("quiet")
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.stem(x).relu()
-        x = (x + self.b(self.a(x).relu())).relu()
-        return self.head(x.mean((2, 3)))
 
 
 def adapted(seed, bits, **options):

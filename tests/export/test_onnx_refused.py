@@ -81,6 +81,15 @@ TWICE = [
     node("Add", "y1 y0", "y"),
 ]
 LOW_HIGH = {"low": np.uint8(0), "high": np.uint8(7), "seven": np.uint8(9)}
+
+
+def with_constant_called(name):
+    """A graph that adds a constant of this name, which files keep for other tensors; and the message."""
+    nodes = [node("MatMul", "xd wd", "y1"), node("Add", f"y1 {name}", "y")]
+    message = f"constants must not have the names of quantizers' tensors, got {name}"
+    return {"nodes": nodes, "constants": {name: np.float32(1)}}, message
+
+
 REFUSED = {
     "codes that are read in two ways": (
         {"nodes": [node("MatMul", "xd wd", "y0"), *TWICE], "constants": {"w_scale2": np.full(6, 0.1, np.float32)}},
@@ -115,13 +124,7 @@ REFUSED = {
         },
         "zero point of w must be INT8, got UINT8",
     ),
-    "the name of a safetensors header": (
-        {
-            "nodes": [node("MatMul", "xd wd", "y1"), node("Add", "y1 __metadata__", "y")],
-            "constants": {"__metadata__": np.float32(1)},
-        },
-        "constants must not have the names of quantizers' tensors, got __metadata__",
-    ),
+    "the name of a safetensors header": with_constant_called("__metadata__"),
     "a shape that is not its own": (
         {"constants": {"w": TensorProto(name="w", data_type=3, dims=[-1, 6], raw_data=bytes(24))}},
         r"w must have sides in \[0, 281474976710656\), got the shape \(-1, 6\)",
@@ -190,13 +193,7 @@ REFUSED = {
         {"nodes": [node("Cast", "w", "wf", to=1)]},
         "w must be read by its quantizer alone, got others that read it as it is",
     ),
-    "a tensor's name": (
-        {
-            "nodes": [node("MatMul", "xd wd", "y1"), node("Add", "y1 x.input.scale", "y")],
-            "constants": {"x.input.scale": np.float32(1)},
-        },
-        "constants must not have the names of quantizers' tensors, got x.input.scale",
-    ),
+    "a tensor's name": with_constant_called("x.input.scale"),
     "an axis that there is not": (
         {"nodes": [node("DequantizeLinear", "w w_scale", "wd", axis=2)]},
         r"axis of DequantizeLinear wd must be in \[-2, 1\], got 2",

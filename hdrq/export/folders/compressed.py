@@ -14,6 +14,7 @@ from torch import nn
 from hdrq import checks
 from hdrq.checkpoint.files import new_folder
 from hdrq.checkpoint.format import TABLES
+from hdrq.checkpoint.library import save_file
 from hdrq.checkpoint.saving import state_of
 from hdrq.export.folders.forms import Compressed
 from hdrq.quantizers.layers import input_readers
@@ -170,8 +171,6 @@ def _write_shards(
     facts: str,
 ) -> None:
     """The tensors in files of at most ``LARGEST_SHARD`` bytes, and their index where they are several."""
-    from hdrq.checkpoint.library import save_file
-
     places: list[tuple[str, int, int]] = []  # of each tensor: its name, its shard, its bytes
     shard: dict[str, torch.Tensor] = {}
 
@@ -179,11 +178,12 @@ def _write_shards(
         save_file(shard, folder / f"{number}.part", metadata={"format": "pt", "hdrq": facts})
         shard.clear()
 
-    number = 0
+    number = size = 0
     for name, tensor in _tensors(tensors, forms, inputs):
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > LARGEST_SHARD:
+        if shard and size + tensor.nbytes > LARGEST_SHARD:
             close(number)
-            number += 1
+            number, size = number + 1, 0
+        size += tensor.nbytes
         dense = tensor.detach().cpu().contiguous()
         whole = dense.untyped_storage().nbytes() == dense.nbytes  # a part of another is refused by safetensors
         shard[name] = dense if whole else dense.clone()
