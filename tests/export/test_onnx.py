@@ -44,7 +44,7 @@ def answers(path, x, fused=False):
     return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "ResNet-50"])  # ResNet has the same operations
 def test_every_architecture_runs_in_integers(name, tmp_path):
     pytest.importorskip("openvino")
     model, data = built(name)
@@ -57,10 +57,9 @@ def test_every_architecture_runs_in_integers(name, tmp_path):
     assert found.difference <= max(1e-6, 3 * found.floor) and found.agreement == 1
 
 
-@pytest.mark.parametrize("bits", ["W8A8", "W4A4", "W3A3", "W2A5"])
 @pytest.mark.parametrize("runtime", ["openvino", "onnxruntime", "standard"])
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_unfused_answers_are_hdrqs(bits, runtime, per_channel, tmp_path):
+@pytest.mark.parametrize(("bits", "per_channel"), [("W8A8", False), ("W4A4", True), ("W3A3", False), ("W2A5", True)])
+def test_unfused_answers_are_hdrqs(runtime, bits, per_channel, tmp_path):
     model = quantized(bits, per_channel=per_channel)
     to_onnx(model, X, tmp_path / "model.onnx", runtime=runtime, allow_float=True)
     with torch.no_grad():
@@ -68,12 +67,12 @@ def test_unfused_answers_are_hdrqs(bits, runtime, per_channel, tmp_path):
     np.testing.assert_allclose(answers(tmp_path / "model.onnx", X), want, atol=2e-6)
 
 
-@pytest.mark.parametrize("size", [1, 2, 7])
-def test_the_batch_is_free(size, tmp_path):
+def test_the_batch_is_free(tmp_path):
     model = quantized()
     to_onnx(model, X[:1], tmp_path / "model.onnx")
-    with torch.no_grad():
-        np.testing.assert_allclose(answers(tmp_path / "model.onnx", X[:size]), model(X[:size]).numpy(), atol=2e-6)
+    for size in (1, 2, 7):
+        with torch.no_grad():
+            np.testing.assert_allclose(answers(tmp_path / "model.onnx", X[:size]), model(X[:size]).numpy(), atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["BERT", "language"])
@@ -94,8 +93,9 @@ def test_weights_with_zero_points(bits, tmp_path):
         np.testing.assert_allclose(answers(tmp_path / "model.onnx", X), model(X).numpy(), atol=2e-6)
 
 
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize(("bits", "affine"), [("W4A8", False), ("W4A8", True), ("W8A8", True)])
+@pytest.mark.parametrize(
+    ("bits", "affine", "turned"), [("W4A8", False, False), ("W4A8", True, True), ("W8A8", True, False)]
+)
 def test_weights_in_groups_are_in_blocks(bits, affine, turned, tmp_path):
     """A linear layer on images reads its weight turned by a Transpose, which is folded, and one on rows as it lies."""
 
