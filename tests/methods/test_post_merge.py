@@ -256,7 +256,8 @@ def test_bad_arguments_are_refused(change, message):
 @pytest.mark.parametrize("method", ["hdrq", "epmq"])
 def test_a_killed_run_goes_on_to_the_same_bits(method, tmp_path, monkeypatch):
     learned = {"iterations": 6, "checkpoint_every": 2} if method == "hdrq" else {}
-    how = {"experts": EXPERTS[:2], "tasks": TASKS[:2], "method": method, **learned}
+    first, second, third = (*TASKS[0].chunk(2), TASKS[1])
+    how = {"experts": EXPERTS[:2], "tasks": [[first], [second, third]], "method": method, **learned}
     replace, left = os.replace, iter(range(4 if learned else 2))
 
     def failing(source, target):
@@ -273,6 +274,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(method, tmp_path, monkeypatch):
     for change, message in (
         ({"experts": EXPERTS[1:]}, r"experts \("),
         ({"tasks": TASKS[1:]}, r"calibration \("),
+        ({"tasks": [[first, second], [third]]}, r"got others: tasks \("),
         ({"merge": "task-arithmetic", "base": BASE}, r"base \(None, now \w+\); merge \("),
         ({"method": "gptq", "lam": None}, r"method \("),
         ({"lam": 0.5, "method": "epmq"}, r"lam \("),
