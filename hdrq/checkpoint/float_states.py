@@ -5,24 +5,20 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 from hdrq.checkpoint.architecture import build, name_of
+from hdrq.checkpoint.deferred import built_on_meta, give_parameters
 from hdrq.checkpoint.library import load_file
 from hdrq.checkpoint.states import state_differences, tensors_of
 from hdrq.checks import listed
 from hdrq.errors import MissingExtra
-from hdrq.prepare.copying import tensors_in
 from hdrq.prepare.offload import Offload
 
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, and of torch.compile
@@ -63,15 +59,15 @@ def load_float(
     if weights is None:
         raise ValueError("weights must be a file where offload_folder is given, got None")
     offload = Offload(offload_folder)
-    try:
-        with _parameters_on_meta():
-            made = build(model, **(model_args or {}))
-    except ValueError as error:
-        if "meta" not in str(error):
-            raise
-        way_out = "parameters have no values until the state gives them; leave offload_folder out"
-        raise ValueError(f"{error}; {way_out}") from error
-    _give_parameters(made, _state_for(made, known, weights, mapped=True), offload)
+    made = built_on_meta(model, model_args or {})
+    state = _state_for(made, known, weights, mapped=True)
+
+    def place(name: str, parameter: nn.Parameter) -> torch.Tensor:
+        value = state[name]
+        return value if value.dtype == parameter.dtype else offload.put(value.to(parameter.dtype))
+
+    given = give_parameters(made, place)
+    made.load_state_dict({name: value for name, value in state.items() if name not in given}, strict=False)
     return made.eval()
 
 
@@ -96,59 +92,6 @@ def _state_for(
     if differences:
         raise ValueError(f"{weights} must have the tensors of {known}, got {listed(differences)}")
     return state
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters of modules that are made inside the block have shapes and no values; buffers are as ever."""
-    made = WeakIdKeyDictionary()  # of a parameter that several modules are given, one without values
-    thread = threading.get_ident()  # the hook is the process's
-
-    def without_values(module: nn.Module, name: str, parameter: Any) -> Any:
-        if type(parameter) is not nn.Parameter or parameter.is_meta or threading.get_ident() != thread:
-            return None
-        if parameter not in made:
-            made[parameter] = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
-        return made[parameter]
-
-    hook = register_module_parameter_registration_hook(without_values)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _give_parameters(model: nn.Module, state: Mapping[str, torch.Tensor], offload: Offload) -> None:
-    """Give a model whose parameters are on meta those of a state, each where it lies; and copies of its buffers.
-
-    Raises:
-        ValueError: other tensors of the model are on meta, because they were made of its parameters.
-    """
-    values = dict(model.named_parameters(remove_duplicate=False))
-    given = {}  # by what is on meta: one that modules share stays one
-    for name, parameter in values.items():
-        if not parameter.is_meta:
-            parameter.data.copy_(state[name])
-            given[id(parameter)] = parameter
-            continue
-        value = state[name]
-        value = value if value.dtype == parameter.dtype else offload.put(value.to(parameter.dtype))
-        given[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
-    for module in model.modules():
-        own = {name: given[id(each)] for name, each in module._parameters.items() if each is not None}
-        module._parameters.update(own)
-    derived = [
-        f"{place}.{name}".removeprefix(".")
-        for place, module in model.named_modules()
-        for name, value in {**vars(module), **module._buffers, "_parameters": None, "_buffers": None}.items()
-        if any(tensor.is_meta for tensor in tensors_in(value, set()))
-    ]
-    if derived:
-        raise ValueError(
-            "model must keep its parameters in modules alone, and compute no tensor of them while it is made, got "
-            f"{listed(derived)}; leave offload_folder out"
-        )
-    model.load_state_dict({name: value for name, value in state.items() if name not in values}, strict=False)
 
 
 def read_state(path: str | os.PathLike, mapped: bool = False) -> dict[str, torch.Tensor]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from hdrq import checks
 from hdrq.checkpoint.architecture import build
+from hdrq.checkpoint.deferred import built_on_meta, give_parameters
 from hdrq.checkpoint.float_states import load_float
 from hdrq.checkpoint.format import TABLES, Reader, packs, scales_shape, statistics_specs
 from hdrq.checkpoint.library import SafetensorError, safe_open
@@ -20,8 +22,10 @@ from hdrq.checkpoint.states import plain_state, state_differences
 from hdrq.checks import listed
 from hdrq.ops.packing import unpack
 from hdrq.prepare.attention import restore_operands
+from hdrq.prepare.copying import copy_model
 from hdrq.prepare.float_model import check_float
 from hdrq.prepare.folding import BATCHNORM
+from hdrq.prepare.offload import Offload
 from hdrq.quantizers.attach import attach_input_quantizer
 from hdrq.quantizers.layers import (
     TRANSPOSED,
@@ -35,40 +39,64 @@ from hdrq.quantizers.layers import (
 from hdrq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from hdrq.quantizers.provenance import Statistics, set_origin, set_statistics
 
+FACTORIES = str, type, FunctionType, MethodType, partial
 FOLDABLE = tuple(kind for kind in WEIGHTED if kind is not nn.Embedding)
 
 
 def load(
-    path: str | os.PathLike, model: nn.Module | str | None = None, *, trust_architecture: bool = False
+    path: str | os.PathLike,
+    model: nn.Module | str | Callable[..., nn.Module] | None = None,
+    *,
+    trust_architecture: bool = False,
+    offload_folder: str | os.PathLike | None = None,
 ) -> nn.Module:
     """Read a quantized model; its outputs have the bits of the model that was saved.
 
     Args:
         path: a file that :func:`save` wrote.
-        model: the float architecture, as it was before :func:`hdrq.quantize`, left as it is, or ``"module:factory"``.
-            A checkpoint holds tensors, not code.
+        model: the float architecture, as it was before :func:`hdrq.quantize`, left as it is, or ``"module:factory"``,
+            or a function that makes it. A checkpoint holds tensors, not code.
         trust_architecture: where ``model`` is None, import and call the factory that the file names. That runs
             whatever it names: only for files whose writer is trusted.
+        offload_folder: a folder on a disk, for weights that do not fit in memory: they are dequantized layer by layer
+            into files of this folder, which the system maps, and need no memory of their own. None for memory.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: no architecture, not a checkpoint of hdrq, a damaged one, or one that does not fit the architecture.
+        OSError: the disk of ``offload_folder`` is full.
     """
+    offload = None if offload_folder is None else Offload(offload_folder)
     with Reader(path) as file:
-        if isinstance(model, str):
-            model = build(model)
-        elif model is None:
-            known = file.manifest.get("architecture")
-            if not (trust_architecture and known):
-                named = f"; the file names {known['factory']}: model= it, or trust_architecture=True" if known else ""
-                raise ValueError(f"model must be the architecture that the checkpoint was made from, got None{named}")
-            model = build(known["factory"], **known["arguments"])
-        check_float("model", model)
-        result = copy.deepcopy(model)
+        result = _architecture(model, file.manifest, trust_architecture, offload)
+        placed = list(result.parameters())
         attach(result, file.manifest)
+        if offload is not None:
+            offload.put_parameters(result, but=placed)  # what an attention was opened into
         assign(result, file.manifest, file.specs, file.tensor)
         set_statistics(result, {name: statistics(file, name) for name in file.manifest.get("statistics", {})})
     return result
+
+
+def _architecture(model: Any, manifest: Mapping[str, Any], trusted: bool, offload: Offload | None) -> nn.Module:
+    """A copy of the model that was given, or one that is made; where it is offloaded it need have no values."""
+    if not (model is None or isinstance(model, FACTORIES)):
+        check_float("model", model)
+        return copy_model("model", model, offload)
+    arguments: dict[str, Any] = {}
+    if model is None:
+        known = manifest.get("architecture")
+        if not (trusted and known):
+            named = f"; the file names {known['factory']}: model= it, or trust_architecture=True" if known else ""
+            raise ValueError(f"model must be the architecture that the checkpoint was made from, got None{named}")
+        model, arguments = known["factory"], known["arguments"]
+    if offload is None:
+        made = build(model, **arguments)
+    else:
+        made = built_on_meta(model, arguments)
+        give_parameters(made, lambda name, parameter: offload.empty_like(parameter))
+    check_float("model", made)
+    return made
 
 
 @torch.no_grad()

@@ -42,11 +42,23 @@ class Offload:
         Raises:
             OSError: the disk is full.
         """
-        if tensor.device.type != "cpu" or tensor.nbytes < SMALLEST or tensor.layout != torch.strided:
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
             return tensor.clone()
-        clone = torch.empty_like(tensor, device="meta")  # channels may be last, and operations choose kernels by that
+        return self.empty_like(tensor).copy_(tensor)
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Room on the CPU with the strides of a clone, for channels may be last, and operations choose kernels by that.
+
+        It is in a file, or in memory if the tensor is small.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if tensor.nbytes < SMALLEST:
+            return torch.empty_like(tensor, device="cpu")
+        clone = torch.empty_like(tensor, device="meta")
         home = mapped((tensor.numel(),), tensor.dtype, self.folder, "the folder of weights", ADVICE)
-        return home.as_strided(clone.shape, clone.stride()).copy_(tensor)
+        return home.as_strided(clone.shape, clone.stride())
 
     def put_parameters(self, module: nn.Module, but: Sequence[nn.Parameter] = ()) -> None:
         """Move a module's parameters to files, but those given, which lie there."""

@@ -142,3 +142,32 @@ def test_a_full_disk_is_named_and_nothing_stays_on_it(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"room for [\d,]+ bytes, got [\d,]+ free; offload_folder says where weights lie"):
         hdrq.quantize(Net().eval(), X, "rtn", offload_folder=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# --- quantized models
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "quantized.safetensors"
+    hdrq.save(hdrq.quantize(Net().eval(), X, "rtn", bits="W4A8", progress=False), path)
+    return path
+
+
+@pytest.mark.parametrize("architecture", [Net, lambda: Net(seed=1), Net().eval()])
+def test_a_quantized_model_is_read_into_files(tmp_path, saved, architecture):
+    before = state(architecture) if isinstance(architecture, nn.Module) else None
+    usual, found = (
+        hdrq.load(saved, architecture, **options) for options in ({}, {"offload_folder": tmp_path / "offload"})
+    )
+    assert same(state(found), state(usual)) and torch.equal(found(X), usual(X))
+    assert found.inner.parametrizations.weight.original is found.tied.parametrizations.weight.original
+    if sys.platform == "linux":
+        held = files_that_hold(found)
+        assert len(held) > 8 and all(str(tmp_path / "offload") in path for path in held.values())
+    assert not list((tmp_path / "offload").iterdir())
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.fill_(7)
+    assert same(state(hdrq.load(saved, Net)), state(usual))
+    assert before is None or same(state(architecture), before)
