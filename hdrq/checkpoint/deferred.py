@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from hdrq.checks import listed
 from hdrq.prepare.copying import tensors_in
 
 
-def built_on_meta(model: str | Callable[..., nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+def built_on_meta(model: str | Callable[..., nn.Module], **arguments: Any) -> nn.Module:
     """What a factory makes, its parameters on the meta device; its buffers are as ever.
 
     Raises:

@@ -59,7 +59,7 @@ def load_float(
     if weights is None:
         raise ValueError("weights must be a file where offload_folder is given, got None")
     offload = Offload(offload_folder)
-    made = built_on_meta(model, model_args or {})
+    made = built_on_meta(model, **(model_args or {}))
     state = _state_for(made, known, weights, mapped=True)
 
     def place(name: str, parameter: nn.Parameter) -> torch.Tensor:

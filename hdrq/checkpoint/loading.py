@@ -46,6 +46,7 @@ FOLDABLE = tuple(kind for kind in WEIGHTED if kind is not nn.Embedding)
 def load(
     path: str | os.PathLike,
     model: nn.Module | str | Callable[..., nn.Module] | None = None,
+    model_args: Mapping[str, Any] | None = None,
     *,
     trust_architecture: bool = False,
     offload_folder: str | os.PathLike | None = None,
@@ -56,6 +57,7 @@ def load(
         path: a file that :func:`save` wrote.
         model: the float architecture, as it was before :func:`hdrq.quantize`, left as it is, or ``"module:factory"``,
             or a function that makes it. A checkpoint holds tensors, not code.
+        model_args: the function's arguments.
         trust_architecture: where ``model`` is None, import and call the factory that the file names. That runs
             whatever it names: only for files whose writer is trusted.
         offload_folder: a folder on a disk, for weights that do not fit in memory: they are dequantized layer by layer
@@ -68,7 +70,7 @@ def load(
     """
     offload = None if offload_folder is None else Offload(offload_folder)
     with Reader(path) as file:
-        result = _architecture(model, file.manifest, trust_architecture, offload)
+        result = _architecture(model, model_args, file.manifest, trust_architecture, offload)
         placed = list(result.parameters())
         attach(result, file.manifest)
         if offload is not None:
@@ -78,12 +80,16 @@ def load(
     return result
 
 
-def _architecture(model: Any, manifest: Mapping[str, Any], trusted: bool, offload: Offload | None) -> nn.Module:
-    """A copy of the model that was given, or one that is made; where it is offloaded it need have no values."""
+def _architecture(
+    model: Any, arguments: Mapping[str, Any] | None, manifest: Mapping[str, Any], trusted: bool, offload: Offload | None
+) -> nn.Module:
+    """A copy of the model that was given, or one that is made; where it is offloaded its parameters have no values."""
+    if arguments is not None and not isinstance(model, FACTORIES):
+        raise ValueError(f"model_args must be left out without a function that makes the model, got {dict(arguments)}")
     if not (model is None or isinstance(model, FACTORIES)):
         check_float("model", model)
         return copy_model("model", model, offload)
-    arguments: dict[str, Any] = {}
+    arguments = arguments or {}
     if model is None:
         known = manifest.get("architecture")
         if not (trusted and known):
@@ -93,7 +99,7 @@ def _architecture(model: Any, manifest: Mapping[str, Any], trusted: bool, offloa
     if offload is None:
         made = build(model, **arguments)
     else:
-        made = built_on_meta(model, arguments)
+        made = built_on_meta(model, **arguments)
         give_parameters(made, lambda name, parameter: offload.empty_like(parameter))
     check_float("model", made)
     return made
@@ -209,11 +215,16 @@ def _check_modules(model: nn.Module, manifest: Mapping[str, Any]) -> None:
         raise ValueError(f"checkpoint must fit the model, got modules that it does not have: {listed(wrong)}")
 
 
-def load_either(file: str | os.PathLike, architecture: str, arguments: Mapping) -> nn.Module:
+def load_either(
+    file: str | os.PathLike,
+    architecture: str,
+    arguments: Mapping[str, Any],
+    offload_folder: str | os.PathLike | None = None,
+) -> nn.Module:
     """A model from a file of either kind: a quantized model, or a state of the architecture in full precision."""
     if _is_quantized(file):
-        return load(file, build(architecture, **arguments))
-    return load_float(architecture, file, arguments)
+        return load(file, architecture, arguments, offload_folder=offload_folder)
+    return load_float(architecture, file, arguments, offload_folder=offload_folder)
 
 
 def manifest_of(file: str | os.PathLike) -> dict[str, Any]:

@@ -39,6 +39,9 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Of images with label maps: test, or train.")] = "test",
     top: Annotated[int, typer.Option(help="An image is right if its label is among so many of the first.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    offload_folder: Annotated[
+        Path | None, typer.Option(help="On a disk: weights lie there and take no memory of their own.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images at a time; 100, or 4 with label maps.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -64,6 +67,7 @@ def evaluate(
             split=split,
             model_args=arguments,
             device=device,
+            offload_folder=offload_folder,
             batch_size=batch_size or 4,
             size=_size(size),
             label_size=_size(label_size or size),
@@ -73,7 +77,15 @@ def evaluate(
     else:
         made = {"resize": resize, "crop": crop, "mean": numbers("mean", mean), "std": numbers("std", std)}
         rows = evaluate_files(
-            files, data, model, model_args=arguments, device=device, batch_size=batch_size or 100, top=top, **made
+            files,
+            data,
+            model,
+            model_args=arguments,
+            device=device,
+            offload_folder=offload_folder,
+            batch_size=batch_size or 100,
+            top=top,
+            **made,
         )
         tables = [table(rows, "Accuracy (%)" if top == 1 else f"Accuracy, top {top} (%)")]
     if as_json:

@@ -90,6 +90,12 @@ def merge(
         list[str] | None,
         typer.Option("--set", help="With --calibrate, any other option of the method: name=value, iterations=400."),
     ] = None,
+    offload_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --calibrate, on a disk: weights lie there and take no memory but while they are learned."
+        ),
+    ] = None,
     workdir: Annotated[Path | None, typer.Option(help="With --calibrate: checkpoints, losses and their plot.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="With --calibrate: go on with the run in workdir.")] = False,
     samples: Annotated[int, typer.Option(help="How many samples of the data are read.")] = 256,
@@ -125,7 +131,8 @@ def merge(
         files, options = _of_recipe(files[0], options)
     inputs = {"samples": samples, "resize": resize, "crop": crop}
     guided = {"target": target, "lam": lam}
-    run = {"method": method, "set": set_, "workdir": workdir, "resume": resume or None}  # of blocks
+    run: dict[str, Any] = {"method": method, "set": set_, "offload_folder": offload_folder}
+    run |= {"workdir": workdir, "resume": resume or None}
     if add:
         settings = {"minus": minus, "scale": scale, "alpha": alpha, "model": model, "data": data, **inputs}
         settings |= _taken(options, "seed", "rule")

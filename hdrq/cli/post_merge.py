@@ -34,6 +34,9 @@ def post_merge(
     resize: Annotated[int, typer.Option(help="The shorter side of an image, pixels.")] = 256,
     crop: Annotated[int, typer.Option(help="The sides of its middle, pixels.")] = 224,
     seed: Annotated[int, typer.Option(help="Of batches, noise, and the elements that ranges are searched on.")] = 0,
+    offload_folder: Annotated[
+        Path | None, typer.Option(help="On a disk: weights lie there and take no memory but while they are learned.")
+    ] = None,
     workdir: Annotated[Path | None, typer.Option(help="Checkpoints, losses and their plot.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in workdir.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any field of the recipe: name=value.")] = None,
@@ -59,6 +62,7 @@ def post_merge(
         "resize": resize,
         "crop": crop,
         "seed": seed,
+        "offload_folder": offload_folder,
         "workdir": workdir,
         "resume": resume,
     }

@@ -27,6 +27,7 @@ def evaluate_files(
     *,
     model_args: Mapping[str, Any] | None = None,
     device: str = "cpu",
+    offload_folder: str | os.PathLike | None = None,
     batch_size: int = 100,
     top: int = 1,
     **preparation: Any,
@@ -37,6 +38,7 @@ def evaluate_files(
         files: quantized models, or states of the architecture in full precision, safetensors.
         data: folders with a folder for each class, the same as in the first.
         model: the architecture, ``"module:factory"``; without ``model_args``, those of the files are the factory's.
+        offload_folder: as for :func:`hdrq.load`; on the CPU alone.
         top: an image is right if its label is among so many of the greatest logits.
         preparation: arguments of :func:`hdrq.calibrate.images.load_labelled`; without, images are made as those that
             the files were calibrated on.
@@ -54,7 +56,8 @@ def evaluate_files(
         batches = load_labelled(path, batch_size=batch_size, classes=classes, **preparation)
         return accuracy_of(network, _as_floats(batches, network), top)
 
-    return [Row(*each) for each in _each(files, data, model, model_args, device, measured, "resize and crop make")]
+    how = model, model_args, device, offload_folder
+    return [Row(*each) for each in _each(files, data, *how, measured, "resize and crop make")]
 
 
 def _as_calibrated(manifests: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,13 +106,14 @@ def evaluate_label_maps(
     split: str = "test",
     model_args: Mapping[str, Any] | None = None,
     device: str = "cpu",
+    offload_folder: str | os.PathLike | None = None,
     batch_size: int = 4,
     **preparation: Any,
 ) -> list[IoURow]:
     """The mIoU of models on folders of images with label maps: a row for each file, a column for each folder.
 
     Args:
-        files, model: as :func:`evaluate_files` has them.
+        files, model, offload_folder: as :func:`evaluate_files` has them.
         data: folders, each with its layout, as :func:`hdrq.calibrate.labelmaps.load_label_maps` has them; ``split``
             and ``preparation`` are its further arguments.
     """
@@ -125,8 +129,8 @@ def evaluate_label_maps(
             raise ValueError(f"model must tell the {len(names)} classes of {path} apart, got {len(found)} logits")
         return {name: iou for name, iou in zip(names, found.tolist(), strict=True) if not math.isnan(iou)}
 
-    rows = []
-    for name, classes in _each(files, layouts, model, model_args, device, measured, "size makes"):
+    rows, how = [], (model, model_args, device, offload_folder)
+    for name, classes in _each(files, layouts, *how, measured, "size makes"):
         means = {path: sum(each.values()) / len(each) for path, each in classes.items()}
         rows.append(IoURow(name, means, classes))
     return rows
@@ -138,13 +142,16 @@ def _each(
     model: str,
     model_args: Mapping[str, Any] | None,
     device: str,
+    offload_folder: str | os.PathLike | None,
     measured: Callable[[nn.Module, str | os.PathLike], Any],
     made: str,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each file's name, and what is measured of it on each folder."""
     checks.device(device)
+    if offload_folder is not None and device != "cpu":
+        raise ValueError(f"device must be cpu where weights are offloaded, got {device}; leave offload_folder out")
     for file in files:
-        network, folders = load_either(file, model, model_args or {}).to(device), {}
+        network, folders = load_either(file, model, model_args or {}, offload_folder).to(device), {}
         for path in data:
             try:
                 folders[str(path)] = measured(network, path)

@@ -101,6 +101,11 @@ def merge_float(experts: Sequence[Any], base: Any = None, **options: Any) -> dic
         FileNotFoundError, TypeError, ValueError: "X must be …, got …"; experts that differ in names, shapes or dtypes,
             or hold numbers that are not finite.
     """
+    return dict(merged_floats(experts, base, **options))
+
+
+def merged_floats(experts: Sequence[Any], base: Any = None, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of :func:`merge_float` one after another, each with its name."""
     settings = FloatMerge(**options)
     experts = list(experts)
     checks.integer("the number of experts", len(experts), 1, 2**16)
@@ -113,11 +118,11 @@ def merge_float(experts: Sequence[Any], base: Any = None, **options: Any) -> dic
     origin = None if base is None else float_state("base", base)
     for k, other in enumerate([*states[1:], *([] if origin is None else [origin])], start=1):
         _check_alike(states[0], other, "base" if k == len(states) else f"experts[{k}]")
-    merged = {name: value for name, value in states[0].items() if not value.is_floating_point()}
     shares = settings.shares(len(states))
     ties = _Ties(settings, states, origin) if settings.merge == "ties" and origin is not None else None
     for name, like in states[0].items():
-        if name in merged:
+        if not like.is_floating_point():
+            yield name, like
             continue
         values = [_finite(name, state[name], k) for k, state in enumerate(states)]
         if origin is None or _is_statistic(name):
@@ -128,12 +133,12 @@ def merge_float(experts: Sequence[Any], base: Any = None, **options: Any) -> dic
             scale = SCALES["task-arithmetic"] if settings.scale is None else settings.scale
             start = _finite(name, origin[name], -1).double()
             value = start + scale * len(states) * weighted_mean(shares, [v.double() - start for v in values])
-        merged[name] = value.to(like.dtype)
-        if not merged[name].isfinite().all():
+        value = value.to(like.dtype)
+        if not value.isfinite().all():
             raise ValueError(
                 f"{name} must stay finite in {checks.short(like.dtype)}, got a merge beyond it; less scale"
             )
-    return {name: merged[name] for name in states[0]}
+        yield name, value
 
 
 def float_state(label: str, model: Any) -> State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import time
@@ -22,6 +21,7 @@ from hdrq.calibrate.report import RunReport, peak_memory, set_report
 from hdrq.calibrate.sequential import Method
 from hdrq.calibrate.settings import RunSettings
 from hdrq.checkpoint.architecture import build
+from hdrq.checkpoint.deferred import built_on_meta
 from hdrq.checkpoint.files import output_path
 from hdrq.checkpoint.format import STRUCTURE, Reader
 from hdrq.checkpoint.loading import float_dtype, load
@@ -39,7 +39,9 @@ from hdrq.methods.post_merge import LEARNED, calls_of_tasks, spans
 from hdrq.methods.post_training import warn_of_layers
 from hdrq.methods.reconstruct.method import Reconstruction
 from hdrq.methods.walks import walk_all
+from hdrq.prepare.copying import copy_model
 from hdrq.prepare.float_model import check_evaluated, device_of
+from hdrq.prepare.offload import Offload
 from hdrq.prepare.units import find_blocks
 from hdrq.quantizers.layers import QuantizedLayer, quantized_layers
 from hdrq.quantizers.modules import Quantizer
@@ -71,6 +73,7 @@ def merge_calibrated(
     seed: int = 0,
     cache: str = "auto",
     cache_bytes: int | None = None,
+    offload_folder: str | os.PathLike | None = None,
     workdir: str | os.PathLike | None = None,
     resume: bool = False,
     checkpoint_every: int = 0,
@@ -96,17 +99,19 @@ def merge_calibrated(
 
     In memory are two models, the merge and W_m, at most; and the models given, where they are modules. The closed form
     reads files a layer at a time. Blocks need every model whole while they are learned, files or not: what lies between
-    units runs a model from its start. To that come the rows that ``cache`` keeps, and in closed form the moments of a
-    layer (``docs/post-merge.md``).
+    units runs a model from its start. ``offload_folder`` keeps all of these in files, but the unit that is learned. To
+    that come the rows that ``cache`` keeps, and in closed form the moments of a layer (``docs/post-merge.md``).
 
     Args:
         models: two or more results of :func:`hdrq.quantize`, of one architecture, in evaluation mode and left as they
             are; or as many files that :func:`hdrq.save` wrote.
         calibration: for each model, data of its task as for :func:`hdrq.quantize`.
-        architecture: of files, as for :func:`hdrq.load`.
+        architecture: of files, as for :func:`hdrq.load`; one that is made by name or by a function needs no memory for
+            its weights where ``offload_folder`` is given.
         weights, bits: of :func:`hdrq.merge`.
         method: see above.
-        blocks, progress, cache, cache_bytes, workdir, resume, checkpoint_every: of :func:`hdrq.quantize`.
+        blocks, progress, cache, cache_bytes, offload_folder, workdir, resume, checkpoint_every: of
+            :func:`hdrq.quantize`.
         seed: of batches, noise and drops.
         options: with ``"closed-form"`` fields of :class:`hdrq.methods.layerwise.Guidance`, such as ``target``; else of
             :class:`hdrq.recipes.Recipe`, such as ``iterations``, but for those that the quantizers of the models
@@ -125,8 +130,9 @@ def merge_calibrated(
     settings = MergeSettings(weights, "half-even", seed=seed, bits=bits)
     shares = checks.mixing_weights(weights, len(models))
     checks.integer("checkpoint_every", checkpoint_every, 0, 2**31)
+    offload = Offload.of(offload_folder, {f"models[{k}]": m for k, m in enumerate(models) if isinstance(m, nn.Module)})
     with ExitStack() as stack:
-        sources, merged = _opened(models, architecture, stack)
+        sources, merged = _opened(models, architecture, stack, offload)
         by_task = calls_of_tasks([merged] * len(models), calibration, "models")
         _check_grids(plan, sources)
         check_ready(fill(merged, Inputs(sources, settings), settings), "warn")
@@ -140,17 +146,20 @@ def merge_calibrated(
 
         if workdir is not None:
             check_storable(merged)
-        run = RunSettings(seed, cache, cache_bytes, progress, opened(workdir, resume, fingerprint), checkpoint_every)
+        folder = opened(workdir, resume, fingerprint)
+        run = RunSettings(seed, cache, cache_bytes, progress, folder, checkpoint_every, offload=offload)
         own = [_Layers(source, quantized_layers(merged)) for source in sources]
         if isinstance(plan, Guidance) or plan.iterations:
             _take_mean(merged, own, shares)
-        full = _unquantized(merged)
+        full = _unquantized(merged, offload)
         if isinstance(plan, Guidance):
             report = RunReport(f"merge towards {plan.target}")
             _walk(full, merged, by_task, [plan.method(own, spans(by_task))], run, report, blocks)
         else:
             report = RunReport(f"blocks of {method}")
-            teachers = [load(m, architecture) if not isinstance(m, nn.Module) else m for m in models]
+            teachers = [
+                m if isinstance(m, nn.Module) else load(m, architecture, offload_folder=offload_folder) for m in models
+            ]
             _walk(full, merged, by_task, _learning(plan, full, seed), run, report, blocks, teachers)
     round_to_nearest(merged)
     warn_of_layers(report)
@@ -179,19 +188,23 @@ def plan_of(method: str, options: Mapping[str, Any]) -> Guidance | Recipe:
 
 
 def _opened(
-    models: Sequence[Any], architecture: nn.Module | str | None, stack: ExitStack
+    models: Sequence[Any], architecture: nn.Module | str | None, stack: ExitStack, offload: Offload | None
 ) -> tuple[list[Source], nn.Module]:
     """The models as sources, and a copy of the first, to be filled."""
     if any(isinstance(model, str | os.PathLike) for model in models):
         if not all(isinstance(model, str | os.PathLike) for model in models):
             raise TypeError("models must be modules, or files all of them, got both")
-        return [stack.enter_context(Reader(path)) for path in models], load(models[0], architecture)
+        folder = None if offload is None else offload.folder
+        return (
+            [stack.enter_context(Reader(path)) for path in models],
+            load(models[0], architecture, offload_folder=folder),
+        )
     if architecture is not None:
         raise ValueError("architecture must be left out with models that are modules, got one")
     sources = states_of(models)
     for k, model in enumerate(models):
         check_evaluated(f"models[{k}]", model)
-    return sources, copy.deepcopy(models[0])
+    return sources, copy_model("models[0]", models[0], offload)
 
 
 def _check_grids(plan: Guidance | Recipe, sources: Sequence[Source]) -> None:
@@ -242,9 +255,9 @@ def _take_mean(merged: nn.Module, models: Sequence[_Layers], shares: Sequence[fl
         layer.latent.copy_(weighted_mean(shares, [each[name].weight for each in models]))
 
 
-def _unquantized(model: nn.Module) -> nn.Module:
+def _unquantized(model: nn.Module, offload: Offload | None) -> nn.Module:
     """A copy whose quantizers let everything pass."""
-    full = copy.deepcopy(model)
+    full = copy_model("models[0]", model, offload)
     for module in full.modules():
         if isinstance(module, Quantizer):
             module.mode = "float"
@@ -289,6 +302,7 @@ def merge_calibrated_files(
     samples: int | None = 256,
     resize: int = 256,
     crop: int = 224,
+    offload_folder: str | os.PathLike | None = None,
     checkpoint_every: int = 1000,
     **options: Any,
 ) -> nn.Module:
@@ -307,9 +321,10 @@ def merge_calibrated_files(
     output_path(out)
     if len(data) != len(paths):
         raise ValueError(f"calibrate must be given as often as there are models, {len(paths)} times, got {len(data)}")
-    dtype = float_dtype(build(model) if isinstance(model, str) else model)
+    make = build if offload_folder is None else built_on_meta
+    dtype = float_dtype(make(model) if isinstance(model, str) else model)
     calibration = [load_data(path, resize=resize, crop=crop, limit=samples).to(dtype) for path in data]
-    options |= {"architecture": model, "checkpoint_every": checkpoint_every}
+    options |= {"architecture": model, "checkpoint_every": checkpoint_every, "offload_folder": offload_folder}
     merged = merge_calibrated(paths, calibration, **options)
     save(merged, out)
     return merged

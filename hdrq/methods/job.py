@@ -7,6 +7,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -274,6 +275,7 @@ def post_merge_files(
     resize: int = 256,
     crop: int = 224,
     method: str = "epmq",
+    offload_folder: str | os.PathLike | None = None,
     checkpoint_every: int = 1000,
     **options: Any,
 ) -> nn.Module:
@@ -286,6 +288,7 @@ def post_merge_files(
         model: the architecture, ``"module:factory"``; ``model_args`` are the factory's.
         base: the state that the experts were trained from.
         samples: of each task, at most; None for all. ``resize`` and ``crop`` are for images.
+        offload_folder: of :func:`post_merge`; the experts stay in their files (:func:`hdrq.load_float`).
         method, options: of :func:`post_merge`, but ``"regmean"``, whose result is not quantized.
 
     Raises:
@@ -297,13 +300,15 @@ def post_merge_files(
     if len(data) != len(paths):
         raise ValueError(f"data must be as many as the experts, {len(paths)}, got {len(data)}")
     arguments = dict(model_args or {})
-    experts = [load_float(model, path, arguments) for path in paths]
-    origin_model = None if base is None else load_float(model, base, arguments)
+    read = partial(load_float, model, model_args=arguments, offload_folder=offload_folder)
+    experts = [read(path) for path in paths]
+    origin_model = None if base is None else read(base)
     if experts:
         check_storable(experts[0])
     calibration = [load_data(path, resize=resize, crop=crop, limit=samples) for path in data]
     calibration = [x.to(float_dtype(expert)) for x, expert in zip(calibration, experts, strict=True)]
-    result = post_merge(experts, calibration, origin_model, method=method, checkpoint_every=checkpoint_every, **options)
+    options |= {"method": method, "checkpoint_every": checkpoint_every, "offload_folder": offload_folder}
+    result = post_merge(experts, calibration, origin_model, **options)
     run = {"samples": samples, "resize": resize, "crop": crop}
     set_origin(result, {**origin(result), "architecture": {"factory": model, "arguments": arguments}, "run": run})
     _save(result, os.fspath(out))

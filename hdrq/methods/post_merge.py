@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,12 +22,14 @@ from hdrq.calibrate.settings import RunSettings
 from hdrq.checkpoint.saving import check_storable
 from hdrq.checkpoint.workdir import fingerprint, opened, state_hash
 from hdrq.checks import listed
-from hdrq.merging.float_merges import FloatMerge, merge_float
+from hdrq.merging.float_merges import FloatMerge, merged_floats
 from hdrq.methods.awq import AWQ
 from hdrq.methods.layerwise import BIASES, WEIGHTINGS, LayerWise, Target
 from hdrq.methods.post_training import fit
 from hdrq.methods.reconstruct.method import Reconstruction
+from hdrq.prepare.copying import copy_model
 from hdrq.prepare.float_model import check_module, prepare_float
+from hdrq.prepare.offload import Offload
 from hdrq.quantizers.layers import quantized_layers
 from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
@@ -60,6 +61,7 @@ def post_merge(
     held_out: Any = None,
     cache: str = "auto",
     cache_bytes: int | None = None,
+    offload_folder: str | os.PathLike | None = None,
     workdir: str | os.PathLike | None = None,
     resume: bool = False,
     checkpoint_every: int = 0,
@@ -103,7 +105,7 @@ def post_merge(
         bias: ``"solve"`` for biases with the weights, or ``"keep"`` the merge's, and targets leave biases out; None
             solves with ``"epmq"`` and keeps with the others, as GPTQ and RegMean have it.
         merge_options: more fields of :class:`hdrq.merging.float_merges.FloatMerge`.
-        held_out, blocks, seed, cache, cache_bytes, progress: as for :func:`hdrq.quantize`.
+        held_out, blocks, seed, cache, cache_bytes, offload_folder, progress: as for :func:`hdrq.quantize`.
         workdir, resume, checkpoint_every: as for :func:`hdrq.quantize`: a run that was killed goes on to the same bits.
         knobs: fields of :class:`hdrq.recipes.Recipe`, such as ``damping`` and ``act_order``, or ``iterations`` and
             ``bias_lr`` where blocks are learned.
@@ -137,9 +139,10 @@ def post_merge(
     experts = list(experts)
     for k, expert in enumerate(experts):
         check_module(f"experts[{k}]", expert, bits)
+    offload = Offload.of(offload_folder, {f"experts[{k}]": expert for k, expert in enumerate(experts)})
     by_task = calls_of_tasks(experts, calibration)
     checked = None if held_out is None else calibration_calls(held_out, "held_out")
-    merged = _merged(experts, base, settings)
+    merged = _merged(experts, base, settings, offload)
     rounds = method != "regmean"
     batches = [call for calls in by_task for call in calls]
     how: dict[str, Any] = {
@@ -163,7 +166,8 @@ def post_merge(
         if method == "awq":
             return [AWQ(plan, quantized, seed)]
         if method in LEARNED:
-            anchor = {name: layer.latent.detach().clone() for name, layer in quantized_layers(quantized).items()}
+            keep = torch.clone if offload is None else offload.put
+            anchor = {name: keep(layer.latent.detach()) for name, layer in quantized_layers(quantized).items()}
             return [Reconstruction(part, anchor if plan.needs_source else {}, seed, "auto") for part in plan.walks()]
         if not rounds:
             for layer in quantized_layers(quantized).values():
@@ -181,7 +185,7 @@ def post_merge(
     if method in ("epmq", "regmean", *LEARNED) or stream == "experts":
         for k, (expert, calls) in enumerate(zip(experts, by_task, strict=True)):
             run = run_all(calls[:1], f"experts[{k}] must run on calibration[{k}]")
-            prepared.append(prepare_float(expert, run, f"experts[{k}]")[0])
+            prepared.append(prepare_float(expert, run, f"experts[{k}]", offload=offload)[0])
     each = -(-max(plan.range_samples, REACHING) // len(by_task))
     quantized, full = fit(
         merged,
@@ -189,7 +193,7 @@ def post_merge(
         checked,
         plan,
         methods,
-        RunSettings(seed, cache, cache_bytes, progress, folder, checkpoint_every),
+        RunSettings(seed, cache, cache_bytes, progress, folder, checkpoint_every, offload=offload),
         bits=bits,
         blocks=blocks,
         facts={"post_merge": how, "fingerprints": states},
@@ -245,10 +249,13 @@ def _in_turn(by_task: Sequence[Sequence[Call]]) -> list[Call]:
     return [calls[k] for k in range(longest) for calls in singles if k < len(calls)]
 
 
-def _merged(experts: Sequence[nn.Module], base: nn.Module | None, settings: FloatMerge) -> nn.Module:
+def _merged(
+    experts: Sequence[nn.Module], base: nn.Module | None, settings: FloatMerge, offload: Offload | None
+) -> nn.Module:
     options = {name: getattr(settings, name) for name in FloatMerge.__dataclass_fields__}
-    state = merge_float(experts, base, **options)
-    merged = copy.deepcopy(experts[0])
+    tensors = merged_floats(experts, base, **options)
+    state = {name: value if offload is None else offload.put(value) for name, value in tensors}
+    merged = copy_model("experts[0]", experts[0], offload)
     with torch.no_grad():
         merged.load_state_dict(state, strict=False)
     return merged

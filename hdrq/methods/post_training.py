@@ -150,15 +150,10 @@ def quantize(
         check_bits(bits)
         check_options(plan, source, seed, graph, workdir, resume, checkpoint_every, statistics)
         seed, rank = int(seed), None if statistics is False else check_rank(statistics)
-        offload = None if offload_folder is None else Offload(offload_folder)
         check_module("model", model, bits)
         if source is not None:
             check_module("source", source, bits)
-        if offload is not None and device_of(model).type != "cpu":
-            raise ValueError(
-                f"model must be on the CPU where weights are offloaded, got {device_of(model)}; "
-                "call model.cpu(), or leave offload_folder out"
-            )
+        offload = Offload.of(offload_folder, {"model": model})
         batches = calibration_calls(calibration)
         checked = None if held_out is None else calibration_calls(held_out, "held_out")
         check_call(model, batches[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +35,24 @@ class Offload:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"offload_folder must be a folder, got {os.fspath(folder)!r}, which is none")
         self.folder.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def of(cls, folder: str | os.PathLike | None, models: Mapping[str, nn.Module]) -> Offload | None:
+        """The folder for the copies of models; None for None.
+
+        Raises:
+            ValueError, OSError: as above; a model, named by its key, is not on the CPU.
+        """
+        if folder is None:
+            return None
+        for name, model in models.items():
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            if device.type != "cpu":
+                raise ValueError(
+                    f"{name} must be on the CPU where weights are offloaded, got {device}; call {name}.cpu(), or leave "
+                    "offload_folder out"
+                )
+        return cls(folder)
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy with the strides of a clone: in a file, or in memory if it is small, or not on a CPU.

@@ -36,7 +36,8 @@ def test_evaluate_compares_files_on_folders(place):
     assert full["accuracies"]["images"] + full["accuracies"]["other"] == 100 - 5 * never
     table = evaluate("q.safetensors", "--data", "images", *sizes)
     assert table.exit_code == 0 and "harmonic mean" in table.stdout
-    known = evaluate("w.safetensors", "q.safetensors", "--data", "images", "--json")  # as q was calibrated
+    options = ("--data", "images", "--offload-folder", "offload", "--json")
+    known = evaluate("w.safetensors", "q.safetensors", *options)  # as q was calibrated
     assert [row["accuracies"]["images"] for row in json.loads(known.stdout)] == [
         row["accuracies"]["images"] for row in (full, quantized)
     ]

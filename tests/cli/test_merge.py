@@ -260,6 +260,7 @@ def test_blocks_of_a_merge_learn_from_the_models(files, tmp_path, calibrated):
     line, tasks = calibrated
     learned = (*line, "--model", "networks:factory", "--method", "hdrq", "--seed", 2)
     learned = (*learned, "--set", "iterations=8", "--set", "weight_lr=0.05", "--set", "distance=0")
+    learned = (*learned, "--model", "networks:Mergeable", "--offload-folder", tmp_path / "offload")
     result = call("merge", *learned, "--workdir", tmp_path / "run")
     assert result.exit_code == 0 and "Loss: blocks of hdrq" in result.output, result.output
     names = {path.name for path in (tmp_path / "run").iterdir()}

@@ -76,6 +76,12 @@ def test_a_work_folder_has_the_run(files, monkeypatch):
     assert result.exit_code == 0 and "Loss: hdrq" in result.output, result.output
     assert {"losses.png", "block-002.safetensors"} <= {path.name for path in (files / "run").iterdir()}
     before = (files / "out.safetensors").read_bytes()
+    in_files = (*options[:-2], "--model", "networks:Mergeable", "--offload-folder", files / "offload")
+    result = call(files, *in_files)
+    assert result.exit_code == 0 and not list((files / "offload").iterdir()), result.output
+    again = hdrq.load(files / "out.safetensors", mergeable(5))
+    (files / "out.safetensors").write_bytes(before)
+    assert same(state(again), state(hdrq.load(files / "out.safetensors", mergeable(5))))
     result = call(files, *options)
     assert result.exit_code and "workdir must hold no run" in " ".join(result.output.split())
     assert call(files, *options, "--resume").exit_code == 0 and (files / "out.safetensors").read_bytes() == before

@@ -103,7 +103,7 @@ def test_files_give_the_same_bits_and_the_closed_form_loads_one_of_them(models, 
     for each, path in zip(models, paths, strict=True):
         hdrq.save(each, path)
     loaded = []
-    monkeypatch.setattr(calibrated_merge, "load", lambda *given: loaded.append(given[0]) or hdrq.load(*given))
+    monkeypatch.setattr(calibrated_merge, "load", lambda *a, **k: loaded.append(a[0]) or hdrq.load(*a, **k))
     assert same(state(merge_calibrated(paths, TASKS, architecture=net(), **LEARNS)), state(learned))
     assert len(loaded) == 3
     closed = merge_calibrated(paths, TASKS, architecture=net(), progress=False)
