@@ -41,8 +41,11 @@ def test_integers(method, tmp_path, monkeypatch):
         return read[-1]
 
     monkeypatch.setattr(calibrated_merge, "load", load)
+    in_memory, units = offload.Offload.in_memory, []
+    monkeypatch.setattr(offload.Offload, "in_memory", lambda self, unit: units.append(unit) or in_memory(self, unit))
     found = calibrated_merge.merge_calibrated(paths, TASKS, architecture=Mergeable, offload_folder=folder, **given)
     assert same(state(found), state(usual)) and len(read) == (3 if method == "hdrq" else 1)
+    assert len(units) == 3
     if sys.platform == "linux":
         assert all(inside(folder, model) for model in (found, *read))
     models = [hdrq.load(path, Mergeable) for path in paths]
