@@ -186,7 +186,7 @@ def nearest_forward(integer, s, z, qmin, qmax):
 
 
 @triton.jit
-def nearest_backward(v, integer, z, qmin, qmax, GRADIENT: tl.constexpr = "round-first"):
+def nearest_backward(v, integer, z, qmin, qmax, GRADIENT: tl.constexpr):
     """Where the gradient of :func:`nearest_forward` passes to x, and its slope in s."""
     bounded = v + z if GRADIENT == "clamp-first" else integer
     inside = (bounded >= qmin) & (bounded <= qmax)

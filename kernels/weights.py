@@ -62,7 +62,7 @@ def _backward_tile(
         inside, slope = lang.noise_backward(value, s, n, qmin, qmax)
     else:
         v = lang.quotient(value, lang.divisors(scale, at, ROWS, GROUP), ROWS)
-        inside, slope = lang.nearest_backward(v, lang.rounded(v, 0.0), 0.0, qmin, qmax)
+        inside, slope = lang.nearest_backward(v, lang.rounded(v, 0.0), 0.0, qmin, qmax, "round-first")
     result = tl.where(inside, g, 0.0)
     if SOURCES:
         result += lang.difference(x, source, start, i, live) * lang.pull(grad_distance, distance)
