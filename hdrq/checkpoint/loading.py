@@ -26,7 +26,6 @@ from hdrq.quantizers.attach import attach_input_quantizer
 from hdrq.quantizers.layers import (
     TRANSPOSED,
     WEIGHTED,
-    input_quantizers,
     input_readers,
     layer_kinds,
     quantized_layers,
@@ -45,8 +44,8 @@ def load(
 
     Args:
         path: a file that :func:`save` wrote.
-        model: the float architecture, as it was before :func:`hdrq.quantize`, left as it is, or ``"module:factory"``.
-            A checkpoint holds tensors, not code.
+        model: the float architecture, as it was before :func:`hdrq.quantize`, left as it is, or ``"module:factory"``,
+            which has the arguments that the file names for it. A checkpoint holds tensors, not code.
         trust_architecture: where ``model`` is None, import and call the factory that the file names. That runs
             whatever it names: only for files whose writer is trusted.
 
@@ -56,7 +55,7 @@ def load(
     """
     with Reader(path) as file:
         if isinstance(model, str):
-            model = build(model)
+            model = built_as(model, file.manifest)
         elif model is None:
             known = file.manifest.get("architecture")
             if not (trust_architecture and known):
@@ -65,10 +64,21 @@ def load(
             model = build(known["factory"], **known["arguments"])
         check_float("model", model)
         result = copy.deepcopy(model)
-        attach(result, file.manifest)
-        assign(result, file.manifest, file.specs, file.tensor)
-        set_statistics(result, {name: statistics(file, name) for name in file.manifest.get("statistics", {})})
+        try:
+            attach(result, file.manifest)
+            assign(result, file.manifest, file.specs, file.tensor)
+            set_statistics(result, {name: statistics(file, name) for name in file.manifest.get("statistics", {})})
+        except ValueError as error:
+            if file.path in str(error):
+                raise
+            raise ValueError(f"{error}, in {file.path}") from error
     return result
+
+
+def built_as(architecture: str, manifest: Mapping[str, Any]) -> nn.Module:
+    """The architecture of that name, made with the arguments that a manifest names for it, if it does."""
+    known = manifest.get("architecture", {"factory": None})
+    return build(architecture, **(known["arguments"] if known["factory"] == architecture else {}))
 
 
 @torch.no_grad()
@@ -148,9 +158,11 @@ def assign(model: nn.Module, manifest: Mapping[str, Any], names, take: Callable[
             checks.code_values(f"zero points of {name}", zero_point, qmin, qmax)
             quantizer.zero_point.copy_(zero_point.view(quantizer.zero_point.shape))
         layer.latent.copy_(quantizer.values(codes.to(layer.latent.device)))
-    for name, activation in input_quantizers(model).items():
+    activations = input_readers(model)
+    for name, bounds in manifest["inputs"].items():
+        activation = activations[name]
         activation.scale.copy_(read_scale(f"{name}.input.scale").view(activation.scale.shape))
-        activation.qmin, activation.qmax = manifest["inputs"][name]
+        activation.qmin, activation.qmax = bounds
     tensors = {name: take(name) for name in unread}
     differences = state_differences(tensors, plain_state(model), dtypes=True)
     if differences:

@@ -75,7 +75,8 @@ def test_settings_are_saved_for_another_run(place):
         ({"set": "mean=5"}, "mean and std must be 3 numbers each, std positive, got 5 and"),
         ({"set": "mean=[a, 1, 1]"}, "mean and std must be 3 numbers each, std positive, got ['a', 1, 1] and"),
         ({"set": "std=[.nan, 1, 1]"}, "mean and std must be 3 numbers each, std positive"),
-        ({"set": "out=5"}, "out must be a string, got int"),
+        ({"set": "out=5", "out": None}, "out must be a string, got int"),
+        ({"set": "seed=1", "seed": 2}, "seed must be left out where --set gives it, got 2"),
         ({"set": "resume=maybe"}, "resume must be true or false, got 'maybe'"),
         ({"set": "samples=0"}, "samples must be in [1, "),
         (
