@@ -86,7 +86,11 @@ def test_info_says_which_backend_the_environment_forces(monkeypatch):
         (KeyError("a"), 2, "hdrq: KeyError: 'a'; HDRQ_TRACEBACK=1 shows where"),
         (AssertionError(), 2, "hdrq: AssertionError: ; HDRQ_TRACEBACK=1 shows where"),
         (hdrq.DivergenceError("0", "0.a", 3, float("nan"), 2), 1, "hdrq: loss of block 0 must be finite, got nan at"),
-        (OSError(28, "No space left on device"), 2, "hdrq: standard output must be written to a disk with room, got No"),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "hdrq: standard output must be written to a disk with room, got No",
+        ),
         (OSError(28, "No space left on device", "/full"), 2, "hdrq: [Errno 28] No space left on device: '/full'"),
         (ImportError("No module named 'sklearn'"), 2, "hdrq: No module named 'sklearn'; pip install"),
         (RuntimeError(HOSTILE), 2, r"hdrq: RuntimeError: [/x]\x1b]0;title\x07$\frac$; HDRQ"),

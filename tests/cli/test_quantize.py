@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from cli.quantizing import OPTIONS, SETTINGS, call, manifest, model, tensors
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import hdrq
 from hdrq.calibrate.images import MEAN, STD, load_data
 from hdrq.cli import app
+from hdrq.methods import job
 
 
 def test_options_make_a_model(place):
@@ -70,12 +72,23 @@ def test_the_same_run_gives_the_same_file_wherever_it_lies(place):
 
 
 def test_ablation_is_a_table(place):
-    result = call("--ablate", *SETTINGS, **OPTIONS)
+    result = call("--ablate", *SETTINGS, **OPTIONS, workdir="work")
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
     for word in ("nearest", "as given", "no distance", "nor noise"):
         assert word in text
     assert (place / "q.safetensors").exists()
+    folders = sorted(folder.name for folder in (place / "work").iterdir())
+    assert folders == ["as-given", "no-distance", "nor-noise"] and (place / "work/nor-noise/losses.csv").exists()
+    result = call("--ablate", *SETTINGS, **{**OPTIONS, "recipe": "qdrop"})
+    assert result.exit_code == 2 and "recipe must learn weights to be ablated, with distance" in result.stderr
+
+
+def test_the_share_that_is_held_out_is_the_share_that_is_asked_for(place):
+    np.save(place / "x.npy", np.zeros((20, 3, 16, 16), np.float32))
+    for share, held in ((0.4, 8), (0.1, 2), (0.35, 7), (1 / 3, 6), (0.0, 0)):
+        *_, kept, out = job._prepare(job.Run("tinynet:tiny", "x.npy", held_out=share, recipe="rtn"))
+        assert (len(kept), 0 if out is None else len(out)) == (20 - held, held)
 
 
 def test_workdir_has_losses_and_resumes(place):
