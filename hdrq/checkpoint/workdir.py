@@ -59,7 +59,7 @@ class Workdir:
             write_atomically(self.path / RUN, _text({**fingerprint, THREADS: threads}))
         elif begun.get(THREADS, threads) != threads:
             warnings.warn(
-                f"the run in {path} began with {begun[THREADS]} threads and goes on with {threads}: sums come in another "
+                f"the run in {path} began with {begun[THREADS]} threads and goes on with {threads}: it sums in another "
                 f"order, so its bits will be others; OMP_NUM_THREADS={begun[THREADS]} keeps them",
                 stacklevel=3,
             )
