@@ -12,7 +12,7 @@ from hdrq.cli.terminal import console, left_out
 KINDS = {".onnx": "onnx", ".pt2": "pt2"}
 # What is read for a kind of file alone.
 OF_GRAPHS = ("data", "runtime", "allow_float", "opset", "samples", "resize", "crop", "check")
-UNUSED = {"compressed-tensors": OF_GRAPHS, "onnx": ("activations",), "pt2": ("activations", "opset")}
+UNUSED = {"onnx": ("activations",), "pt2": ("activations", "opset"), "compressed-tensors": OF_GRAPHS}
 
 
 def export(

@@ -29,7 +29,7 @@ from hdrq.checkpoint.saving import check_storable, save_or_keep
 from hdrq.checkpoint.workdir import begun_run
 from hdrq.methods.post_merge import METHODS, post_merge
 from hdrq.methods.post_training import check_options, quantize
-from hdrq.methods.read_yaml import parse_yaml, path_of
+from hdrq.methods.read_yaml import parse_yaml, path_of, yaml_of
 from hdrq.methods.sensitivity import Sensitivity, sensitivity
 from hdrq.prepare.float_model import check_module
 from hdrq.quantizers.bits import check_bits
@@ -138,7 +138,7 @@ def write_settings(run: Run, path: str | os.PathLike) -> None:
     settings = {name: value for name, value in asdict(run).items() if name not in ("knobs", "resume")}
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     del plan["name"]
-    text = yaml.safe_dump({**{k: v for k, v in settings.items() if v is not None}, **plan}, sort_keys=False)
+    text = yaml_of({**{k: v for k, v in settings.items() if v is not None}, **plan})
     write_atomically(output_path(path, "save_config"), text)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -23,7 +24,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", POWER, list("-+0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that the loader would take for a number."""
+
+
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver("tag:yaml.org,2002:float", POWER, list("-+0123456789"))
+
+
+def yaml_of(settings: Mapping[str, Any]) -> str:
+    """A text that :func:`parse_yaml` makes the settings of again, in their order."""
+    return yaml.dump(dict(settings), Dumper=_Dumper, sort_keys=False)
 
 
 def path_of(text: str) -> str:

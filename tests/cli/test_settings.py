@@ -9,6 +9,7 @@ from cli.quantizing import OPTIONS, SETTINGS, call, model, tensors
 from safetensors.torch import save_file
 
 from hdrq.methods.job import Run, parse_setting, read_settings
+from hdrq.methods.read_yaml import parse_yaml, yaml_of
 
 
 def test_settings_are_numbers_where_they_look_like_it(place):
@@ -33,7 +34,8 @@ def test_settings_are_numbers_where_they_look_like_it(place):
 
 def test_numbers_are_those_of_yaml_and_powers_of_ten_without_a_point(place):
     (place / "n.yaml").write_text('a: 1e-3\nb: 2.5e4\nc: "1e-3"\nd: -3E+2\ne: e5\nf: [1e1]\ng: 0x1e3')
-    assert read_settings("n.yaml") == dict(a=1e-3, b=2.5e4, c="1e-3", d=-300.0, e="e5", f=[10.0], g=0x1E3)
+    found = dict(a=1e-3, b=2.5e4, c="1e-3", d=-300.0, e="e5", f=[10.0], g=0x1E3)
+    assert read_settings("n.yaml") == found == parse_yaml(yaml_of(found))
 
 
 @pytest.mark.parametrize(
