@@ -1,5 +1,6 @@
 """``hdrq merge`` and ``hdrq inspect``: from files to a file, the same bytes from every backend and from Python."""
 
+import io
 import json
 
 import pytest
@@ -16,9 +17,11 @@ from hdrq.quantizers.layers import quantized_layers
 for package in ("typer", "rich", "safetensors", "matplotlib"):
     pytest.importorskip(package)
 
+from rich.console import Console  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from hdrq.cli import app  # noqa: E402
+from hdrq.report.tables import readiness_table  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +187,17 @@ def test_a_scale_that_is_none_is_named_with_its_file(files, tmp_path):
     result = call("merge", *files, "-o", tmp_path / "m")
     message = f"b.weight.scale in {files[1]} must be positive and finite, got 0.0"
     assert result.exit_code == 2 and message in result.stderr and not (tmp_path / "m").exists()
+
+
+def test_a_narrow_terminal_cuts_no_number_short(files, monkeypatch):
+    """Columns that have no room go on in the next line."""
+    found = readiness(files)
+    for width in (80, 50):
+        narrow = Console(width=width, file=io.StringIO())
+        narrow.print(readiness_table(found))
+        text = narrow.file.getvalue()
+        assert "…" not in text and max(map(len, text.splitlines())) <= width
+        assert f"{sum(layer.elements for layer in found.layers):,}" in text
 
 
 def test_inspect_says_what_is_there(files, tmp_path):
