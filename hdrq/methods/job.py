@@ -232,7 +232,7 @@ def execute(
     ranks = Ranks.of(process_group)
     with ranks.together():
         plan, model, source, samples, held_out = _prepare(run if ranks.first else replace(run, out=None))
-        if run.out is None and run.workdir is None and ranks.first:
+        if run.out is None and run.workdir is None and plan.iterations and ranks.first:
             warnings.warn(UNKEPT, stacklevel=2)
         quantized = quantize(
             model,

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -82,6 +83,17 @@ def test_ablation_is_a_table(place):
     assert folders == ["as-given", "no-distance", "nor-noise"] and (place / "work/nor-noise/losses.csv").exists()
     result = call("--ablate", *SETTINGS, **{**OPTIONS, "recipe": "qdrop"})
     assert result.exit_code == 2 and "recipe must learn weights to be ablated, with distance" in result.stderr
+
+
+def test_what_is_learned_and_not_kept_is_told_before(place):
+    kept = {name: value for name, value in OPTIONS.items() if name != "out"}
+    with pytest.warns(UserWarning, match="out is not given, nor workdir: of the quantized model the table is all"):
+        assert call(*SETTINGS, **kept).exit_code == 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "out is not given")
+        assert call(*SETTINGS, **kept, workdir="work").exit_code == 0
+        assert call(*SETTINGS, **{**kept, "recipe": "rtn", "iterations": "0"}).exit_code == 0
+        assert call("--ablate", *SETTINGS, **kept).exit_code == 0
 
 
 def test_the_share_that_is_held_out_is_the_share_that_is_asked_for(place):
