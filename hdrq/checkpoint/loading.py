@@ -45,9 +45,11 @@ def load(
     Args:
         path: a file that :func:`save` wrote.
         model: the float architecture, as it was before :func:`hdrq.quantize`, left as it is, or ``"module:factory"``,
-            which has the arguments that the file names for it. A checkpoint holds tensors, not code.
-        trust_architecture: where ``model`` is None, import and call the factory that the file names. That runs
-            whatever it names: only for files whose writer is trusted.
+            which has the arguments that the file names for it, where they are numbers. A checkpoint holds tensors, not
+            code.
+        trust_architecture: where ``model`` is None, import and call the factory that the file names; where it is a
+            name, give it any arguments of the file. That runs whatever they name: only for files whose writer is
+            trusted.
 
     Raises:
         FileNotFoundError: no such file.
@@ -55,7 +57,7 @@ def load(
     """
     with Reader(path) as file:
         if isinstance(model, str):
-            model = built_as(model, file.manifest)
+            model = built_as(model, file.manifest, trust_architecture)
         elif model is None:
             known = file.manifest.get("architecture")
             if not (trust_architecture and known):
@@ -75,10 +77,26 @@ def load(
     return result
 
 
-def built_as(architecture: str, manifest: Mapping[str, Any]) -> nn.Module:
-    """The architecture of that name, made with the arguments that a manifest names for it, if it does."""
+def built_as(architecture: str, manifest: Mapping[str, Any], trusted: bool = False) -> nn.Module:
+    """The architecture of that name, made with the arguments that a manifest names for it, if it does.
+
+    Raises:
+        ValueError: an argument is no number, such as a path that a factory would read, and the file is not trusted.
+    """
     known = manifest.get("architecture", {"factory": None})
-    return build(architecture, **(known["arguments"] if known["factory"] == architecture else {}))
+    arguments = known["arguments"] if known["factory"] == architecture else {}
+    odd = [name for name, value in arguments.items() if not _is_plain(value)]
+    if odd and not trusted:
+        raise ValueError(
+            f"arguments of {architecture} must be numbers to be taken from a file, got others for {listed(odd)}; "
+            "give the architecture as a module, or trust_architecture=True"
+        )
+    return build(architecture, **arguments)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, or numbers: what names nothing."""
+    return all(isinstance(each, int | float | None) for each in (value if isinstance(value, list) else [value]))
 
 
 @torch.no_grad()

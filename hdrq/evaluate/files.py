@@ -157,7 +157,8 @@ def _each(
             except RuntimeError as error:
                 raise ValueError(f"{file} must run on what {made} of images, got {error}") from error
             except (FileNotFoundError, TypeError, ValueError) as error:
-                raise type(error)(f"to evaluate {file}, {error}") from error
+                kind = next(k for k in (FileNotFoundError, TypeError, ValueError) if isinstance(error, k))
+                raise kind(f"to evaluate {file}, {error}") from error
         yield name if names.count(name) == 1 else str(file), folders
 
 

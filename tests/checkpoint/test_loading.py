@@ -148,6 +148,11 @@ def test_architecture_by_name(path, tmp_path, monkeypatch):
     rewrite(path, architecture={"factory": "somewhere:build", "arguments": {"width": 3}})
     with pytest.raises(ValueError, match=r"model must be made by somewhere:build of {'width': 3}, got TypeError"):
         hdrq.load(path, "somewhere:build")  # the file's arguments are the factory's
+    rewrite(path, architecture={"factory": "somewhere:build", "arguments": {"width": 3, "checkpoint": "/evil"}})
+    with pytest.raises(ValueError, match=r"must be numbers to be taken from a file, got others for checkpoint; give"):
+        hdrq.load(path, "somewhere:build")
+    with pytest.raises(ValueError, match=r"got TypeError: build\(\) got an unexpected keyword"):
+        hdrq.load(path, "somewhere:build", trust_architecture=True)
     hdrq.save(model, path, architecture="somewhere:nothing")
     with pytest.raises(ValueError, match="model must name a function of somewhere, got 'nothing'"):
         hdrq.load(path, trust_architecture=True)

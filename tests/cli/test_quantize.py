@@ -97,10 +97,10 @@ def test_what_is_learned_and_not_kept_is_told_before(place):
 
 
 def test_the_share_that_is_held_out_is_the_share_that_is_asked_for(place):
-    np.save(place / "x.npy", np.zeros((20, 3, 16, 16), np.float32))
-    for share, held in ((0.4, 8), (0.1, 2), (0.35, 7), (1 / 3, 6), (0.0, 0)):
+    np.save(place / "x.npy", np.zeros((100, 3, 4, 4), np.float32))
+    for share, held in ((0.4, 40), (0.1, 10), (0.29, 29), (1 / 3, 33), (0.0, 0)):
         *_, kept, out = job._prepare(job.Run("tinynet:tiny", "x.npy", held_out=share, recipe="rtn"))
-        assert (len(kept), 0 if out is None else len(out)) == (20 - held, held)
+        assert (len(kept), 0 if out is None else len(out)) == (100 - held, held)
 
 
 def test_workdir_has_losses_and_resumes(place):
