@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CODES = (torch.int8, torch.int16)
+T = TypeVar("T")
 
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
@@ -36,12 +38,24 @@ def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) 
 
 def device(name: str) -> torch.device:
     """The device of a name, if tensors can be there."""
+    if not isinstance(name, str | torch.device):
+        raise TypeError(f'device must be a name, like "cpu" or "cuda", got {type(name).__name__}')
     try:
         found = torch.device(name)
+        if found.type == "meta":
+            raise ValueError(f"device must be one that holds values, got {str(name)!r}")
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device must be one that is here, got {name!r}: {str(error).splitlines()[0]:.150}") from error
     return found
+
+
+def made_of(kind: Callable[..., T], options: Mapping[str, Any]) -> T:
+    """A dataclass of options, each the name of a field."""
+    known = tuple(sorted(field.name for field in fields(kind)))  # type: ignore[arg-type]
+    for name in options:
+        choice("an option", name, known)
+    return kind(**options)
 
 
 def choice(name: str, value: Any, choices: tuple) -> Any:

@@ -23,6 +23,13 @@ MEMINFO = Path("/proc/meminfo")  # Linux's, in kB
 AHEAD = 2  # batches that are gathered while a step runs
 
 
+def check_cache(where: str, budget: int | None) -> None:
+    """Refuse what :class:`Cache` knows no place or size of."""
+    checks.choice("cache", where, ("auto", *TIERS))
+    if budget is not None:
+        checks.integer("cache_bytes", budget, 0, 2**63 - 1)
+
+
 class Cache:
     """Memory for tensors with one row for each sample, in the fastest place that has room.
 
@@ -45,11 +52,10 @@ class Cache:
         folder: Path | None = None,
         sharers: int = 1,
     ) -> None:
-        self.device, self.where, self.folder = device, checks.choice("cache", where, ("auto", *TIERS)), folder
+        check_cache(where, budget)
+        self.device, self.where, self.folder = device, where, folder
         if folder is not None and not folder.is_dir():  # another rank has made it, on a machine of its own
             self.folder = None
-        if budget is not None:
-            budget = checks.integer("cache_bytes", budget, 0, 2**63 - 1)
         self._room = {"device": budget, "host": budget} if budget is not None else half_of_free(device, sharers)
         if device.type == "cpu":
             self._room["host"] = 0  # the host is the device

@@ -121,7 +121,7 @@ def calibration_calls(data, name: str = "calibration") -> list[Call]:
             raise ValueError(f"{name} must have samples of one shape, got {first} and, in batch {read}, {shapes}")
     if not calls:
         raise ValueError(f"{name} must have at least one sample, got none")
-    if sum(call.size for call in calls) == 1:
+    if name != "held_out" and sum(call.size for call in calls) == 1:
         warnings.warn(f"{name} has one sample: what is learned from it holds for little else", stacklevel=4)
     return calls
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from hdrq.calibrate.cache import check_cache
 from hdrq.calibrate.progress import Step, bars
 from hdrq.calibrate.ranks import ALONE, Ranks
 from hdrq.checkpoint.workdir import Workdir
@@ -34,6 +35,9 @@ class RunSettings:
     checkpoint_every: int = 0
     ranks: Ranks = ALONE
     offload: Offload | None = None
+
+    def __post_init__(self) -> None:
+        check_cache(self.cache, self.cache_bytes)
 
     @contextmanager
     def shown(self) -> Iterator[RunSettings]:

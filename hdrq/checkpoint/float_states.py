@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ def _state_for(
         if name.rpartition(".")[2] in ("total_ops", "total_params"):
             del state[name]  # counters that a profiler left
     differences = state_differences(state, wanted, dtypes=False)
+    if differences and any(name.endswith(".weight.codes") for name in state):
+        raise ValueError(f"{weights} must have the tensors of {known}, got codes: that model is quantized already")
     if differences:
         raise ValueError(f"{weights} must have the tensors of {known}, got {listed(differences)}")
     return state
@@ -126,6 +129,11 @@ def read_state(path: str | os.PathLike, mapped: bool = False) -> dict[str, torch
                 raise ValueError(f"its shards must hold all that it names, got none for {listed(missing)}")
             return state
         if path.suffix in (".bin", ".pt", ".pth"):
+            if mapped and not zipfile.is_zipfile(path):
+                raise ValueError(
+                    "it has torch's format of before 1.6, which cannot be mapped; save it anew, torch.save(torch.load("
+                    "path, weights_only=True), path), or leave offload_folder out"
+                )
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
                 held = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__

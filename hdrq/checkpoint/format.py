@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from math import prod
@@ -102,6 +103,10 @@ class Reader:
         if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait
             raise ValueError(
                 f"path must be a file that hdrq.save wrote, got {self.path!r}, a device, a pipe or a socket"
+            )
+        if not os.path.exists(path):
+            raise FileNotFoundError(
+                f"path must be a file that hdrq.save wrote, got {self.path!r}, which does not exist"
             )
         with ExitStack() as stack, _refusing(self.path):
             self._file = TensorFile(path)
@@ -227,7 +232,7 @@ def _manifest(text: str | None, digest: str | None) -> dict[str, Any]:
     if text is None:
         raise ValueError("it has no manifest")
     try:
-        manifest = json.loads(text)
+        manifest = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise ValueError(f"manifest must be JSON, got {text[:40]!r}: {error}") from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
@@ -238,11 +243,23 @@ def _manifest(text: str | None, digest: str | None) -> dict[str, Any]:
     return {**FORMATS[version], **manifest}
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; one that has a name twice says two things, of which readers would take one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"manifest must have each name once, got {name!r:.100} more often")
+    return found
+
+
 def _check(manifest: dict[str, Any], specs: Mapping[str, Spec]) -> None:
     """Check that the tables of a manifest fit each other and the tensors."""
     for key in ("folded", "weights", "inputs", "shared", "sha256"):
         if not isinstance(manifest.get(key), dict):
             raise ValueError(f"manifest must have a table of {key}, got {manifest.get(key)!r}")
+    for key, kind in {"models": list, "run": dict, "origin": dict, "parent": dict}.items():
+        if not isinstance(manifest.get(key), kind | None):
+            raise ValueError(f"manifest must have a {kind.__name__} for {key}, got {manifest[key]!r:.100}")
     if manifest["sha256"].keys() != specs.keys():
         raise ValueError(
             f"manifest must hash all tensors, got others: {sorted(manifest['sha256'].keys() ^ specs.keys())}"

@@ -93,6 +93,8 @@ def _problem(manifest: dict[str, Any], name: str, value: torch.Tensor) -> str:
             low, high = facts["range"]
             codes = unpack(value, facts["shape"], signed=low < 0) if packs(low, high) else value
             checks.code_values(f"codes of {layer}", codes, low, high)
+        elif layer in manifest["weights"] and kind == "zero_point":
+            checks.code_values(f"zero points of {layer}", value, *manifest["weights"][layer]["range"])
         elif (layer in manifest["weights"] and kind == "scale") or (module != name and module in manifest["inputs"]):
             checks.scale_values(name, value)
         elif value.is_floating_point() and (wrong := int(value.float().isnan().sum())):

@@ -30,7 +30,6 @@ from hdrq.quantizers.attach import attach_input_quantizer
 from hdrq.quantizers.layers import (
     TRANSPOSED,
     WEIGHTED,
-    input_quantizers,
     input_readers,
     layer_kinds,
     quantized_layers,
@@ -56,10 +55,11 @@ def load(
     Args:
         path: a file that :func:`save` wrote.
         model: the float architecture, as it was before :func:`hdrq.quantize`, left as it is, or ``"module:factory"``,
-            or a function that makes it. A checkpoint holds tensors, not code.
-        model_args: the function's arguments.
-        trust_architecture: where ``model`` is None, import and call the factory that the file names. That runs
-            whatever it names: only for files whose writer is trusted.
+            or a function that makes it, with ``model_args``. A checkpoint holds tensors, not code.
+        model_args: the function's arguments; those that the file names with ``model``, where they are numbers.
+        trust_architecture: where ``model`` is None, import and call the factory that the file names; where it is a
+            name, give it any arguments of the file. That runs whatever they name: only for files whose writer is
+            trusted.
         offload_folder: a folder on a disk, for weights that do not fit in memory: they are dequantized layer by layer
             into files of this folder, which the system maps, and need no memory of their own. None for memory.
 
@@ -72,11 +72,16 @@ def load(
     with Reader(path) as file:
         result = _architecture(model, model_args, file.manifest, trust_architecture, offload)
         placed = list(result.parameters())
-        attach(result, file.manifest)
-        if offload is not None:
-            offload.put_parameters(result, but=placed)  # what an attention was opened into
-        assign(result, file.manifest, file.specs, file.tensor)
-        set_statistics(result, {name: statistics(file, name) for name in file.manifest.get("statistics", {})})
+        try:
+            attach(result, file.manifest)
+            if offload is not None:
+                offload.put_parameters(result, but=placed)  # what an attention was opened into
+            assign(result, file.manifest, file.specs, file.tensor)
+            set_statistics(result, {name: statistics(file, name) for name in file.manifest.get("statistics", {})})
+        except ValueError as error:
+            if file.path in str(error):
+                raise
+            raise ValueError(f"{error}, in {file.path}") from error
     return result
 
 
@@ -89,13 +94,14 @@ def _architecture(
     if not (model is None or isinstance(model, FACTORIES)):
         check_float("model", model)
         return copy_model("model", model, offload)
-    arguments = arguments or {}
     if model is None:
         known = manifest.get("architecture")
         if not (trusted and known):
             named = f"; the file names {known['factory']}: model= it, or trust_architecture=True" if known else ""
             raise ValueError(f"model must be the architecture that the checkpoint was made from, got None{named}")
-        model, arguments = known["factory"], known["arguments"]
+        model = known["factory"]
+    if arguments is None:
+        arguments = arguments_for(model, manifest, trusted)
     if offload is None:
         made = build(model, **arguments)
     else:
@@ -103,6 +109,30 @@ def _architecture(
         give_parameters(made, lambda name, parameter: offload.empty_like(parameter))
     check_float("model", made)
     return made
+
+
+def arguments_for(
+    architecture: str | Callable[..., nn.Module], manifest: Mapping[str, Any], trusted: bool = False
+) -> dict[str, Any]:
+    """The arguments that a manifest names for an architecture of that name, if it does.
+
+    Raises:
+        ValueError: an argument is no number, such as a path that a factory would read, and the file is not trusted.
+    """
+    known = manifest.get("architecture", {"factory": None})
+    arguments = known["arguments"] if known["factory"] == architecture else {}
+    odd = [name for name, value in arguments.items() if not _is_plain(value)]
+    if odd and not trusted:
+        raise ValueError(
+            f"arguments of {architecture} must be numbers to be taken from a file, got others for {listed(odd)}; "
+            "give the architecture as a module, or model_args, or trust_architecture=True"
+        )
+    return dict(arguments)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, or numbers: what names nothing."""
+    return all(isinstance(each, int | float | None) for each in (value if isinstance(value, list) else [value]))
 
 
 @torch.no_grad()
@@ -182,9 +212,11 @@ def assign(model: nn.Module, manifest: Mapping[str, Any], names, take: Callable[
             checks.code_values(f"zero points of {name}", zero_point, qmin, qmax)
             quantizer.zero_point.copy_(zero_point.view(quantizer.zero_point.shape))
         layer.latent.copy_(quantizer.values(codes.to(layer.latent.device)))
-    for name, activation in input_quantizers(model).items():
+    activations = input_readers(model)
+    for name, bounds in manifest["inputs"].items():
+        activation = activations[name]
         activation.scale.copy_(read_scale(f"{name}.input.scale").view(activation.scale.shape))
-        activation.qmin, activation.qmax = manifest["inputs"][name]
+        activation.qmin, activation.qmax = bounds
     tensors = {name: take(name) for name in unread}
     differences = state_differences(tensors, plain_state(model), dtypes=True)
     if differences:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +46,25 @@ def save(model: nn.Module, path: str | os.PathLike, *, architecture: str | None 
     with Writer(path, tensors.specs, manifest) as file:
         for name, value in tensors.items():
             file.write(name, value)
+
+
+def save_or_keep(model: nn.Module, path: str | os.PathLike) -> None:
+    """:func:`save`. Where that fails the model is kept in another place if any has room: nobody else holds it.
+
+    Raises:
+        OSError: ``path`` could not be written; the message says where the model is kept.
+    """
+    try:
+        save(model, path)
+    except OSError as error:
+        for folder in (Path.cwd(), Path(tempfile.gettempdir()), Path.home()):
+            kept = folder / f"{Path(path).stem[:100]}-{secrets.token_hex(4)}.safetensors"
+            try:
+                save(model, kept)
+            except (OSError, ValueError):
+                continue
+            raise OSError(error.errno, f"{error.strerror}; the quantized model is kept in {kept}") from error
+        raise
 
 
 def check_storable(model: nn.Module) -> None:

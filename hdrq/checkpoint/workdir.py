@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,7 @@ from hdrq.rng import CONTRACT
 CURRENT = "current.safetensors"
 RUN = "run.json"
 CHOSEN = "chosen bits"  # what the run found under the budget that it began with: it is kept, and not compared
+THREADS = "threads"  # of torch: a run may go on with others, and is told what that does
 LOSSES = ("block", "iteration", "loss")
 
 
@@ -52,8 +54,15 @@ class Workdir:
         begun = begun_run(path, fingerprint, resume)
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        threads = torch.get_num_threads()
         if begun is None:
-            write_atomically(self.path / RUN, _text(fingerprint))
+            write_atomically(self.path / RUN, _text({**fingerprint, THREADS: threads}))
+        elif begun.get(THREADS, threads) != threads:
+            warnings.warn(
+                f"the run in {path} began with {begun[THREADS]} threads and goes on with {threads}: it sums in another "
+                f"order, so its bits will be others; OMP_NUM_THREADS={begun[THREADS]} keeps them",
+                stacklevel=3,
+            )
 
     def save_block(self, index: int, tensors: Mapping[str, torch.Tensor], facts: dict) -> None:
         """A finished block: what it learned. It is no longer in work."""
@@ -114,7 +123,7 @@ def begun_run(path: str | os.PathLike, fingerprint: Mapping[str, Any], resume: b
     if not resume:
         raise FileExistsError(f"workdir must hold no run, or resume=True go on with it, got one in {folder}")
     before, now = _read_run(folder / RUN), json.loads(_text(fingerprint))
-    names = [name for name in differing(before, now) if name != CHOSEN]
+    names = [name for name in differing(before, now) if name not in (CHOSEN, THREADS)]
     if names:
         changed = [f"{name} ({before.get(name)}, now {now.get(name)})" for name in names]
         raise ValueError(f"resume must have what the run in {folder} began with, got others: {listed(changed)}")

@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
-from hdrq.cli.terminal import console, numbers
+from hdrq.cli.terminal import console, left_out, numbers
 
 
 def evaluate(
+    context: typer.Context,
     files: Annotated[list[Path], typer.Argument(help="Quantized models, or states in full precision; safetensors.")],
     model: Annotated[str, typer.Option(help="The architecture: module:factory.")],
     data: Annotated[list[Path], typer.Option(help="A folder with a folder of images for each class; give it again.")],
@@ -34,9 +35,9 @@ def evaluate(
     model_args: Annotated[
         str | None, typer.Option(help="The factory's arguments, like {width: 8}; those that the files name.")
     ] = None,
-    size: Annotated[str, typer.Option(help="Of images with label maps: height and width.")] = "512x1024",
-    label_size: Annotated[str | None, typer.Option(help="Of their label maps; as images.")] = None,
-    split: Annotated[str, typer.Option(help="Of images with label maps: test, or train.")] = "test",
+    size: Annotated[str, typer.Option(help="With --label-maps, of images: height and width.")] = "512x1024",
+    label_size: Annotated[str | None, typer.Option(help="With --label-maps, of label maps; as images.")] = None,
+    split: Annotated[str, typer.Option(help="With --label-maps: test, or train.")] = "test",
     top: Annotated[int, typer.Option(help="An image is right if its label is among so many of the first.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     offload_folder: Annotated[
@@ -55,8 +56,7 @@ def evaluate(
     if arguments is not None and not isinstance(arguments, dict):
         raise TypeError(f"model_args must be a mapping, like {{width: 8}}, got {model_args!r}")
     if label_maps:
-        if top != 1:
-            raise ValueError(f"top must be left out with --label-maps, got {top}")
+        left_out(context, "with --label-maps", "top", "resize", "crop", "mean", "std")
         layouts = label_maps * len(data) if len(label_maps) == 1 else label_maps
         if len(layouts) != len(data):
             raise ValueError(
@@ -68,13 +68,14 @@ def evaluate(
             model_args=arguments,
             device=device,
             offload_folder=offload_folder,
-            batch_size=batch_size or 4,
+            batch_size=4 if batch_size is None else batch_size,
             size=_size(size),
             label_size=_size(label_size or size),
         )
         rows: Sequence[Row] = segmented
         tables = [classes_table(segmented, "IoU (%)"), table(rows, "mIoU (%)")]
     else:
+        left_out(context, "without --label-maps", "size", "label_size", "split")
         made = {"resize": resize, "crop": crop, "mean": numbers("mean", mean), "std": numbers("std", std)}
         rows = evaluate_files(
             files,
@@ -83,7 +84,7 @@ def evaluate(
             model_args=arguments,
             device=device,
             offload_folder=offload_folder,
-            batch_size=batch_size or 100,
+            batch_size=100 if batch_size is None else batch_size,
             top=top,
             **made,
         )

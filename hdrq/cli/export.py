@@ -7,10 +7,16 @@ from typing import Annotated
 
 import typer
 
-from hdrq.cli.terminal import console
+from hdrq.cli.terminal import console, left_out
+
+KINDS = {".onnx": "onnx", ".pt2": "pt2"}
+# What is read for a kind of file alone.
+OF_GRAPHS = ("data", "runtime", "allow_float", "opset", "samples", "resize", "crop", "check")
+UNUSED = {"onnx": ("activations",), "pt2": ("activations", "opset"), "compressed-tensors": OF_GRAPHS}
 
 
 def export(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A quantized model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file, or folder, to write.")],
     model: Annotated[str | None, typer.Option(help="The architecture: module:factory.")] = None,
@@ -28,21 +34,28 @@ def export(
     allow_float: Annotated[bool, typer.Option("--allow-float", help="Let it compute in float what it must.")] = False,
     opset: Annotated[int, typer.Option(help="Of ONNX, 21 to 25.")] = 21,
     samples: Annotated[int, typer.Option(help="How many samples of the data are read.")] = 64,
-    resize: Annotated[int, typer.Option(help="The shorter side of an image, pixels.")] = 256,
-    crop: Annotated[int, typer.Option(help="The sides of its middle, pixels.")] = 224,
+    resize: Annotated[
+        int | None, typer.Option(help="The shorter side of an image, pixels; as the file was calibrated, or 256.")
+    ] = None,
+    crop: Annotated[int | None, typer.Option(help="The sides of its middle, pixels; likewise, or 224.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Run the file, and count its integer kernels.")] = False,
 ) -> None:
     """Write a quantized model for another runtime; status 1 if --check finds a quantized layer computed in float."""
     from hdrq import checks
     from hdrq import export as exporting
     from hdrq.calibrate.images import load_data
-    from hdrq.checkpoint.loading import load
+    from hdrq.checkpoint.loading import load, manifest_of
+    from hdrq.evaluate.files import as_calibrated
 
     if like is not None:
+        left_out(context, "with --like", "model", "to", "activations", *OF_GRAPHS)
         exporting.write_like(file, like, out)
         console.print(f"{out}: {file} in the form of {like}", highlight=False, markup=False, soft_wrap=True)
         return
-    to = checks.choice("to", to or ("pt2" if out.suffix == ".pt2" else "onnx"), ("onnx", "pt2", "compressed-tensors"))
+    if to is None and out.suffix not in KINDS:
+        raise ValueError(f"to must be given where out ends in none of {', '.join(KINDS)}, got {str(out)!r}")
+    to = checks.choice("to", KINDS[out.suffix] if to is None else to, tuple(UNUSED))
+    left_out(context, f"for {to}", *UNUSED[to])
     if model is None:
         raise ValueError("model must be given, or --like with what the file was imported from")
     if to == "compressed-tensors":
@@ -55,7 +68,9 @@ def export(
     runtime = runtime or {"onnx": "openvino", "pt2": "inductor"}[to]
     if (to == "pt2") != (runtime == "inductor"):
         raise ValueError(f'runtime must be "inductor" for pt2, and only there, got {runtime!r} for {to}')
-    inputs = load_data(data, resize=resize, crop=crop, limit=samples)
+    checks.integer("samples", samples, 1, 2**31)
+    prepared = as_calibrated({str(file): manifest_of(file)}, {"resize": resize, "crop": crop})
+    inputs = load_data(data, limit=samples, **prepared)
     quantized = load(file, model)
     if to == "pt2":
         written = exporting.to_pt2(quantized, inputs, out, allow_float=allow_float)

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from hdrq.cli.add import add_to_file
-from hdrq.cli.terminal import console, numbers, progress_bar, tell_of_blocks
+from hdrq.cli.terminal import console, left_out, numbers, progress_bar, tell_of_blocks
 
 if TYPE_CHECKING:
     from hdrq.merging.assessment import Readiness
 
+OF_DATA = ("samples", "resize", "crop")
+
 
 def merge(
+    context: typer.Context,
     files: Annotated[
         list[Path],
         typer.Argument(help="Two or more quantized models, or a YAML file that lists them; with --add, one."),
@@ -99,8 +102,10 @@ def merge(
     workdir: Annotated[Path | None, typer.Option(help="With --calibrate: checkpoints, losses and their plot.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="With --calibrate: go on with the run in workdir.")] = False,
     samples: Annotated[int, typer.Option(help="How many samples of the data are read.")] = 256,
-    resize: Annotated[int, typer.Option(help="The shorter side of an image, pixels.")] = 256,
-    crop: Annotated[int, typer.Option(help="The sides of its middle, pixels.")] = 224,
+    resize: Annotated[
+        int | None, typer.Option(help="The shorter side of an image, pixels; as the files were calibrated, or 256.")
+    ] = None,
+    crop: Annotated[int | None, typer.Option(help="The sides of its middle, pixels; likewise, or 224.")] = None,
 ) -> None:
     """Merge quantized models on their integers, or add changes to one: no originals, no data, no training."""
     from hdrq.checkpoint.files import output_folder
@@ -110,6 +115,8 @@ def merge(
         raise ValueError("out must be given, or --dry-run, and not both")
     if report is not None:
         output_folder(report, "report")
+    if dry_run:
+        left_out(context, "with --dry-run, which merges nothing", "force")
     chosen: dict[str, Any] = {
         "seed": seed,
         "rule": rule,
@@ -136,7 +143,10 @@ def merge(
     if add:
         settings = {"minus": minus, "scale": scale, "alpha": alpha, "model": model, "data": data, **inputs}
         settings |= _taken(options, "seed", "rule")
-        _none_given({**options, "calibrate": calibrate, **guided, **run}, "with --add")
+        _none_given({**options, "calibrate": calibrate, **guided, **run, "sweep": sweep}, "with --add")
+        left_out(context, "with --add", "force")
+        if data is None:
+            left_out(context, "with --add and without --data", *OF_DATA)
         add_to_file(files, add, out, settings, report, as_json)
         return
     _none_given({"minus": minus, "scale": scale, "alpha": alpha, "data": data}, "without --add")
@@ -150,6 +160,7 @@ def merge(
         # Without out there is --dry-run, refused here.
         _none_given(unused, "in a calibrated merge" if calibrate else "in a calibrated merge without --calibrate")
         if not calibrate:
+            left_out(context, "in a calibrated merge without --calibrate", *OF_DATA)
             merge_by_statistics(files, cast(Path, out), settings)
             return
         if model is None:
@@ -158,6 +169,7 @@ def merge(
         merge_calibrated(files, calibrate, cast(Path, out), settings | {"model": model, **inputs})
         return
     _none_given({**guided, **run, "model": model}, "without --calibrate")
+    left_out(context, "without --calibrate and --add", *OF_DATA)
     unready = "warn" if force else "refuse"
     if sweep is not None:
         _none_given({"weights": options.get("weights"), "report": report, "json": as_json or None}, "with --sweep")

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from hdrq.cli.terminal import console, tell_of_blocks
+from hdrq.cli.terminal import console, left_out, tell_of_blocks
 
 
 def post_merge(
+    context: typer.Context,
     files: Annotated[list[Path], typer.Argument(help="The experts' states in full precision.")],
     model: Annotated[str, typer.Option(help="Their architecture: module:factory.")],
     data: Annotated[list[Path], typer.Option(help="Images, .npy or .safetensors of an expert's task. Once for each.")],
@@ -27,9 +28,9 @@ def post_merge(
     stream: Annotated[str | None, typer.Option(help="Inputs of the merged model or of the experts; merged.")] = None,
     bias: Annotated[str | None, typer.Option(help="solve, or keep the merge's; solve for epmq.")] = None,
     scale: Annotated[float | None, typer.Option(help="Of the task vectors; 0.3, with ties 1.")] = None,
-    keep: Annotated[float, typer.Option(help="TIES: the share of each task vector that is kept.")] = 0.2,
-    aggregate: Annotated[str, typer.Option(help="TIES: mean or sum.")] = "mean",
-    trim: Annotated[str, typer.Option(help="TIES: of the whole vector, or of each tensor.")] = "whole",
+    keep: Annotated[float | None, typer.Option(help="TIES: the share of each task vector that is kept; 0.2.")] = None,
+    aggregate: Annotated[str | None, typer.Option(help="TIES: mean or sum; mean.")] = None,
+    trim: Annotated[str | None, typer.Option(help="TIES: of the whole vector, or of each tensor; whole.")] = None,
     samples: Annotated[int, typer.Option(help="How many samples of each task are read.")] = 256,
     resize: Annotated[int, typer.Option(help="The shorter side of an image, pixels.")] = 256,
     crop: Annotated[int, typer.Option(help="The sides of its middle, pixels.")] = 224,
@@ -66,7 +67,9 @@ def post_merge(
         "workdir": workdir,
         "resume": resume,
     }
-    options |= options_of(set_ or [], Recipe)
+    more = options_of(set_ or [], Recipe)
+    left_out(context, "where --set gives it", *(options.keys() & more.keys()))
+    options |= more
     with keep_freed_memory():
         report = report_of(post_merge_files(files, data, out, model=model, **options))
     tell_of_blocks(report, workdir)

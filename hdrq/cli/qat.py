@@ -16,12 +16,12 @@ def qat(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting: name=value.")] = None,
 ) -> None:
     """Train models with quantizers on labelled domains, one domain left out in turn."""
-    from hdrq.methods.job import parse_setting, read_settings
+    from hdrq.methods.job import parse_settings, read_settings
     from hdrq.qat import job
     from hdrq.report.figures import write_disorder
     from hdrq.report.tables import qat_table
 
-    settings = {**read_settings(config), **dict(parse_setting(text) for text in set_ or [])}
+    settings = {**read_settings(config), **parse_settings(set_ or [])}
     run = job.Run.of({**settings, **({"resume": True} if resume else {})})
     results = job.execute(run)
     console.print(qat_table(job.results_of(results), run.training.caption))

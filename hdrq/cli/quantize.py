@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hdrq.checks import listed
-from hdrq.cli.terminal import console
+from hdrq.cli.terminal import console, left_out
 
 if TYPE_CHECKING:
     from hdrq.calibrate.report import RunReport
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def quantize(
+    context: typer.Context,
     config: Annotated[
         list[Path] | None,
         typer.Argument(help="A YAML file of settings, which options override; several for a model each."),
@@ -77,7 +78,9 @@ def quantize(
         "statistics": None if statistics is None else _statistics(statistics),
     }
     options = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
-    options |= dict(job.parse_setting(text) for text in set_ or [])
+    more = job.parse_settings(set_ or [])
+    left_out(context, "where --set gives it", *(options.keys() & more.keys()))
+    options |= more
     checks.integer("jobs", jobs, 1, 1024)
     if ablate and as_json:
         raise ValueError("json must be left out with --ablate, which prints a table, got both")
@@ -85,8 +88,11 @@ def quantize(
         alone = {"--save-config": save_config is not None, "--ablate": ablate}
         _several(config, options, jobs, as_json, [name for name, given in alone.items() if given])
         return
+    if jobs > 1:
+        left_out(context, "for one model, which has one process; give a YAML file for each of several", "jobs")
     plan = job.Run.of({**(job.read_settings(config[0]) if config else {}), **options})
     if save_config is not None:
+        left_out(context, "with --save-config, which quantizes nothing", "ablate", "as_json", "resume")
         job.write_settings(plan, save_config)
         return
     _one(str(config[0]) if config else plan.model, plan, ablate, as_json)

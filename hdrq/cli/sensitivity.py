@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
-from hdrq.cli.terminal import console, progress_bar
+from hdrq.cli.terminal import console, left_out, progress_bar
 
 
 def sensitivity(
+    context: typer.Context,
     config: Annotated[
         Path | None, typer.Argument(help="A YAML file of settings of hdrq quantize; options override it.")
     ] = None,
@@ -44,8 +45,10 @@ def sensitivity(
 
     given = {"model": model, "weights": weights, "data": data, "recipe": recipe, "bits": bits}
     options = {name: str(value) for name, value in given.items() if value is not None}
+    more = job.parse_settings(set_ or [])
+    left_out(context, "where --set gives it", *(options.keys() & more.keys()))
     settings = {"bits": "auto:4"} if config is None else job.read_settings(config)
-    run = job.Run.of({**settings, **options, **dict(job.parse_setting(text) for text in set_ or [])})
+    run = job.Run.of({**settings, **options, **more})
     checks.choice("cost", cost, COSTS)
     if save_config is not None:
         output_path(save_config, "save_config")

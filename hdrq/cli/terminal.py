@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
     from hdrq.calibrate.report import RunReport
 
 WIDE = 200  # columns of a pipe or a file, which tables fit whatever their names are
-_width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
+_terminal = sys.stdout is not None and sys.stdout.isatty()  # there is none where a shell has closed it
+_width = None if _terminal or "COLUMNS" in os.environ else WIDE
 console, errors = Console(width=_width), Console(stderr=True)
 
 # What hdrq raises, with a message of its own.
 OURS = (ValueError, TypeError, OSError, FloatingPointError, BackendError, MissingExtra)
 LONGEST = 2000  # characters of a message
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Commands(TyperGroup):
@@ -43,7 +46,8 @@ class Commands(TyperGroup):
         before, warnings.formatwarning = warnings.formatwarning, warning_line
         try:
             status = super().main(*args, **{**options, "standalone_mode": False}) or 0
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except typer.Abort:
             status = 1
         except BrokenPipeError:
@@ -120,6 +124,25 @@ def numbers(name: str, text: str | None) -> tuple[float, ...] | None:
         raise ValueError(f"{name} must be numbers between commas, got {text!r}") from error
 
 
+def left_out(context: typer.Context, when: str, *names: str) -> None:
+    """Refuse options that were given on the command line where nothing reads them.
+
+    Args:
+        context: of the command.
+        when: ends the message: "with --like".
+        names: parameters of the command, as its function has them.
+
+    Raises:
+        ValueError: names the first that was given.
+    """
+    options = {parameter.name: parameter.opts for parameter in context.command.params}
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = max(options[name], key=len).lstrip("-").replace("-", "_")
+            raise ValueError(f"{option} must be left out {when}, got {context.params[name]}")
+
+
 def status_of(error: Exception) -> int:
     """What a command ends with: 1 for a loss that diverged, 2 for bad input."""
     return 1 if isinstance(error, FloatingPointError) else 2
@@ -131,6 +154,8 @@ def line(error: Any) -> str:
         return plain(error.format_message())
     whole = isinstance(error, OSError) and error.strerror and error.filename is None  # a message without "[Errno 28]"
     text = plain(error.strerror if whole else str(error))[:LONGEST]
+    if whole and error.errno in FULL and error.strerror == os.strerror(error.errno):  # of files hdrq says more
+        text = f"standard output must be written to a disk with room, got {text}"
     if isinstance(error, ImportError) and not isinstance(error, MissingExtra):
         return f'{text}; pip install "hdrq[demo]" brings what commands need'
     if isinstance(error, OURS) and text:
@@ -145,7 +170,8 @@ def warning_line(message: Any, *_: Any, **__: Any) -> str:
 def _drop_what_cannot_be_written() -> None:
     """Where standard output is closed or full, Python would complain once more at its end."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -49,7 +49,7 @@ def evaluate_files(
     """
     classes = class_names(data[0])
     manifests = {os.fspath(file): manifest_of(file) for file in files}
-    preparation = _as_calibrated(manifests, preparation)
+    preparation = as_calibrated(manifests, preparation)
     model_args = _arguments(manifests, model) if model_args is None else model_args
 
     def measured(network: nn.Module, path: str | os.PathLike) -> float:
@@ -60,14 +60,14 @@ def evaluate_files(
     return [Row(*each) for each in _each(files, data, *how, measured, "resize and crop make")]
 
 
-def _as_calibrated(manifests: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+def as_calibrated(manifests: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
     """What images are made by: what is given, else what all files say of their calibration."""
     chosen = {name: value for name, value in given.items() if value is not None}
     runs = [(file, run) for file, manifest in manifests.items() for run in _runs(manifest)]
     for name in ("resize", "crop", "mean", "std"):
-        values = {_numbers(run[name]): file for file, run in runs if name in run}
+        values = {_numbers(f"{name} in {file}", run[name]): file for file, run in runs if name in run}
         if name in chosen:
-            others = {value: file for value, file in values.items() if value != _numbers(chosen[name])}
+            others = {value: file for value, file in values.items() if value != _numbers(name, chosen[name])}
             for value, file in others.items():
                 warnings.warn(f"{name} is {chosen[name]}, and {file} was calibrated with {value}", stacklevel=3)
         elif len(values) > 1:
@@ -78,9 +78,12 @@ def _as_calibrated(manifests: Mapping[str, Mapping[str, Any]], given: Mapping[st
     return chosen
 
 
-def _numbers(value: Any) -> Any:
+def _numbers(name: str, value: Any) -> Any:
     """A setting as its manifest or a caller has it, so that both can be compared."""
-    return tuple(map(float, value)) if isinstance(value, Sequence) else value
+    several = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(each, int | float) for each in several):
+        raise ValueError(f"{name} must be numbers, got {value!r:.100}")
+    return tuple(map(float, value)) if several is value else value
 
 
 def _runs(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -150,7 +153,8 @@ def _each(
     checks.device(device)
     if offload_folder is not None and device != "cpu":
         raise ValueError(f"device must be cpu where weights are offloaded, got {device}; leave offload_folder out")
-    for file in files:
+    names = [Path(file).name for file in files]
+    for name, file in zip(names, files, strict=True):
         network, folders = load_either(file, model, model_args or {}, offload_folder).to(device), {}
         for path in data:
             try:
@@ -159,7 +163,10 @@ def _each(
                 raise
             except RuntimeError as error:
                 raise ValueError(f"{file} must run on what {made} of images, got {error}") from error
-        yield Path(file).name, folders
+            except (FileNotFoundError, TypeError, ValueError) as error:
+                kind = next(k for k in (FileNotFoundError, TypeError, ValueError) if isinstance(error, k))
+                raise kind(f"to evaluate {file}, {error}") from error
+        yield name if names.count(name) == 1 else str(file), folders
 
 
 def _as_floats(batches: Iterable[tuple[Tensor, Tensor]], network: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

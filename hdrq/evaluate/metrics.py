@@ -71,7 +71,9 @@ def accuracy_of(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Te
     The logits are what the output names so, else the first floating-point tensor that the model returns.
 
     Raises:
-        ValueError: the model's output is no class for each label; no batch; fewer classes than ``top``.
+        TypeError: labels are no integers.
+        ValueError: the model's output is no class for each label, or NaN; a label is none of its classes; no batch;
+            fewer classes than ``top``.
     """
     checks.integer("top", top, 1, 2**31)
     parameter = next(model.parameters(), None)
@@ -84,6 +86,7 @@ def accuracy_of(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Te
         if predicted.shape != y.shape:
             got = f"{tuple(y.shape)} for {tuple(predicted.shape)}; label maps are measured by mean_iou"
             raise ValueError(f"labels must be one for each class that the model tells, got {got}")
+        _check_classes(logits, y)
         if top > 1:
             if logits.shape[1] < top:
                 raise ValueError(f"top must be at most the {logits.shape[1]} classes that the model tells, got {top}")
@@ -94,6 +97,18 @@ def accuracy_of(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Te
     if not total:
         raise ValueError("batches must have at least one image, got none")
     return 100 * right / total
+
+
+def _check_classes(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """Refuse what has no accuracy: the greatest of NaN, and classes that there are not."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {checks.short(labels.dtype)}")
+    if logits.isnan().any():
+        raise ValueError("logits must hold no NaN to be ranked, got some from the model")
+    low, high = (int(bound) for bound in labels.aminmax()) if len(labels) else (0, 0)
+    if low < 0 or high >= logits.shape[1]:
+        known = f"[0, {logits.shape[1] - 1}], the classes that the model tells"
+        raise ValueError(f"labels must be in {known}, got {low} to {high}")
 
 
 @torch.no_grad()

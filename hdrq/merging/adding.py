@@ -121,7 +121,7 @@ def add(model: nn.Module, changes: Any, *, calibration: Any = None, **options: A
     Raises:
         FileNotFoundError, TypeError, ValueError: "X must be …, got …"; a change that is not of this model.
     """
-    settings = AddSettings(**options)
+    settings = checks.made_of(AddSettings, options)
     (state,) = states_of([model])
     with ExitStack() as stack:
         plan = _Plan(state, changes, settings, stack, calibration, model)
@@ -158,7 +158,7 @@ def add_file(
         FileNotFoundError, TypeError, ValueError: as :func:`add`; a damaged file.
         OSError: ``out`` cannot be written.
     """
-    settings = AddSettings(**options)
+    settings = checks.made_of(AddSettings, options)
     if out is not None:
         check_out(out, path)
     if is_folder(path) and model is not None:

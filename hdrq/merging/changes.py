@@ -104,6 +104,8 @@ def listed_changes(
             raise ValueError(f"{name} must be given once for each of {len(add)} changes{more}, got {len(values)}")
     minuses = [None if text == "-" else text for text in minus or ["-"] * len(add)]
     each = zip(add, minuses, scale or [1.0] * len(add), strict=True)
+    if alpha is not None and None not in minuses:
+        raise ValueError(f"alpha must be left out but for adapters, got {alpha} for differences of weights alone")
     return [Change(a, m, s, alpha if m is None else None) for a, m, s in each]
 
 

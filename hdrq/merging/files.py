@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -63,6 +64,7 @@ def merge_files(
                 file.write(name, value)
             found = Readiness(tuple(layers))
             check_ready(found, unready)
+    warn_of_twins(paths)
     return found if report else None
 
 
@@ -90,7 +92,15 @@ def readiness(
         for number, name in enumerate(inputs.layers):
             progress(number, len(inputs.layers), name)
             layers.append(_readiness_of_layer(inputs, settings, name))
+        warn_of_twins([model for model in models if isinstance(model, str | os.PathLike)])
         return Readiness(tuple(layers))
+
+
+def warn_of_twins(paths: Sequence[str | os.PathLike]) -> None:
+    """Warn of a file that is given twice, since its name is then more likely a slip than its weight."""
+    real = [os.path.realpath(path) for path in paths]
+    if twice := [os.fspath(path) for k, path in enumerate(paths) if real[k] in real[:k]]:
+        warnings.warn(f"one file is merged more than once: {checks.listed(dict.fromkeys(twice))}", stacklevel=3)
 
 
 def _readiness_of_layer(inputs: Inputs, settings: MergeSettings, name: str) -> LayerReadiness:

@@ -17,6 +17,7 @@ from hdrq.evaluate.averaging import weighted_mean
 
 MERGES = ("average", "task-arithmetic", "ties")
 SCALES = {"average": 1.0, "task-arithmetic": 0.3, "ties": 1.0}
+TIES = {"keep": 0.2, "aggregate": "mean", "trim": "whole"}  # what it has where nothing is given
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm
 HALF = 2**15  # values of the lower half of a magnitude's 31 bits; the upper half has 2**16
 
@@ -39,9 +40,9 @@ class FloatMerge:
         merge: one of :data:`MERGES`.
         weights: λ of each expert, which sum to 1; None for equal ones. Not for TIES.
         scale: None for 1 with TIES and 0.3 with task arithmetic. Not for the average.
-        keep: TIES: the share of each τ that is kept, over 0.
-        aggregate: TIES: ``"mean"`` over the experts that agree, or ``"sum"``.
-        trim: TIES: whether ``keep`` is a share of the ``"whole"`` τ or of each ``"tensor"``.
+        keep: TIES alone, as are the next two: the share of each τ that is kept, over 0; None for 0.2.
+        aggregate: ``"mean"`` over the experts that agree, or ``"sum"``; None for the mean.
+        trim: whether ``keep`` is a share of the ``"whole"`` τ or of each ``"tensor"``; None for the whole.
 
     Raises:
         TypeError, ValueError: "X must be …, got …".
@@ -53,15 +54,22 @@ class FloatMerge:
     merge: str = "average"
     weights: Sequence[float] | None = None
     scale: float | None = None
-    keep: float = 0.2
-    aggregate: str = "mean"
-    trim: str = "whole"
+    keep: float | None = None
+    aggregate: str | None = None
+    trim: str | None = None
 
     def __post_init__(self) -> None:
         checks.choice("merge", self.merge, MERGES)
-        checks.choice("aggregate", self.aggregate, ("mean", "sum"))
-        checks.choice("trim", self.trim, ("whole", "tensor"))
-        checks.real("keep", self.keep, 0.0, 1.0)
+        for name, default in TIES.items():
+            given = getattr(self, name)
+            if self.merge == "ties":
+                object.__setattr__(self, name, default if given is None else given)
+            elif given is not None:
+                raise ValueError(f'{name} must be left out with merge="{self.merge}", which trims nothing, got {given}')
+        if self.merge == "ties":
+            checks.choice("aggregate", self.aggregate, ("mean", "sum"))
+            checks.choice("trim", self.trim, ("whole", "tensor"))
+            checks.real("keep", self.keep, 0.0, 1.0)
         if self.keep == 0:
             raise ValueError("keep must be over 0, got 0, which keeps nothing of any expert")
         if self.scale is not None:
@@ -106,7 +114,7 @@ def merge_float(experts: Sequence[Any], base: Any = None, **options: Any) -> dic
 
 def merged_floats(experts: Sequence[Any], base: Any = None, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of :func:`merge_float` one after another, each with its name."""
-    settings = FloatMerge(**options)
+    settings = checks.made_of(FloatMerge, options)
     experts = list(experts)
     checks.integer("the number of experts", len(experts), 1, 2**16)
     if (base is None) != (settings.merge == "average"):
@@ -231,7 +239,7 @@ class _Ties:
                 yield self._difference(k, name).abs().flatten().view(torch.int32)
 
         count = sum(self.base[name].numel() for name in names)
-        rank = count - int(self.settings.keep * count)  # from 1
+        rank = count - int((self.settings.keep or 0.0) * count)  # from 1
         if rank < 1:
             return 0.0
         upper = sum(torch.bincount(m >> 15, minlength=2**16) for m in magnitudes()).cumsum(0)  # type: ignore[union-attr]

@@ -68,6 +68,8 @@ class Inputs:
         """The quantized weight of one layer, of every model. Groups are rows there, each with its own scale."""
         facts = self.sources[0].manifest["weights"][name]
         codes, scales = (self.tensor(f"{name}.weight.{part}") for part in ("codes", "scale"))
+        for scale, label in zip(scales, self.labels, strict=True):
+            checks.scale_values(f"{name}.weight.scale in {label}", scale)
         zeros = [z.float() for z in self.tensor(f"{name}.weight.zero_point")] if facts.get("affine") else None
         ranges = [tuple(source.manifest["weights"][name]["range"]) for source in self.sources]
         axis, shape = facts["axis"], facts["shape"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ def merge(models: Sequence[nn.Module], **options: Any) -> nn.Module:
     Raises:
         TypeError, ValueError: "X must be …, got …"; models that differ are refused with what differs.
     """
+    if isinstance(models, nn.Module) or not isinstance(models, Iterable):
+        raise TypeError(f"models must be a list of quantized models, got {type(models).__name__}")
     models = list(models)
     states = states_of(models)
     settings = MergeSettings.of(len(models), **options)

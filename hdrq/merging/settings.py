@@ -79,14 +79,14 @@ class MergeSettings:
             TypeError, ValueError: "X must be …, got …"; ``"official"`` for more than two models.
         """
         if preset is None:
-            return cls(**options)
+            return checks.made_of(cls, options)
         checks.choice("preset", preset, PRESETS)
         if preset == "official" and count != 2:
             raise ValueError(f'preset must be None or "paper" for {count} models, got "official", which merges two')
         chosen: dict[str, Any] = {"rule": "noise"} if count == 2 else {"rule": "half-even"}
         if preset == "official":
             chosen |= {"noise": "odd", "draws": 100, "select": "official"}
-        return cls(**{**chosen, **options})
+        return checks.made_of(cls, {**chosen, **options})
 
     def weights_of(self, count: int, names: Iterable[str]) -> dict[str, tuple[float, ...]]:
         """λ of each of ``count`` models, as float32 numbers, for each of their tensors.

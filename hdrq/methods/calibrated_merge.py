@@ -24,8 +24,8 @@ from hdrq.checkpoint.architecture import build
 from hdrq.checkpoint.deferred import built_on_meta
 from hdrq.checkpoint.files import output_path
 from hdrq.checkpoint.format import STRUCTURE, Reader
-from hdrq.checkpoint.loading import float_dtype, load
-from hdrq.checkpoint.saving import check_storable, save
+from hdrq.checkpoint.loading import arguments_for, float_dtype, load, manifest_of
+from hdrq.checkpoint.saving import check_storable, save_or_keep
 from hdrq.checkpoint.workdir import opened, state_hash, surroundings
 from hdrq.evaluate.averaging import weighted_mean
 from hdrq.merging.assessment import check_ready
@@ -176,7 +176,9 @@ def plan_of(method: str, options: Mapping[str, Any]) -> Guidance | Recipe:
         TypeError, ValueError: "X must be …, got …".
     """
     checks.choice("method", method, METHODS)
-    closed = method == CLOSED_FORM
+    closed, every = method == CLOSED_FORM, {f.name for kind in (Guidance, Recipe) for f in fields(kind)}
+    for name in options:
+        checks.choice("an option", name, tuple(sorted(every - {"name", "method"})))
     known = {f.name for f in fields(Guidance if closed else Recipe)} - (set() if closed else set(DECIDED))
     for name, value in options.items():
         if name not in known:
@@ -300,8 +302,8 @@ def merge_calibrated_files(
     *,
     model: str | nn.Module,
     samples: int | None = 256,
-    resize: int = 256,
-    crop: int = 224,
+    resize: int | None = None,
+    crop: int | None = None,
     offload_folder: str | os.PathLike | None = None,
     checkpoint_every: int = 1000,
     **options: Any,
@@ -309,22 +311,29 @@ def merge_calibrated_files(
     """:func:`merge_calibrated` of files that :func:`hdrq.save` wrote, into another.
 
     Args:
-        data: for each file, a path that :func:`hdrq.calibrate.images.load_data` reads, with ``resize``, ``crop`` and at
-            most ``samples`` samples.
+        data: for each file, a path that :func:`hdrq.calibrate.images.load_data` reads, at most ``samples`` samples.
+        resize, crop: of images; None for those that each file was calibrated with, as are mean and std.
         model: the architecture, as for :func:`hdrq.load`.
 
     Raises:
         FileNotFoundError, TypeError, ValueError, OSError: "X must be …, got …".
     """
-    from hdrq.calibrate.images import load_data  # needs Pillow
+    from hdrq.calibrate.images import load_data  # needs Pillow, as does the next
+    from hdrq.evaluate.files import as_calibrated
 
     output_path(out)
     if len(data) != len(paths):
         raise ValueError(f"calibrate must be given as often as there are models, {len(paths)} times, got {len(data)}")
+    if samples is not None:
+        checks.integer("samples", samples, 1, 2**31)
+    manifests = [manifest_of(path) for path in paths]
     make = build if offload_folder is None else built_on_meta
-    dtype = float_dtype(make(model) if isinstance(model, str) else model)
-    calibration = [load_data(path, resize=resize, crop=crop, limit=samples).to(dtype) for path in data]
+    dtype = float_dtype(make(model, **arguments_for(model, manifests[0])) if isinstance(model, str) else model)
+    calibration = []
+    for path, manifest, own in zip(paths, manifests, data, strict=True):
+        prepared = as_calibrated({os.fspath(path): manifest}, {"resize": resize, "crop": crop})
+        calibration.append(load_data(own, limit=samples, **prepared).to(dtype))
     options |= {"architecture": model, "checkpoint_every": checkpoint_every, "offload_folder": offload_folder}
     merged = merge_calibrated(paths, calibration, **options)
-    save(merged, out)
+    save_or_keep(merged, out)
     return merged

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import secrets
-import tempfile
+import re
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -16,19 +17,20 @@ import yaml
 from torch import nn
 
 from hdrq import checks, recipes
-from hdrq.calibrate.cache import Cache
+from hdrq.calibrate.cache import check_cache
 from hdrq.calibrate.data import calibration_calls, run_all
-from hdrq.calibrate.images import MEAN, STD, load_data
+from hdrq.calibrate.images import MEAN, STD, image_reader, load_data
 from hdrq.calibrate.progress import Step
 from hdrq.calibrate.ranks import Ranks
 from hdrq.calibrate.report import RunReport, report_of
 from hdrq.checkpoint.files import check_room, output_folder, output_path, write_atomically
 from hdrq.checkpoint.float_states import load_float
 from hdrq.checkpoint.loading import float_dtype
-from hdrq.checkpoint.saving import check_storable, save
+from hdrq.checkpoint.saving import check_storable, save_or_keep
 from hdrq.checkpoint.workdir import begun_run
 from hdrq.methods.post_merge import METHODS, post_merge
 from hdrq.methods.post_training import check_options, quantize
+from hdrq.methods.read_yaml import parse_yaml, path_of, yaml_of
 from hdrq.methods.sensitivity import Sensitivity, sensitivity
 from hdrq.prepare.float_model import check_module
 from hdrq.quantizers.bits import check_bits
@@ -37,11 +39,11 @@ from hdrq.quantizers.provenance import origin, set_origin
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-DEEPEST = 20  # levels of a YAML file: a parser's time grows with their square
 PLACES = ("out", "weights", "source", "offload_folder", "workdir")
 TEXTS = {"model", "data", "recipe", "preset", "device", "cache", *PLACES}
 # What the manifest has of a run, beside the recipe, bits, seed and architecture that every one has.
 RECORDED = ("preset", "samples", "held_out", "resize", "crop", "mean", "std", "device")
+UNKEPT = "out is not given, nor workdir: of the quantized model the table is all that stays"
 ABLATION = {
     "as given": {},
     "no distance": {"distance": 0.0},
@@ -92,7 +94,8 @@ class Run:
             raise ValueError(f"names of settings must be strings, got {checks.listed(odd)}")
         own = {f.name for f in fields(cls)}
         knobs = {f.name for f in fields(recipes.Recipe)} - {"name"}
-        given = recipes.current_names({name.replace("-", "_"): value for name, value in settings.items()})
+        spelt = once([(name.replace("-", "_"), value) for name, value in settings.items()], "settings")
+        given = recipes.current_names(spelt)
         for name in given:
             checks.choice("setting", name, tuple(sorted(own | knobs)))
         for name in ("model", "data"):
@@ -101,13 +104,15 @@ class Run:
         for name in TEXTS & given.keys():
             if not isinstance(given[name], str | None.__class__):
                 raise TypeError(f"{name} must be a string, got {type(given[name]).__name__}")
+        for name in {"data", *PLACES} & given.keys():
+            given[name] = given[name] and path_of(given[name])
         for name in ("model_args", "knobs"):
             if not isinstance(given.get(name, {}), dict) or not all(isinstance(k, str) for k in given.get(name, {})):
                 raise TypeError(f"{name} must be a mapping from names, got {given[name]!r:.100}")
         if not isinstance(given.get("resume", False), bool):
             raise TypeError(f"resume must be true or false, got {given['resume']!r:.100}")
-        merged = {**given.pop("knobs", {}), **{name: given.pop(name) for name in knobs & given.keys()}}
-        return cls(**given, knobs={name: number(value) for name, value in merged.items()})
+        pairs = [*given.pop("knobs", {}).items(), *((name, given.pop(name)) for name in knobs & given.keys())]
+        return cls(**given, knobs=once(pairs, "settings and knobs"))
 
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
@@ -115,7 +120,7 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"config must be a file of settings, got {path}, which is none")
     try:
-        settings = _yaml(Path(path).read_text(encoding="utf-8"))
+        settings = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"config must be YAML, got {path}: {error}") from error
     if not isinstance(settings, dict):
@@ -134,7 +139,7 @@ def write_settings(run: Run, path: str | os.PathLike) -> None:
     settings = {name: value for name, value in asdict(run).items() if name not in ("knobs", "resume")}
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     del plan["name"]
-    text = yaml.safe_dump({**{k: v for k, v in settings.items() if v is not None}, **plan}, sort_keys=False)
+    text = yaml_of({**{k: v for k, v in settings.items() if v is not None}, **plan})
     write_atomically(output_path(path, "save_config"), text)
 
 
@@ -145,38 +150,39 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals:
         raise ValueError(f"set must be name=value, got {text!r}")
     try:
-        return name, number(_yaml(value))
+        return name, parse_yaml(value)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"set must have a value of YAML, got {text[:100]!r}: {error}") from error
 
 
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Several of :func:`parse_setting`, under names with underscores.
+
+    Raises:
+        ValueError: a name comes twice.
+    """
+    return once([(name.replace("-", "_"), value) for name, value in map(parse_setting, texts)], "set")
+
+
+def once(pairs: Sequence[tuple[str, Any]], what: str) -> dict[str, Any]:
+    """Names and values as a dict.
+
+    Raises:
+        ValueError: a name comes twice; it begins with ``what``.
+    """
+    counts = Counter(name for name, _ in pairs)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"{what} must give each name once, got more of {checks.listed(twice)}")
+    return dict(pairs)
+
+
 def options_of(texts: Sequence[str], *kinds: type) -> dict[str, Any]:
-    """Several of :func:`parse_setting`, which must be fields of one of the dataclasses ``kinds``."""
+    """:func:`parse_settings`, which must be fields of one of the dataclasses ``kinds``."""
     known = sorted({f.name for kind in kinds for f in fields(kind)} - {"name", "method"})
-    options = dict(parse_setting(text) for text in texts)
+    options = parse_settings(texts)
     for name in options:
         checks.choice("set", name, tuple(known))
     return options
-
-
-def _yaml(text: str) -> Any:
-    """What a text of YAML holds, without aliases, a few of which can stand for billions of values."""
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError("it must have no aliases (*name), got one; write the value out")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise ValueError(f"it must have at most {DEEPEST} levels, got more")
-    return yaml.safe_load(text)
-
-
-def number(value: Any) -> Any:
-    """A number that YAML takes for a string: it wants 1.0e-3 for 1e-3."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def check(run: Run) -> None:
@@ -190,7 +196,6 @@ def check(run: Run) -> None:
     plan = _settings(run)
     source, options = run.source, (run.workdir, run.resume, run.checkpoint_every, run.statistics)
     check_options(plan, source, run.seed, run.graph, *options)
-    Cache(torch.device(run.device), run.cache, run.cache_bytes)
     if run.workdir is not None:
         output_folder(run.workdir, "workdir")
         if not run.resume:
@@ -228,6 +233,8 @@ def execute(
     ranks = Ranks.of(process_group)
     with ranks.together():
         plan, model, source, samples, held_out = _prepare(run if ranks.first else replace(run, out=None))
+        if run.out is None and run.workdir is None and plan.iterations and ranks.first:
+            warnings.warn(UNKEPT, stacklevel=2)
         quantized = quantize(
             model,
             samples,
@@ -251,7 +258,7 @@ def execute(
         settings = {name: getattr(run, name) for name in RECORDED}
         set_origin(quantized, {**origin(quantized), "architecture": architecture, "run": settings})
         if run.out is not None and ranks.first:
-            _save(quantized, run.out)
+            save_or_keep(quantized, run.out)
     return quantized
 
 
@@ -297,6 +304,8 @@ def post_merge_files(
     """
     checks.choice("method", method, tuple(name for name in METHODS if name != "regmean"))
     output_path(out)
+    if samples is not None:
+        checks.integer("samples", samples, 1, 2**31)
     if len(data) != len(paths):
         raise ValueError(f"data must be as many as the experts, {len(paths)}, got {len(data)}")
     arguments = dict(model_args or {})
@@ -311,39 +320,32 @@ def post_merge_files(
     result = post_merge(experts, calibration, origin_model, **options)
     run = {"samples": samples, "resize": resize, "crop": crop}
     set_origin(result, {**origin(result), "architecture": {"factory": model, "arguments": arguments}, "run": run})
-    _save(result, os.fspath(out))
+    save_or_keep(result, out)
     return result
-
-
-def _save(model: nn.Module, path: str) -> None:
-    """Save a model. Where that fails it is kept in another place if any has room: nobody else holds what was learned.
-
-    Raises:
-        OSError: ``path`` could not be written; the message says where the model is kept.
-    """
-    try:
-        save(model, path)
-    except OSError as error:
-        for folder in (Path.cwd(), Path(tempfile.gettempdir()), Path.home()):
-            kept = folder / f"{Path(path).stem[:100]}-{secrets.token_hex(4)}.safetensors"
-            try:
-                save(model, kept)
-            except (OSError, ValueError):
-                continue
-            raise OSError(error.errno, f"{error.strerror}; the quantized model is kept in {kept}") from error
-        raise
 
 
 def ablate(
     run: Run, progress: Callable[[Step], None] | bool = True, process_group: ProcessGroup | None = None
 ) -> dict[str, RunReport]:
-    """The run as it is given, without distance, and without distance and noise: what each of them is worth."""
+    """The run as it is given, without distance, and without distance and noise: what each of them is worth.
+
+    In ``workdir`` each has a folder of its own, to be resumed from.
+
+    Raises:
+        ValueError: the recipe has neither; and as :func:`execute`.
+    """
+    plan = _settings(run)
+    if not plan.iterations or plan.learns != "weights":
+        raise ValueError(f"recipe must learn weights to be ablated, with distance or noise, got {run.recipe!r}")
     reports = {}
     for name, knobs in ABLATION.items():
-        settings = {**asdict(run), "knobs": {**run.knobs, **knobs}, "workdir": None, "resume": False}
+        place = None if run.workdir is None else os.path.join(run.workdir, name.replace(" ", "-"))
+        settings = {**asdict(run), "knobs": {**run.knobs, **knobs}, "workdir": place}
         if knobs:
             settings |= {"out": None}
-        reports[name] = report_of(execute(Run(**settings), progress, process_group))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", re.escape(UNKEPT))  # a table is what is asked for
+            reports[name] = report_of(execute(Run(**settings), progress, process_group))
     return reports
 
 
@@ -356,6 +358,10 @@ def _settings(run: Run) -> recipes.Recipe:
     """The recipe, once the settings are checked that need neither the model nor the data."""
     plan = recipes.recipe(run.recipe, run.preset, **run.knobs)
     check_bits(run.bits)
+    check_cache(run.cache, run.cache_bytes)
+    image_reader(run.resize, run.crop, run.mean, run.std)  # refuses what is wrong, images or not
+    if run.source is not None and not os.path.exists(run.source):
+        raise FileNotFoundError(f"source must be a state that exists, got {run.source!r}")
     if run.out is not None:
         output_path(run.out)
     checks.real("held_out", run.held_out, 0.0, 0.5)
@@ -376,6 +382,6 @@ def _prepare(run: Run):
         source = load_float(run.model, run.source, run.model_args, offload_folder=run.offload_folder).to(run.device)
     data = load_data(run.data, resize=run.resize, crop=run.crop, mean=run.mean, std=run.std, limit=run.samples)
     data = data.to(float_dtype(model))
-    every = round(1 / run.held_out) if run.held_out > 0 else 0
-    held = torch.arange(len(data)) % every == every - 1 if every else torch.zeros(len(data), dtype=torch.bool)
+    shares = torch.arange(len(data) + 1, dtype=torch.float64) * run.held_out
+    held = (shares + 1e-6).floor().diff() > 0  # evenly over all; a product may fall short of its integer
     return plan, model, source, data[~held], data[held] if held.any() else None

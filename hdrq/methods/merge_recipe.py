@@ -19,6 +19,7 @@ from hdrq.merging.settings import MergeSettings
 from hdrq.merging.sources import opened
 from hdrq.merging.tensors import Progress, no_progress
 from hdrq.methods.job import read_settings
+from hdrq.methods.read_yaml import path_of
 
 PARTS = (".weight.codes", ".weight.scale", ".weight.zero_point", ".input.scale")  # of what a module has in a file
 OWN = {field.name for field in fields(MergeSettings)} - {"weights"} | {"preset"}
@@ -125,7 +126,7 @@ def _model(entry: Any) -> tuple[str, Any]:
     _known(f"parameters of {entry.get('model')}", parameters, {"weight"})
     if not isinstance(entry.get("model"), str):
         raise TypeError(f"model must be the name of a file, got {entry.get('model')!r:.100}")
-    return entry["model"], _rules(parameters.get("weight", 1.0), entry["model"])
+    return path_of(entry["model"]), _rules(parameters.get("weight", 1.0), entry["model"])
 
 
 def _rules(weight: Any, model: str) -> list[tuple[str | None, float]]:

@@ -135,7 +135,7 @@ def post_merge(
     plan = _plan(method, group_size, knobs)
     seed = checks.integer("seed", seed, 0, 2**63 - 1)
     checks.integer("checkpoint_every", checkpoint_every, 0, 2**31)
-    settings = FloatMerge(merge, **(merge_options or {}))
+    settings = checks.made_of(FloatMerge, {**(merge_options or {}), "merge": merge})
     experts = list(experts)
     for k, expert in enumerate(experts):
         check_module(f"experts[{k}]", expert, bits)
@@ -207,6 +207,8 @@ def post_merge(
 def _plan(method: str, group_size: int | None, knobs: Mapping[str, Any]) -> Recipe:
     """The recipe of a method: scales for groups or channels."""
     named = method if method in ("awq", "rtn", *LEARNED) else "gptq"
+    if method not in LEARNED and knobs.get("iterations"):
+        raise ValueError(f'iterations must be left out with method="{method}", got {knobs["iterations"]}')
     knobs = {"per_channel": True, "group_size": group_size, **knobs}
     if method == "hdrq":
         knobs = {"distance": 0.0, **knobs}

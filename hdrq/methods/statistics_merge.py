@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from hdrq import checks
 from hdrq.calibrate.report import BlockReport, LayerReport, RunReport, set_report
 from hdrq.calibrate.statistics import expanded
 from hdrq.checkpoint.format import packs, scales_shape
@@ -60,7 +61,7 @@ def merge_by_statistics(
     """
     models = list(models)
     settings = MergeSettings(weights, "half-even", seed=seed, bits=bits)
-    guided = _Guided(states_of(models), settings, Guidance(**guidance))
+    guided = _Guided(states_of(models), settings, checks.made_of(Guidance, guidance))
     tensors = dict(guided.tensors())
     merged = copy.deepcopy(models[0])
     assign(merged, guided.manifest, tensors, tensors.__getitem__)
@@ -91,7 +92,7 @@ def merge_files_by_statistics(
         check_out(out, first)
     settings = MergeSettings(weights, "half-even", seed=seed, bits=bits)
     with ExitStack() as stack:
-        guided = _Guided([opened(path, stack) for path in paths], settings, Guidance(**guidance))
+        guided = _Guided([opened(path, stack) for path in paths], settings, checks.made_of(Guidance, guidance))
         with writer(out, guided.inputs.sources[0], guided.inputs.specs, guided.manifest) as file:
             for name, value in guided.tensors(progress):
                 file.write(name, value)

@@ -29,8 +29,11 @@ def find_blocks(model: nn.Module, run, names: Sequence[str] | None = None) -> li
         names: the blocks, by name, instead of those found.
 
     Raises:
+        TypeError: ``names`` is one name.
         ValueError: a name is no module with a weighted layer that is reached, or lies inside another.
     """
+    if isinstance(names, str):
+        raise TypeError(f"blocks must be a list of names, got {names!r}")
     weighted = weighted_layers(model)
     if "" in weighted and not names:
         return [""]  # the model is one layer

@@ -17,7 +17,6 @@ from hdrq.checkpoint.files import csv_text, output_folder, write_atomically
 from hdrq.checkpoint.float_states import load_float
 from hdrq.checkpoint.library import save as to_bytes
 from hdrq.checkpoint.saving import save
-from hdrq.methods.job import number
 from hdrq.qat.settings import SELECTIONS, Training
 from hdrq.qat.training import Trained, selected, train
 from hdrq.quantizers.provenance import origin, set_origin
@@ -116,7 +115,7 @@ class Run:
                 raise TypeError(f"targets must be a list of domains, got {targets!r:.100}")
             given["targets"] = tuple(map(str, targets))
         checks.choice("resume", given.get("resume", False), (False, True))
-        chosen = {name: _plain(given.pop(name)) for name in learned & given.keys()}
+        chosen = {name: given.pop(name) for name in learned & given.keys()}
         return cls(**given, training=Training(**chosen))
 
 
@@ -183,8 +182,3 @@ def results_of(results: Mapping[str, Trained]) -> list[dict[str, Any]]:
             numbers = {"epoch": epoch, "in_domain": row["validation"], "out_of_domain": row["target"]}
             rows.append({"target": target, "selection": rule, "saved": rule == one.settings.select, **numbers})
     return rows
-
-
-def _plain(value: Any) -> Any:
-    """A value of YAML, its numbers as numbers."""
-    return {key: number(each) for key, each in value.items()} if isinstance(value, dict) else number(value)

@@ -30,11 +30,18 @@ def shown(text: object) -> str:
     return escape(plain(str(text)))
 
 
+class Folding(Table):
+    """A table that a narrow terminal gets in more lines, where rich would cut numbers and names short."""
+
+    def add_column(self, *parts: Any, **options: Any) -> None:
+        super().add_column(*parts, **{"overflow": "fold", **options})
+
+
 def table(rows: Sequence[Row], title: str):
     """The rows as a :class:`rich.table.Table`."""
 
-    result = Table(title=shown(title))
-    result.add_column("model", overflow="fold")
+    result = Folding(title=shown(title))
+    result.add_column("model")
     for domain in rows[0].accuracies:
         result.add_column(shown(domain), justify="right")
     result.add_column("harmonic mean", justify="right", style="bold")
@@ -45,8 +52,8 @@ def table(rows: Sequence[Row], title: str):
 
 def sensitivity_table(found: Sensitivity, widths: Mapping[str, int], title: str):
     """The output's signal-to-noise ratio at each layer's bits, and those it is given: :class:`rich.table.Table`."""
-    result = Table(title=shown(title))
-    result.add_column("layer", overflow="fold")
+    result = Folding(title=shown(title))
+    result.add_column("layer")
     for head in ("weights", "MACs", *(f"W{width}" for width in found.layers[0].errors), "bits"):
         result.add_column(head, justify="right")
     for layer in found.layers:
@@ -71,7 +78,7 @@ def _short(count: int) -> str:
 
 def classes_table(rows: Sequence[IoURow], title: str):
     """Each class's IoU, a column for each model and domain, as a :class:`rich.table.Table`."""
-    result = Table(title=shown(title))
+    result = Folding(title=shown(title))
     result.add_column("class")
     columns = {}
     for row in rows:
@@ -93,7 +100,7 @@ def qat_table(rows: Sequence[Mapping[str, Any]], title: str):
     for row in rows:
         by_target[row["target"]][row["selection"]] = row
     saved = next(row["selection"] for row in rows if row["saved"])
-    result = Table(title=shown(title), caption="accuracies in percent; * the rule that chose the model that is saved")
+    result = Folding(title=shown(title), caption="accuracies in percent; * the rule that chose the model that is saved")
     result.add_column("left out")
     result.add_column("in domain", justify="right")
     for rule in rules:
@@ -122,8 +129,8 @@ def errors_table(reports: Mapping[str, RunReport], title: str):
     for name, report in reports.items():
         columns[name] = {block: f"{error:.3g}" for block, error in report.errors.items()}
     columns = {name: cells for name, cells in columns.items() if cells}
-    result = Table(title=shown(title))
-    result.add_column("block", overflow="fold")
+    result = Folding(title=shown(title))
+    result.add_column("block")
     for name in columns:
         result.add_column(name, justify="right")
     for block in dict.fromkeys(block for cells in columns.values() for block in cells):
@@ -147,11 +154,11 @@ def run_record(name: str, run: Run, report: RunReport | None = None, error: str 
 
 def runs_table(records: Sequence[Mapping[str, Any]]):
     """What became of several runs (:func:`run_record`), as a :class:`rich.table.Table`."""
-    result = Table(title="Quantized", caption="error: ‖y_q − y‖² / ‖y‖² of the output on data held out")
-    result.add_column("model", overflow="fold")
+    result = Folding(title="Quantized", caption="error: ‖y_q − y‖² / ‖y‖² of the output on data held out")
+    result.add_column("model")
     for name in ("bits", "nearest", "error", "seconds", "peak MiB"):
         result.add_column(name, justify="right")
-    result.add_column("file, or what went wrong", overflow="fold")
+    result.add_column("file, or what went wrong")
     for record in records:
         bits = record["bits"] if isinstance(record["bits"], str) else "patterns"
         if record["error"] is not None:
@@ -167,8 +174,8 @@ def runs_table(records: Sequence[Mapping[str, Any]]):
 def readiness_table(readiness: Readiness):
     """How well each layer merges, as a :class:`rich.table.Table`."""
 
-    result = Table(box=None, title="Merge readiness")
-    result.add_column("layer", overflow="fold")
+    result = Folding(box=None, title="Merge readiness")
+    result.add_column("layer")
     for name in ("weights", "ambiguous", "ties", "scale ratio", "distance", "in steps", "cosine", "clipped", "error"):
         result.add_column(name, justify="right")
     for layer in (*readiness.layers, readiness.total):
@@ -195,7 +202,7 @@ def added_table(report: AddReport):
         columns.insert(5, "on inputs")
     if any(tensor.dead for tensor in report.tensors):
         columns.append("dead inputs")
-    result = Table(box=None, title="Added", show_footer=True)
+    result = Folding(box=None, title="Added", show_footer=True)
     result.add_column("tensor", "total")
     footers = {"kept": f"{report.kept:.1%}", "error": f"{report.error:.2f}", "clipped": f"{report.clipped:.1%}"}
     for name in columns:
@@ -217,8 +224,8 @@ def added_table(report: AddReport):
 
 def layers_table(report: RunReport):
     """The layers of a run in closed form as a :class:`rich.table.Table`: what their objective came to."""
-    result = Table(title=f"{report.recipe}: the objective, layer by layer", box=None)
-    result.add_column("layer", overflow="fold")
+    result = Folding(title=f"{report.recipe}: the objective, layer by layer", box=None)
+    result.add_column("layer")
     for name in ("to nearest", "before rounding", "result", "unexcited"):
         result.add_column(name, justify="right")
     result.add_column("note")
@@ -248,7 +255,7 @@ def contents_table(found: Contents):
     """The layers as a :class:`rich.table.Table`, with totals."""
 
     stored, full = (sum(getattr(layer, kind) for layer in found.layers) for kind in ("stored", "full"))
-    result = Table(box=None, show_footer=True)
+    result = Folding(box=None, show_footer=True)
     result.add_column("layer", "total")
     footers = {"shape": "", "bits": "", "scales": "", "bytes": f"{stored:,}", "of float32": _share(stored, full)}
     for name, footer in footers.items():

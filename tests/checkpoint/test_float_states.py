@@ -87,6 +87,15 @@ def test_a_model_in_files_computes_what_one_in_memory_does(tmp_path, kind):
     assert same(state(hdrq.load_float(net, path)), given)
 
 
+def test_a_file_that_cannot_be_mapped_is_refused_with_the_way_out(tmp_path):
+    torch.save(net(seed=1).state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        ValueError, match=r"got .*old\.pth: it has torch's format of before 1\.6, .*or leave offload_fol"
+    ):
+        hdrq.load_float(net, tmp_path / "old.pth", offload_folder=tmp_path / "offload")
+    assert same(state(hdrq.load_float(net, tmp_path / "old.pth")), net(seed=1).state_dict())
+
+
 def test_no_parameter_has_memory_while_the_model_is_made(tmp_path):
     save_file(Tied(width=6).state_dict() | {"outer.weight": torch.ones(6, 6)}, tmp_path / "state")
     seen = []

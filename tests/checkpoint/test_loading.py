@@ -145,6 +145,14 @@ def test_architecture_by_name(path, tmp_path, monkeypatch):
     assert torch.equal(loaded(X), model(X))
     hdrq.save(loaded, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == path.read_bytes()  # it is remembered
+    rewrite(path, architecture={"factory": "somewhere:build", "arguments": {"width": 3}})
+    with pytest.raises(ValueError, match=r"model must be made by somewhere:build of {'width': 3}, got TypeError"):
+        hdrq.load(path, "somewhere:build")  # the file's arguments are the factory's
+    rewrite(path, architecture={"factory": "somewhere:build", "arguments": {"width": 3, "checkpoint": "/evil"}})
+    with pytest.raises(ValueError, match=r"must be numbers to be taken from a file, got others for checkpoint; give"):
+        hdrq.load(path, "somewhere:build")
+    with pytest.raises(ValueError, match=r"got TypeError: build\(\) got an unexpected keyword"):
+        hdrq.load(path, "somewhere:build", trust_architecture=True)
     hdrq.save(model, path, architecture="somewhere:nothing")
     with pytest.raises(ValueError, match="model must name a function of somewhere, got 'nothing'"):
         hdrq.load(path, trust_architecture=True)
@@ -154,8 +162,25 @@ def test_architecture_by_name(path, tmp_path, monkeypatch):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"path must be a file that hdrq\.save wrote, got '.*none.safetensors'"):
         hdrq.load(tmp_path / "none.safetensors", net())
+
+
+def test_a_name_that_comes_twice_in_a_manifest_is_refused(path):
+    """Of two values readers would take one or the other."""
+    with safe_open(path, framework="pt") as file:
+        text = file.metadata()["hdrq"]
+    text = f'{{"seed": 5, {text[1:]}'
+    assert text.count('"seed": ') == 2
+    save_file(load_file(path), path, {"hdrq": text, "sha256": _text_hash(text)})
+    with pytest.raises(ValueError, match="manifest must have each name once, got 'seed' more often"):
+        hdrq.load(path, net())
+
+
+def test_an_input_is_shared_with_any_module_of_the_manifest(path):
+    """Whichever of them comes first in the model."""
+    rewrite(path, shared={"0": "1"})
+    hdrq.load(path, net())
 
 
 @pytest.mark.parametrize(
@@ -202,6 +227,9 @@ FACTS = {"range": [-8, 7], "axis": None, "shape": [5, 5, 3, 3]}
         ({"attention": {"4": ["q", "w"]}}, "manifest must have lists of operands for attention, got"),
         ({"attention": {"9": ["q"]}}, "got modules that it does not have: 9"),
         ({"shared": {"1": "5"}}, r"input quantizer for every module that shares one, got \['1'\]"),
+        ({"models": 5}, "manifest must have a list for models, got 5"),
+        ({"run": [1]}, r"manifest must have a dict for run, got \[1\]"),
+        ({"origin": "awq"}, "manifest must have a dict for origin, got 'awq'"),
         ({"architecture": "net"}, "manifest must have factory and arguments of the architecture, got 'net'"),
         ({"inputs": {"1": [15, 0]}}, "qmin must be less than qmax"),
         ({"folded": {"3": "1"}}, "got modules that it does not have: 3"),
@@ -242,8 +270,9 @@ def test_damaged_manifest_is_refused(path, changes, message):
 )
 def test_damaged_tensors_are_refused(path, name, tensor, message):
     rewrite(path, {name: tensor})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         hdrq.load(path, net())
+    assert str(path) in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,17 @@ def test_full_disk_while_caching_loses_nothing(tmp_path):
     assert same(state(learn(workdir=tmp_path, resume=True, **OPTIONS)), state(learn(**OPTIONS)))
 
 
+def test_a_run_that_goes_on_with_other_threads_is_told_what_that_does(tmp_path, monkeypatch):
+    stopped(tmp_path, 2)
+    began = json.loads((tmp_path / "run.json").read_text())["threads"]
+    assert began == torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: began + 1)
+    with pytest.warns(
+        UserWarning, match=f"began with {began} threads and goes on with {began + 1}: .*OMP_NUM_THREADS={began}"
+    ):
+        learn(workdir=tmp_path, resume=True, **OPTIONS)
+
+
 def test_divergence_keeps_the_last_good_state(tmp_path):
     with pytest.raises(hdrq.DivergenceError) as error:
         learn(iterations=60, bias_lr=1e30, workdir=tmp_path)

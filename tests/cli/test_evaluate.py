@@ -68,6 +68,29 @@ def test_evaluate_takes_what_the_files_say_of_images_and_architecture(place):
     assert odd.exit_code == 2 and "model_args must be a mapping" in odd.stderr
 
 
+def test_files_of_one_name_are_told_apart(place):
+    for folder in ("one", "two"):
+        (place / folder).mkdir()
+        shutil.copy("w.safetensors", folder)
+    files = ["one/w.safetensors", "two/w.safetensors", "s.safetensors"]
+    result = evaluate(*files, "--data", "images", "--resize", "20", "--crop", "16", "--json")
+    assert [row["method"] for row in json.loads(result.stdout)] == files
+
+
+def test_data_of_a_calibrated_merge_are_made_as_each_file_was_calibrated(place, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "hdrq.calibrate.images.load_data", lambda path, **how: made.append(how) or torch.zeros(9, 3, 16, 16)
+    )
+    for out, mean in (("a", "[0, 0, 0]"), ("b", "[0.5, 0.5, 0.5]")):
+        given = {**OPTIONS, "recipe": "rtn", "iterations": "0", "out": f"{out}.safetensors"}
+        assert call(*SETTINGS, f"--set=mean={mean}", **given).exit_code == 0
+    line = ["merge", "a.safetensors", "b.safetensors", "--calibrate", "images", "--calibrate", "images", "-o", "m"]
+    assert CliRunner().invoke(app, [*line, "--model", "tinynet:tiny"]).exit_code == 0
+    assert [how["mean"] for how in made] == [(0.0, 0.0, 0.0), (0.5, 0.5, 0.5)]
+    assert {(how["resize"], how["crop"], how["limit"]) for how in made} == {(20, 16, 256)}
+
+
 def model_of(place, width):
     """The factory's network of another width."""
     names = {}
@@ -98,7 +121,11 @@ def test_labels_are_those_of_the_first_folder(place):
         ("tinynet.py", "images", "files must be safetensors, got tinynet.py"),
         ("nowhere", "images", "nowhere"),
         ("w.safetensors", "images", "w.safetensors must run on what resize and crop make of images, got mat1 and mat2"),
-        ("w.safetensors", "nowhere", "data must be a folder with a folder for each class, got nowhere"),
+        (
+            "w.safetensors",
+            "nowhere",
+            "to evaluate w.safetensors, data must be a folder with a folder for each class, got",
+        ),
         ("w.safetensors", "flat", "data must have every image in the folder of its class, got flat/0.png"),
     ],
 )

@@ -1,5 +1,6 @@
 """``hdrq merge`` and ``hdrq inspect``: from files to a file, the same bytes from every backend and from Python."""
 
+import io
 import json
 
 import pytest
@@ -16,9 +17,11 @@ from hdrq.quantizers.layers import quantized_layers
 for package in ("typer", "rich", "safetensors", "matplotlib"):
     pytest.importorskip(package)
 
+from rich.console import Console  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from hdrq.cli import app  # noqa: E402
+from hdrq.report.tables import readiness_table  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +170,36 @@ def test_extrapolation_is_asked_for(files, tmp_path):
     assert hdrq.load(tmp_path / "m", mergeable(5)).hdrq_origin["merge"]["extrapolate"]
 
 
+def test_a_file_that_is_merged_with_itself_is_told(files, tmp_path):
+    (tmp_path / "link").symlink_to(files[0])
+    for arguments in (("-o", tmp_path / "m"), ("--dry-run",)):
+        with pytest.warns(UserWarning, match="one file is merged more than once: .*link"):
+            assert call("merge", files[0], tmp_path / "link", *arguments).exit_code == 0
+
+
+def test_a_scale_that_is_none_is_named_with_its_file(files, tmp_path):
+    with format.Reader(files[1]) as file:
+        manifest, values = file.manifest, {key: file.tensor(key) for key in file.specs}
+    values["b.weight.scale"] = torch.zeros_like(values["b.weight.scale"])
+    with format.Writer(files[1], {key: (t.dtype, tuple(t.shape)) for key, t in values.items()}, manifest) as file:
+        for key, tensor in values.items():
+            file.write(key, tensor)
+    result = call("merge", *files, "-o", tmp_path / "m")
+    message = f"b.weight.scale in {files[1]} must be positive and finite, got 0.0"
+    assert result.exit_code == 2 and message in result.stderr and not (tmp_path / "m").exists()
+
+
+def test_a_narrow_terminal_cuts_no_number_short(files, monkeypatch):
+    """Columns that have no room go on in the next line."""
+    found = readiness(files)
+    for width in (80, 50):
+        narrow = Console(width=width, file=io.StringIO())
+        narrow.print(readiness_table(found))
+        text = narrow.file.getvalue()
+        assert "…" not in text and max(map(len, text.splitlines())) <= width
+        assert f"{sum(layer.elements for layer in found.layers):,}" in text
+
+
 def test_inspect_says_what_is_there(files, tmp_path):
     found = json.loads(call("inspect", files[0], "--json").stdout)
     assert [(x["name"], x["bits"], x["input_bits"], x["scales"]) for x in found["layers"]] == [
@@ -230,7 +263,19 @@ def calibrated(files, tmp_path, monkeypatch):
     return (*files, *data, "-o", tmp_path / "out"), tasks
 
 
-def test_a_merge_is_calibrated_by_data_of_each_model(files, tmp_path, calibrated):
+def full_disk(place):
+    """Saving that finds no room at one place."""
+    save = hdrq.save
+
+    def fails_there(model, path, **options):
+        if str(path) == str(place):
+            raise OSError(28, f"{path} must be written to a disk with room, got No space left on device")
+        save(model, path, **options)
+
+    return fails_there
+
+
+def test_a_merge_is_calibrated_by_data_of_each_model(files, tmp_path, calibrated, monkeypatch):
     from hdrq.methods.calibrated_merge import merge_calibrated
 
     (line, tasks) = calibrated
@@ -240,6 +285,12 @@ def test_a_merge_is_calibrated_by_data_of_each_model(files, tmp_path, calibrated
     models = [hdrq.load(path, mergeable(5)) for path in files]
     again = merge_calibrated(models, tasks, target="mean", weights=(0.5, 0.25, 0.25), progress=False)
     assert torch.equal(hdrq.load(tmp_path / "out", mergeable(5))(SAMPLES), again(SAMPLES))
+    monkeypatch.setattr("hdrq.checkpoint.saving.save", full_disk(tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+    result = call("merge", *line, "--model", "networks:factory")
+    (kept,) = tmp_path.glob("out-*.safetensors")
+    assert result.exit_code == 2 and f"the quantized model is kept in {kept}" in result.stderr
+    assert kept.read_bytes() == (tmp_path / "out").read_bytes()
     for options, message in (
         (line, "model must be given with --calibrate"),
         (

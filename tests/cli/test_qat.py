@@ -18,6 +18,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from hdrq.calibrate.images import load_labelled  # noqa: E402
 from hdrq.cli import app  # noqa: E402
+from hdrq.methods.read_yaml import parse_yaml  # noqa: E402
 from hdrq.qat.job import ImageDomain, Run  # noqa: E402
 
 MODULE = """
@@ -143,7 +144,7 @@ def test_refused_settings(folder, change, message):
 
 
 def test_refused_folders(folder):
-    one = Run.of({"model": "m:f", "data": {"art": str(folder / "domains/art")}, "out": "out", "lr": "1e-3"})
+    one = Run.of({"model": "m:f", "data": {"art": str(folder / "domains/art")}, "out": "out", "lr": parse_yaml("1e-3")})
     assert one.training.lr == 1e-3
     assert "domains must be two or more" in run(
         folder / "run.yaml", "--set", f"data={{art: {folder}/domains/art}}", status=2

@@ -4,8 +4,10 @@ import errno
 import os
 import shutil
 import tempfile
+import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from cli.quantizing import OPTIONS, SETTINGS, call, manifest, model, tensors
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 import hdrq
 from hdrq.calibrate.images import MEAN, STD, load_data
 from hdrq.cli import app
+from hdrq.methods import job
 
 
 def test_options_make_a_model(place):
@@ -70,12 +73,34 @@ def test_the_same_run_gives_the_same_file_wherever_it_lies(place):
 
 
 def test_ablation_is_a_table(place):
-    result = call("--ablate", *SETTINGS, **OPTIONS)
+    result = call("--ablate", *SETTINGS, **OPTIONS, workdir="work")
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
     for word in ("nearest", "as given", "no distance", "nor noise"):
         assert word in text
     assert (place / "q.safetensors").exists()
+    folders = sorted(folder.name for folder in (place / "work").iterdir())
+    assert folders == ["as-given", "no-distance", "nor-noise"] and (place / "work/nor-noise/losses.csv").exists()
+    result = call("--ablate", *SETTINGS, **{**OPTIONS, "recipe": "qdrop"})
+    assert result.exit_code == 2 and "recipe must learn weights to be ablated, with distance" in result.stderr
+
+
+def test_what_is_learned_and_not_kept_is_told_before(place):
+    kept = {name: value for name, value in OPTIONS.items() if name != "out"}
+    with pytest.warns(UserWarning, match="out is not given, nor workdir: of the quantized model the table is all"):
+        assert call(*SETTINGS, **kept).exit_code == 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "out is not given")
+        assert call(*SETTINGS, **kept, workdir="work").exit_code == 0
+        assert call(*SETTINGS, **{**kept, "recipe": "rtn", "iterations": "0"}).exit_code == 0
+        assert call("--ablate", *SETTINGS, **kept).exit_code == 0
+
+
+def test_the_share_that_is_held_out_is_the_share_that_is_asked_for(place):
+    np.save(place / "x.npy", np.zeros((100, 3, 4, 4), np.float32))
+    for share, held in ((0.4, 40), (0.1, 10), (0.29, 29), (1 / 3, 33), (0.0, 0)):
+        *_, kept, out = job._prepare(job.Run("tinynet:tiny", "x.npy", held_out=share, recipe="rtn"))
+        assert (len(kept), 0 if out is None else len(out)) == (100 - held, held)
 
 
 def test_workdir_has_losses_and_resumes(place):

@@ -8,7 +8,8 @@ import torch
 from cli.quantizing import OPTIONS, SETTINGS, call, model, tensors
 from safetensors.torch import save_file
 
-from hdrq.methods.job import parse_setting, read_settings
+from hdrq.methods.job import Run, parse_setting, read_settings
+from hdrq.methods.read_yaml import parse_yaml, yaml_of
 
 
 def test_settings_are_numbers_where_they_look_like_it(place):
@@ -18,13 +19,43 @@ def test_settings_are_numbers_where_they_look_like_it(place):
     (place / "list.yaml").write_text("- 1")
     (place / "no.yaml").write_text("a: [")
     (place / "deep.yaml").write_text("a: " + "[" * 100_000)
+    (place / "twice.yaml").write_text("bits: W4A4\nknobs: {}\nbits: W8A8")
+    (place / "inside.yaml").write_text("knobs: {a: 1, b: 2, a: 3}")
     for name, message in (
         ("list.yaml", "must be a mapping of settings, got list"),
+        ("twice.yaml", "config must be YAML, got twice.yaml: it must have each name once, got 'bits' more often"),
+        ("inside.yaml", "it must have each name once, got 'a' more often"),
         ("no.yaml", "config must be YAML"),
         ("deep.yaml", "config must be YAML, got deep.yaml: it must have at most 20 levels, got more"),
     ):
         with pytest.raises(ValueError, match=message):
             read_settings(name)
+
+
+def test_numbers_are_those_of_yaml_and_powers_of_ten_without_a_point(place):
+    (place / "n.yaml").write_text('a: 1e-3\nb: 2.5e4\nc: "1e-3"\nd: -3E+2\ne: e5\nf: [1e1]\ng: 0x1e3')
+    found = dict(a=1e-3, b=2.5e4, c="1e-3", d=-300.0, e="e5", f=[10.0], g=0x1E3)
+    assert read_settings("n.yaml") == found == parse_yaml(yaml_of(found))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight-lr": 1, "weight_lr": 2}, "settings must give each name once, got more of weight_lr"),
+        ({"warmup": 0.1, "knobs": {"warmup": 0.2}}, "settings and knobs must give each name once, got more of warmup"),
+    ],
+)
+def test_a_setting_has_one_value(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Run.of({"model": "a:b", "data": "c", **settings})
+
+
+def test_a_path_is_bytes_of_utf_8_in_every_locale(monkeypatch):
+    """In the locale C file names are ASCII, in which other bytes are surrogates."""
+    monkeypatch.setattr("os.fsdecode", lambda raw: raw.decode("ascii", "surrogateescape"))
+    run = Run.of({"model": "a:b", "data": "d", "out": "ü"})
+    assert run.out is not None and run.out.encode("ascii", "surrogateescape") == "ü".encode()
+    assert Run.of({"model": "a:b", "data": "d", "out": run.out}).out == run.out
 
 
 def test_settings_are_saved_for_another_run(place):
@@ -75,9 +106,15 @@ def test_settings_are_saved_for_another_run(place):
         ({"set": "mean=5"}, "mean and std must be 3 numbers each, std positive, got 5 and"),
         ({"set": "mean=[a, 1, 1]"}, "mean and std must be 3 numbers each, std positive, got ['a', 1, 1] and"),
         ({"set": "std=[.nan, 1, 1]"}, "mean and std must be 3 numbers each, std positive"),
-        ({"set": "out=5"}, "out must be a string, got int"),
+        ({"set": "out=5", "out": None}, "out must be a string, got int"),
+        ({"set": "seed=1", "seed": 2}, "seed must be left out where --set gives it, got 2"),
         ({"set": "resume=maybe"}, "resume must be true or false, got 'maybe'"),
         ({"set": "samples=0"}, "samples must be in [1, "),
+        ({"set": "cache=moon", "recipe": "rtn", "iterations": None}, "cache must be one of 'auto', "),
+        ({"set": "mean=5", "data": "wide.npy"}, "mean and std must be 3 numbers each, std positive, got 5 and"),
+        ({"source": "none", "recipe": "rtn", "iterations": None}, "source must be a state that exists, got 'none'"),
+        ({"device": "meta"}, "device must be one that holds values, got 'meta'"),
+        ({"weights": "q4.safetensors"}, "must have the tensors of tinynet:tiny, got codes: that model is quantized"),
         (
             {"data": "wide.npy"},
             "model must run on calibration, got RuntimeError from model((18, 16, 16, 3) float32): G",
@@ -100,6 +137,7 @@ def test_bad_input_is_refused(place, options, message):
     (place / "short.pth").write_bytes(b"tiny")
     np.save(place / "text.npy", np.array(["text"]))
     os.mkfifo(place / "pipe")
+    save_file({"0.weight.codes": torch.zeros(1)}, place / "q4.safetensors")
     torch.save({"epoch": 3, "model": model().state_dict()}, place / "nested.pth")
     result = call(*SETTINGS, **{name: value for name, value in {**OPTIONS, **options}.items() if value is not None})
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1

@@ -43,8 +43,12 @@ def test_a_label_may_be_among_the_first(top, right):
         ([(LOGITS, LABELS)], 5, "top must be at most the 4 classes that the model tells, got 5"),
         ([(LOGITS, LABELS)], 0, "top must be in"),
         ([], 1, "batches must have at least one image, got none"),
+        ([(LOGITS * float("nan"), LABELS)], 1, "logits must hold no NaN to be ranked, got some from the model"),
+        ([(LOGITS, LABELS + 1)], 1, r"labels must be in \[0, 3\], the classes that the model tells, got 1 to 4"),
+        ([(LOGITS, LABELS - 1)], 2, r"labels must be in \[0, 3\], the classes that the model tells, got -1 to 2"),
+        ([(LOGITS, LABELS.float())], 1, "labels must be integers, got float32"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(batches, top, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         accuracy_of(Logits(), batches, top)

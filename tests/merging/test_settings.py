@@ -23,6 +23,7 @@ from hdrq.merging.settings import MergeSettings
             'tau must be left out but for rule "systematic", got 0.2 for rule "noise"',
         ),
         ({"rule": "half-up", "draws": 3}, ValueError, 'draws must be left out but for rule "noise", got 3'),
+        ({"tua": 0.2}, ValueError, "an option must be one of 'bits', 'draws', .*'weights', got 'tua'"),
         ({"bits": "W4"}, ValueError, 'bits must be written like "W4A4", got'),
         ({"preset": "author"}, ValueError, "preset must be one of 'paper', 'official', got 'author'"),
         ({"weights": (1.5, 0.5), "extrapolate": True}, ValueError, 'weights must sum to 1, got 2; rule="requantize"'),
@@ -32,6 +33,12 @@ from hdrq.merging.settings import MergeSettings
 def test_bad_options_are_refused(models, options, error, message):
     with pytest.raises(error, match=message):
         hdrq.merge(models[:2], **options)
+
+
+def test_models_are_a_list_of_models(models):
+    for given, name in ((None, "NoneType"), (models[0], type(models[0]).__name__)):
+        with pytest.raises(TypeError, match=f"models must be a list of quantized models, got {name}"):
+            hdrq.merge(given)
 
 
 def test_an_option_of_the_noise_asks_for_noise_and_nothing_for_systematic_rounding():

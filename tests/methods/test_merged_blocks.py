@@ -262,6 +262,9 @@ def test_what_makes_no_sense_is_refused(models, change, error, message):
 def test_options_of_blocks_are_none_of_the_closed_form(models):
     with pytest.raises(ValueError, match='iterations must be left out with method="closed-form", got 3'):
         merge_calibrated(models, TASKS, iterations=3)
+    for options in ({}, LEARNS):
+        with pytest.raises(ValueError, match=r"an option must be one of 'act_order', .*'weighting', got 'itertions'"):
+            merge_calibrated(models, TASKS, **{**options, "itertions": 3})
     with pytest.raises(ValueError, match=r"models must be alike to be merged, got .*weight range"):
         merge_calibrated([models[0], relative(1, "W4A8")], TASKS, **LEARNS)
     trained = [models[0], hdrq.quantize(net(), TASKS[1], "rtn", progress=False).train()]

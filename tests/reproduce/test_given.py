@@ -63,7 +63,7 @@ SETTINGS = {
     "resize": 8,
     "crop": 8,
     "source_epochs": 6,
-    "source_rate": "2e-2",
+    "source_rate": 2e-2,
     "epochs": 1,
 }
 

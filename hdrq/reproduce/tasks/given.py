@@ -43,7 +43,7 @@ from hdrq.checkpoint.files import file_hash, write_atomically
 from hdrq.checkpoint.float_states import load_float, read_state
 from hdrq.checkpoint.states import state_differences, tensors_of
 from hdrq.evaluate.metrics import logits_of
-from hdrq.methods.job import number, read_settings
+from hdrq.methods.job import read_settings
 from hdrq.reproduce.classifier import PART, Classifier, last_linear
 from hdrq.reproduce.folders import Folders, Pictures
 from hdrq.reproduce.label_maps import LabelMaps
@@ -106,7 +106,7 @@ class Given:
             checks.integer(name, found.get(name, 1), 1, 10**6)
         checks.integer("split_seed", found.get("split_seed", 0), 0, 2**63 - 1)
         for name, high in (("source_rate", 1.0), ("rate", 1.0), ("test_share", 0.99)):
-            found[name] = checks.real(name, number(found.get(name, known[name].default)), 1e-12, high)
+            found[name] = checks.real(name, found.get(name, known[name].default), 1e-12, high)
         image_reader(*(found.get(name, known[name].default) for name in ("resize", "crop", "mean", "std")))
         targets = found["targets"]
         if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets) or len(targets) < 2:
