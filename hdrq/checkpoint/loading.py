@@ -20,6 +20,7 @@ from hdrq.checkpoint.format import TABLES, Reader, packs, scales_shape, statisti
 from hdrq.checkpoint.library import SafetensorError, safe_open
 from hdrq.checkpoint.states import plain_state, state_differences
 from hdrq.checks import listed
+from hdrq.mapped import give_back_freed_memory
 from hdrq.ops.packing import unpack
 from hdrq.prepare.attention import restore_operands
 from hdrq.prepare.copying import copy_model
@@ -72,11 +73,17 @@ def load(
     with Reader(path) as file:
         result = _architecture(model, model_args, file.manifest, trust_architecture, offload)
         placed = list(result.parameters())
+
+        def take(name: str) -> torch.Tensor:
+            if offload is not None:
+                give_back_freed_memory()  # of what made the tensors before
+            return file.tensor(name)
+
         try:
             attach(result, file.manifest)
             if offload is not None:
                 offload.put_parameters(result, but=placed)  # what an attention was opened into
-            assign(result, file.manifest, file.specs, file.tensor)
+            assign(result, file.manifest, file.specs, take)
             set_statistics(result, {name: statistics(file, name) for name in file.manifest.get("statistics", {})})
         except ValueError as error:
             if file.path in str(error):
