@@ -251,6 +251,11 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in joined)
 
 
+def short_reason(error: BaseException) -> str:
+    """What another library's error says, on one line and not without end."""
+    return " ".join(str(error).split())[:300]
+
+
 def short(dtype: torch.dtype) -> str:
     """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")

@@ -195,7 +195,7 @@ def walk(
         ValueError: a unit that was fitted is not the same on all ranks.
     """
     ranks, samples = settings.ranks, sum(call.size for call in batches)
-    nodes = trace(full, list(names), representative(full, names, batches[0]))
+    nodes = trace(full, list(names), batches[0], representative(full, names, batches[0]))
     batches = ranks.share(batches)
     teaching = [full] * len(batches) if teachers is None else list(teachers)
     for each in dict.fromkeys(teaching):
