@@ -92,7 +92,9 @@ class Activations:
 
     @contextmanager
     def _finished(self, model: nn.Module, k: int, number: int, start: int, stop: int) -> Iterator[None]:
-        """Inside, on a batch of this number, the first call of each block before ``k`` returns its known outputs; zeros if ``k`` needs none."""
+        """Inside, on a batch of this number, the first call of each block before ``k`` returns its known outputs; zeros
+        if ``k`` needs none.
+        """
         blocks = [model.get_submodule(node.name) for node in self.nodes[:k]]
         own = [block.__dict__.get("forward") for block in blocks]
         for j, block in enumerate(blocks):

@@ -110,7 +110,8 @@ def _repeat(model: nn.Module, nodes: Sequence[Node], call: Call, kept: Mapping[i
     for k, node in enumerate(nodes):
         try:
             read = chain.inputs(k)
-            returned = chain.run(k, read)
+            chain.run(k, read)
+            returned = chain.run(k, read)  # a state that the model resets shows at the second call
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

@@ -28,6 +28,8 @@ from hdrq.quantizers.modules import Quantizer, substituted
 from hdrq.recipes import Recipe
 from hdrq.rng import rng_state
 
+FAULTS_OF_MACHINES = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+
 
 class Best(NamedTuple):
     """The state of a unit that was the best when judged."""
@@ -104,7 +106,7 @@ class Learner:
 
         Raises:
             DivergenceError: a loss is not finite.
-            ValueError: no weight has a gradient of the reconstruction loss.
+            ValueError: no weight has a gradient of the reconstruction loss, or the unit cannot be differentiated.
         """
         good, state, run = start, dict[str, torch.Tensor](), self.step
         self.parameters.copy_to(state)
@@ -115,7 +117,7 @@ class Learner:
                 self._set_modes()
                 run = self._graphed()
             self.row.copy_(self.schedule[i])
-            error, loss = run(batch)
+            error, loss = run(batch) if i > start else self._first(run, batch)
             done = i + 1
             due = every > 0 and done % every == 0 and done < iterations
             noted, judged = done % LOG_EVERY == 0 or done == iterations, done in judgements
@@ -131,6 +133,19 @@ class Learner:
                 self.judge(done)
             if due:
                 save(done)
+
+    def _first(self, run: Callable, batch: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first step, which shows whether autograd can follow the unit."""
+        try:
+            return run(batch)
+        except FAULTS_OF_MACHINES:
+            raise
+        except RuntimeError as error:
+            raise ValueError(
+                f"block {self.unit.name or 'model'} must be differentiable to be learned, got {type(error).__name__}: "
+                f'{checks.short_reason(error)}; keep its layers in full precision with "float", or take a recipe that '
+                'differentiates nothing: "gptq", "awq" or "rtn"'
+            ) from error
 
     def step(self, batch: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward, backward, optimizer, the next noise; nothing is read on the host.
