@@ -261,6 +261,6 @@ def short_reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype | torch.layout) -> str:
     """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")

@@ -8,7 +8,7 @@ what it returned, which is tried on samples of the first.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,8 +28,9 @@ TRIED = 16  # samples among which one is looked for that is called as the whole 
 AGAIN = 4  # samples of the first batch, at most, that units are run on again
 CLOSE = 1e-3  # relative difference of outputs that counts as the same, half types included
 READS = (
-    "read the same where blocks before it return what they returned without being run, got other inputs: one of them "
-    "writes to what it reads, or leaves something elsewhere"
+    "read the same where blocks before it return what they returned without being run, on some samples without the "
+    "others, got other inputs: a block writes to what it reads or leaves something elsewhere, or samples, which must "
+    "lie along the first axis of the data, are mixed"
 )
 RETURNS = (
     "return the same for the same arguments, got outputs that differ when some samples are run again without the "
@@ -67,7 +68,7 @@ def representative(model: nn.Module, blocks: Sequence[str], batch: Call) -> int:
     return 0
 
 
-def _forms(model: nn.Module, blocks: Sequence[str], call: Call) -> dict[str, tuple]:
+def _forms(model: nn.Module, blocks: Sequence[str], call: Callable[[nn.Module], Any]) -> dict[str, tuple]:
     """For each block, how its first call is made up: which leaves are tensors."""
     found: dict[str, tuple] = {}
 
@@ -137,7 +138,7 @@ class _Watched:
         self.model, self.nodes, self.size, self.number, self.chosen = model, nodes, size, number, chosen
         self.order: list[int] = []  # the units that were called, by their numbers
         self.kept: dict[int, list[list[torch.Tensor]]] = {}  # rows that a unit read, and that it returned
-        self._returned: dict[tuple[int, int], tuple[weakref.ref, int]] = {}
+        self._returned: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], int]] = {}
         self._running: set[int] = set()
 
     def hooks(self) -> list:
@@ -166,10 +167,9 @@ class _Watched:
 
     def _check_source(self, node: Node, read: Any) -> None:
         """The tensors that a unit reads are those that the units returned from which the trace has them."""
-        tensors = [x for leaf, x in zip(node.inputs.leaves, tree.leaves(read), strict=True) if isinstance(leaf, Leaf)]
-        for x, source in zip(tensors, node.reads or (), strict=False):
-            reference, version = self._returned.get(source, (lambda: None, 0))
-            if reference() is not x or version != version_of(x):
+        for x, source in zip(node.inputs.tensors(read), node.reads or (), strict=False):
+            returned, version = self._returned.get(source, (None, 0))
+            if returned is None or returned() is not x or version != version_of(x):
                 raise ValueError(
                     f"block {node.name} must read what {self.nodes[source[0]].name} returned in every batch, as on the "
                     f"first sample, got another tensor in batch {self.number}: what lies between them depends on the "
@@ -182,8 +182,8 @@ class _Watched:
             return
         _check(node.name, "returns", node.outputs, output, self.size)
         self.order.append(k)
-        values = [x for leaf, x in zip(node.outputs.leaves, tree.leaves(output), strict=True) if isinstance(leaf, Leaf)]
-        self._returned |= {(k, place): (weakref.ref(x), version_of(x)) for place, x in enumerate(values)}
+        values = enumerate(node.outputs.tensors(output))
+        self._returned |= {(k, place): (weakref.ref(x), version_of(x)) for place, x in values}
         if self.chosen is not None:
             self.kept[k].append([rows[self.chosen.to(rows.device)] for rows in node.outputs.split(output)])
 

@@ -77,10 +77,13 @@ class Layout:
         """The number of the batched leaf that a block is reconstructed by: the first of floating point."""
         return next(i for i, leaf in enumerate(self.batched) if leaf.dtype.is_floating_point)
 
+    def tensors(self, value: Any) -> list[torch.Tensor]:
+        """The batched leaves of a tree."""
+        return [x for leaf, x in zip(self.leaves, tree.leaves(value), strict=True) if isinstance(leaf, Leaf)]
+
     def split(self, value: Any) -> list[torch.Tensor]:
         """The rows of the batched leaves of a tree."""
-        values = tree.leaves(value)
-        return [leaf.rows(x) for leaf, x in zip(self.leaves, values, strict=True) if isinstance(leaf, Leaf)]
+        return [leaf.rows(x) for leaf, x in zip(self.batched, self.tensors(value), strict=True)]
 
 
 def same(a: Any, b: Any) -> bool:

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hdrq.checkpoint.architecture import build, name_of
 from hdrq.checkpoint.library import load_file
-from hdrq.checkpoint.states import state_differences, tensors_of
+from hdrq.checkpoint.states import put_state, state_differences, tensors_of
 from hdrq.checks import listed
 from hdrq.errors import MissingExtra
 from hdrq.prepare.copying import tensors_in
@@ -58,7 +58,7 @@ def load_float(
     if offload_folder is None:
         made = build(model, **(model_args or {}))
         if weights is not None:
-            made.load_state_dict(_state_for(made, known, weights), strict=False)
+            put_state(made, _state_for(made, known, weights))
         return made.eval()
     if weights is None:
         raise ValueError("weights must be a file where offload_folder is given, got None")
@@ -148,7 +148,7 @@ def _give_parameters(model: nn.Module, state: Mapping[str, torch.Tensor], offloa
             "model must keep its parameters in modules alone, and compute no tensor of them while it is made, got "
             f"{listed(derived)}; leave offload_folder out"
         )
-    model.load_state_dict({name: value for name, value in state.items() if name not in values}, strict=False)
+    put_state(model, {name: value for name, value in state.items() if name not in values})
 
 
 def read_state(path: str | os.PathLike, mapped: bool = False) -> dict[str, torch.Tensor]:

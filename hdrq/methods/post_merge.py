@@ -21,6 +21,7 @@ from hdrq.calibrate.report import report_of, set_report
 from hdrq.calibrate.sequential import Method, Unit
 from hdrq.calibrate.settings import RunSettings
 from hdrq.checkpoint.saving import check_storable
+from hdrq.checkpoint.states import put_state
 from hdrq.checkpoint.workdir import fingerprint, opened, state_hash
 from hdrq.checks import listed
 from hdrq.merging.float_merges import FloatMerge, merge_float
@@ -250,7 +251,7 @@ def _merged(experts: Sequence[nn.Module], base: nn.Module | None, settings: Floa
     state = merge_float(experts, base, **options)
     merged = copy.deepcopy(experts[0])
     with torch.no_grad():
-        merged.load_state_dict(state, strict=False)
+        put_state(merged, state)
     return merged
 
 

@@ -44,7 +44,7 @@ from hdrq.quantizers.layers import quantized_layers
 from hdrq.quantizers.provenance import set_origin, set_statistics
 from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
-from hdrq.rng import CONTRACT
+from hdrq.rng import CONTRACT, kept_random_state
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -143,7 +143,7 @@ def quantize(
     GPTQ (Frantar et al., ICLR 2023); AWQ (Lin et al., MLSys 2024).
     """
     ranks = Ranks.of(process_group)
-    with ranks.together():
+    with ranks.together(), kept_random_state():
         if iterations is not None:
             knobs["iterations"] = iterations
         plan = make_recipe(recipe, preset, **knobs)
