@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -274,7 +274,7 @@ def _is_in(name: str, unit: str) -> bool:
 
 def _entry(module: nn.Module) -> ActivationQuantizer | None:
     """The quantizer of what a unit reads."""
-    return getattr(module, "input_quantizer", None)
+    return cast(Any, module._modules.get("input_quantizer"))
 
 
 def _reader(model: nn.Module, nodes: Sequence[Node], index: int) -> ActivationQuantizer | None:
