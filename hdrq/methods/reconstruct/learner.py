@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from hdrq import checks, ops
 from hdrq.calibrate.cache import batches
@@ -156,7 +155,7 @@ class Learner:
         self.parameters.optimizer.zero_grad()
         weights, regularizer = self._quantize_weights()
         leaves = [weight.detach().requires_grad_() for weight in weights]
-        with substituted(self.quantizers, leaves), parametrize.cached():
+        with substituted(self.quantizers, leaves):
             error = self._reconstruction_loss(batch)
             if error.requires_grad:
                 error.backward()
