@@ -27,6 +27,10 @@ from hdrq.prepare.observe import hooks, observe, version_of
 TRIED = 16  # samples among which one is looked for that is called as the whole batch is
 AGAIN = 4  # samples of the first batch, at most, that units are run on again
 CLOSE = 1e-3  # relative difference of outputs that counts as the same, half types included
+UNPADDED = (
+    "such as a mask that unpadded samples lack; give all samples in one batch, pad alike, load models of transformers "
+    'with attn_implementation="eager"'
+)
 READS = (
     "read the same where blocks before it return what they returned without being run, on some samples without the "
     "others, got other inputs: a block writes to what it reads or leaves something elsewhere, or samples, which must "
@@ -197,8 +201,7 @@ def _check(name: str, verb: str, layout: Layout, value: Any, size: int) -> None:
             if not isinstance(x, torch.Tensor):
                 raise ValueError(
                     f"block {name} must be called alike for every batch, got {x!r:.40} where another sample has a "
-                    f"tensor with rows of {leaf.shape}, such as a mask that "
-                    f"unpadded samples lack; pad and batch alike, or {WAY_OUT}"
+                    f"tensor with rows of {leaf.shape}, {UNPADDED}, or {WAY_OUT}"
                 )
             rows = x.shape[leaf.axis] / leaf.count if x.ndim > leaf.axis else 0
             if rows != size:
@@ -207,9 +210,10 @@ def _check(name: str, verb: str, layout: Layout, value: Any, size: int) -> None:
                     f"reaches it is routed by the data; {WAY_OUT}"
                 )
         elif verb == "reads" and not same(leaf, x):
+            hint = f", {UNPADDED}, or " if leaf is None else "; "
             raise ValueError(
                 f"block {name} must read the same for every batch, apart from what grows with the batch, got "
-                f"{_short(leaf)} and {_short(x)}; {WAY_OUT}"
+                f"{_short(leaf)} and {_short(x)}{hint}{WAY_OUT}"
             )
 
 
