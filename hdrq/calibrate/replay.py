@@ -18,28 +18,30 @@ from torch import nn
 
 from hdrq import tree
 from hdrq.calibrate.cache import Cache
-from hdrq.calibrate.data import Call
+from hdrq.calibrate.data import Call, spread
 from hdrq.calibrate.propagate import Activations
 from hdrq.calibrate.trace import WAY_OUT, Layout, Leaf, Node, alone, same
 from hdrq.checks import short_reason
 from hdrq.prepare.observe import hooks, observe, version_of
 
 TRIED = 16  # samples among which one is looked for that is called as the whole batch is
-AGAIN = 4  # samples of the first batch, at most, that units are run on again
+AGAIN = 4  # samples of the first batch that units are run on again, and one that is called as the whole batch is
 CLOSE = 1e-3  # relative difference of outputs that counts as the same, half types included
 UNPADDED = (
     "such as a mask that unpadded samples lack; give all samples in one batch, pad alike, load models of transformers "
     'with attn_implementation="eager"'
 )
 READS = (
-    "read the same where blocks before it return what they returned without being run, on some samples without the "
-    "others, got other inputs: a block writes to what it reads or leaves something elsewhere, or samples, which must "
-    "lie along the first axis of the data, are mixed"
+    "read the same where blocks before it return what they returned without being run, got other inputs: one of them "
+    "writes to what it reads, or leaves something elsewhere"
 )
 RETURNS = (
-    "return the same for the same arguments, got outputs that differ when some samples are run again without the "
-    "others: it keeps a state between calls, such as a key-value cache, draws random numbers, or mixes samples, which "
-    "must lie along the first axis of the data"
+    "return the same for the same arguments, got outputs that differ: it keeps a state between calls, such as a "
+    "key-value cache, or draws random numbers"
+)
+ALONE = (
+    "return the same for a sample whatever others are in its batch, got outputs that differ: it mixes samples, which "
+    "must lie along the first axis of the data, or knows their places"
 )
 
 
@@ -89,34 +91,41 @@ def _forms(model: nn.Module, blocks: Sequence[str], call: Callable[[nn.Module], 
 def check_replay(model: nn.Module, nodes: Sequence[Node], batches: Sequence[Call]) -> None:
     """Every unit reads and returns a row for each sample, and otherwise what the trace has seen, from whom it has.
 
-    Some samples of the first batch are then run through each unit again, in another order and without the others.
+    On some samples of the first batch, the units are then chained as they will be, and each is run without some rows.
 
     Raises:
         ValueError: a unit does something else; the message names it and what is wrong.
     """
     for number, call in enumerate(batches):
-        chosen = torch.arange(call.size).flip(0)[:: max(2, -(-call.size // AGAIN))] if number == 0 else None
-        run = _Watched(model, nodes, call.size, number, chosen)
-        with hooks(run.hooks()):
-            call(model)
-        if missed := [node.name for k, node in enumerate(nodes) if k not in run.order]:
-            raise ValueError(
-                f"block {missed[0]} must be called for every batch, got no call for batch {number}: what reaches it is "
-                f"routed by the data; {WAY_OUT}"
-            )
-        if chosen is not None:
-            _repeat(model, nodes, call.at(chosen), run.kept)
+        _watched(model, nodes, call, number)
+    formed = representative(model, [node.name for node in nodes], batches[0])
+    few = batches[0].at(torch.tensor(sorted({formed, *spread(batches[0].size, AGAIN)})))
+    _repeat(model, nodes, few, _watched(model, nodes, few, 0, keep=True).kept)
+
+
+def _watched(model: nn.Module, nodes: Sequence[Node], call: Call, number: int, keep: bool = False) -> _Watched:
+    run = _Watched(model, nodes, call.size, number, keep)
+    with hooks(run.hooks()):
+        call(model)
+    if missed := [node.name for k, node in enumerate(nodes) if k not in run.order]:
+        raise ValueError(
+            f"block {missed[0]} must be called for every batch, got no call for batch {number}: what reaches it is "
+            f"routed by the data; {WAY_OUT}"
+        )
+    return run
 
 
 def _repeat(model: nn.Module, nodes: Sequence[Node], call: Call, kept: Mapping[int, list[list[torch.Tensor]]]) -> None:
-    """Chain the units on some samples, and compare what they read and return with the rows that were kept of these."""
-    device = next(model.parameters()).device
-    chain = Activations(model, list(nodes), [call], Cache(device, "device"))
+    """Chain the units, and run each on some rows in another order; compare with the rows that were kept of a run."""
+    chain = Activations(model, list(nodes), [call], Cache(next(model.parameters()).device, "device"))
+    some = torch.arange(call.size).flip(0)[::2]
     for k, node in enumerate(nodes):
         try:
             read = chain.inputs(k)
             chain.run(k, read)
-            returned = chain.run(k, read)  # a state that the model resets shows at the second call
+            returned = chain.run(k, read)  # a state may show at the second call alone
+            args, kwargs = chain.layout(k, model).build([rows[some] for rows in kept[k][0]])
+            parts = node.outputs.split(model.get_submodule(node.name)(*args, **kwargs))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -124,22 +133,21 @@ def _repeat(model: nn.Module, nodes: Sequence[Node], call: Call, kept: Mapping[i
                 f"block {node.name} must run again on samples of a batch, got {type(error).__name__}: "
                 f"{short_reason(error)}; {WAY_OUT}"
             ) from error
-        for ours, theirs, why in (
-            *((*pair, READS) for pair in zip(read, kept[k][0], strict=True)),
-            *((*pair, RETURNS) for pair in zip(returned, kept[k][1], strict=True)),
+        for why, ours, theirs in (
+            (READS, [rows.tensor for rows in read], kept[k][0]),
+            (RETURNS, [rows.tensor for rows in returned], kept[k][1]),
+            (ALONE, parts, [rows[some] for rows in kept[k][1]]),
         ):
-            if not _close(ours.tensor, theirs):
+            if not all(map(_close, ours, theirs)):
                 raise ValueError(f"block {node.name} must {why}; {WAY_OUT}")
         chain.forget(k)
 
 
 class _Watched:
-    """One run of a model, in which the first call of each unit is checked, and the rows of some samples are kept."""
+    """One run of a model, in which the first call of each unit is checked, and with ``keep`` its rows are kept."""
 
-    def __init__(
-        self, model: nn.Module, nodes: Sequence[Node], size: int, number: int, chosen: torch.Tensor | None
-    ) -> None:
-        self.model, self.nodes, self.size, self.number, self.chosen = model, nodes, size, number, chosen
+    def __init__(self, model: nn.Module, nodes: Sequence[Node], size: int, number: int, keep: bool) -> None:
+        self.model, self.nodes, self.size, self.number, self.keep = model, nodes, size, number, keep
         self.order: list[int] = []  # the units that were called, by their numbers
         self.kept: dict[int, list[list[torch.Tensor]]] = {}  # rows that a unit read, and that it returned
         self._returned: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], int]] = {}
@@ -166,8 +174,8 @@ class _Watched:
                 f"block {node.name} must be called behind {late[0]} in every batch, as on the first sample, got "
                 f"another order in batch {self.number}; {WAY_OUT}"
             )
-        if self.chosen is not None:
-            self.kept[k] = [[rows[self.chosen.to(rows.device)] for rows in node.inputs.split(read)]]
+        if self.keep:
+            self.kept[k] = [[rows.detach().clone() for rows in node.inputs.split(read)]]
 
     def _check_source(self, node: Node, read: Any) -> None:
         """The tensors that a unit reads are those that the units returned from which the trace has them."""
@@ -188,8 +196,8 @@ class _Watched:
         self.order.append(k)
         values = enumerate(node.outputs.tensors(output))
         self._returned |= {(k, place): (weakref.ref(x), version_of(x)) for place, x in values}
-        if self.chosen is not None:
-            self.kept[k].append([rows[self.chosen.to(rows.device)] for rows in node.outputs.split(output)])
+        if self.keep:
+            self.kept[k].append([rows.detach().clone() for rows in node.outputs.split(output)])
 
 
 def _check(name: str, verb: str, layout: Layout, value: Any, size: int) -> None:

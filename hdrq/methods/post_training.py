@@ -90,7 +90,8 @@ def quantize(
     Args:
         model: in evaluation mode; it is left as it was. Weights in half precision are learned in float32.
         calibration: a tensor, or an iterable of batches: each a tensor, a tuple or a dict of the model's arguments,
-            which may be lists, tuples and dicts of tensors; samples lie along the first axis of all of them. A batch is moved to the model's device while it runs, so the whole may be larger than a GPU.
+            which may be lists, tuples and dicts of tensors. Samples lie along the first axis of all tensors. A batch
+            is moved to the model's device while it runs, so the whole may be larger than a GPU.
         recipe: ``"hdrq"``, ``"qdrop"``, ``"brecq"``, ``"gptq"``, ``"awq"``, ``"rtn"`` (round to nearest), or a
             :class:`hdrq.recipes.Recipe`. GPTQ and AWQ learn nothing: weights have a scale for each output channel, or
             for each group (``group_size``), and each layer is fitted to what it reads behind the quantized prefix.
