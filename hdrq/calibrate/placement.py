@@ -100,6 +100,12 @@ def place_quantizers(
     return Placement(policy, widths, inputs, {b: "block" if b in inputs else "layers" for b in inner})
 
 
+def _copies(own: tuple[tuple, dict], replaced: tuple[tuple, dict]) -> list:
+    """The arguments of a call that others stand for, apart from tensors."""
+    pairs = zip((*own[0], *own[1].values()), (*replaced[0], *replaced[1].values()), strict=True)
+    return [new for old, new in pairs if new is not old and not isinstance(new, torch.Tensor)]
+
+
 def _runs_its_children(model: nn.Module, name: str) -> bool:
     """Whether a module is a container that may call each child in turn: a quantizer among them would be called too."""
     return isinstance(model.get_submodule(name), nn.Sequential | nn.ModuleList | nn.ModuleDict)
@@ -207,7 +213,8 @@ def _run(
             replaced = with_tensor(args, kwargs, x, quantized)
             if name in blocks:
                 flow.enter(name, quantized)
-                entered.append((x, quantized, flow.identity(quantized), replaced, tree.leaves(replaced)))
+                copies = _copies((args, kwargs), replaced)  # of containers that hold the tensor
+                entered.append((x, quantized, flow.identity(quantized), copies, tree.leaves(copies)))
             return replaced
 
         return hook
@@ -216,10 +223,10 @@ def _run(
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             flow.leave()
             if entered:
-                x, quantized, identity, replaced, before = entered.pop()
+                x, quantized, identity, copies, before = entered.pop()
                 if flow.identity(quantized) != identity:
                     flow.stale(x, name)
-                after = tree.leaves(replaced)
+                after = tree.leaves(copies)
                 if len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True)):
                     written.add(name)
 
