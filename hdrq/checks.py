@@ -265,6 +265,16 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in joined)
 
 
-def short(dtype: torch.dtype) -> str:
+def whole(x: torch.Tensor) -> bool:
+    """Whether a tensor holds neither real nor complex numbers, but integers or bools."""
+    return not (x.is_floating_point() or x.is_complex())
+
+
+def short_reason(error: BaseException) -> str:
+    """What another library's error says, on one line and not without end."""
+    return " ".join(str(error).split())[:300]
+
+
+def short(dtype: torch.dtype | torch.layout) -> str:
     """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")

@@ -17,6 +17,9 @@ rounds are the fewest that pass BigCrush.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -101,3 +104,11 @@ def torch_coins(rng: torch.Tensor, count: int) -> torch.Tensor:
     seed, stream, step = rng.unbind()
     word = torch_words(torch.stack((seed, stream ^ DROP_STREAM, step)), (count + 1) >> 1)
     return torch.stack((word & 0xFFFF, word >> 16), dim=-1).reshape(-1)[:count]
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Inside, what a model draws from PyTorch's global generators is undone at the end."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        yield

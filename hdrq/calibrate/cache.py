@@ -96,7 +96,7 @@ class Rows:
         self.tensor, self.tier, self.device = tensor, tier, device
 
     def write(self, start: int, values: torch.Tensor) -> None:
-        self.tensor[start : start + len(values)] = values
+        self.tensor[start : start + len(values)] = values.detach()  # a forward may turn gradients on by itself
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows, copied to the device: whoever reads may write to them."""

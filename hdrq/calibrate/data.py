@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hdrq import checks
+from hdrq import checks, tree
 from hdrq.checkpoint.workdir import state_hash
 
 SAMPLES, BYTES = 2**14, 2**33  # read, at most, past the length that an iterable says it has
@@ -21,34 +21,34 @@ SPLIT = 256  # samples of a batch where one tensor is given
 class Call:
     """The arguments of one call of a model: tensors have the samples along their first axis.
 
-    A tensor of one row or without axes belongs to every sample.
+    They may lie in lists, tuples, dicts and dataclasses. A tensor of one row or without axes belongs to every sample.
     """
 
     args: tuple
     kwargs: Mapping
 
     def __call__(self, module: nn.Module):
-        """What the module returns; the tensors are moved to where its parameters are, and not kept there."""
+        """What the module returns for copies of the tensors, where its parameters are: a forward may write to them."""
         device = next((p.device for p in module.parameters()), None)
-        call = self if device is None else self.to(device)
+        call = self.map(lambda x: x.to(device or x.device, copy=True))
         return module(*call.args, **call.kwargs)
 
-    def to(self, device: torch.device) -> Call:
-        """The call with its tensors on a device."""
-
-        def moved(value):
-            return value.to(device) if isinstance(value, torch.Tensor) else value
-
-        return Call(tuple(map(moved, self.args)), {key: moved(value) for key, value in self.kwargs.items()})
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+        """The call with its tensors changed, in containers of its own."""
+        leaves, spec = tree.flatten((self.args, dict(self.kwargs)))
+        changed = [change(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+        return Call(*tree.unflatten(changed, spec))
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, torch.Tensor)]
+        return [x for x in tree.leaves((self.args, dict(self.kwargs))) if isinstance(x, torch.Tensor)]
 
     def __str__(self) -> str:
         def form(value) -> str:
-            tensor = isinstance(value, torch.Tensor)
-            return f"{tuple(value.shape)} {checks.short(value.dtype)}" if tensor else type(value).__name__
+            if isinstance(value, torch.Tensor):
+                return f"{tuple(value.shape)} {checks.short(value.dtype)}"
+            inside = [x for x in tree.leaves(value) if isinstance(x, torch.Tensor)]
+            return type(value).__name__ + (f" of {', '.join(map(form, inside))}" if inside else "")
 
         return ", ".join([*map(form, self.args), *(f"{key}={form(value)}" for key, value in self.kwargs.items())])
 
@@ -61,29 +61,43 @@ class Call:
         """The call with the samples at ``index``; a tensor of one row or without axes belongs to all samples."""
         size = self.size
 
-        def pick(value):
-            if not isinstance(value, torch.Tensor) or value.ndim == 0 or (len(value) == 1 and size > 1):
-                return value
-            return value[index.to(value.device)]
+        def pick(value: torch.Tensor) -> torch.Tensor:
+            return value if value.ndim == 0 or (len(value) == 1 and size > 1) else value[index.to(value.device)]
 
-        return Call(tuple(map(pick, self.args)), {key: pick(value) for key, value in self.kwargs.items()})
+        return self.map(pick)
+
+    def check_kinds(self, where: str) -> None:
+        """Refuse tensors that are not dense, and those that no container of the tree holds."""
+        for value in tree.leaves((self.args, dict(self.kwargs))):
+            if isinstance(value, torch.Tensor) and (value.is_nested or value.layout != torch.strided):
+                form = "a nested one" if value.is_nested else f"one of layout {checks.short(value.layout)}"
+                raise TypeError(f"{where} must have dense tensors, got {form}")
+            if not isinstance(value, torch.Tensor) and tree.hides_tensors(value):
+                raise TypeError(
+                    f"{where} must have tensors in lists, tuples, dicts or dataclasses, got a {type(value).__name__} "
+                    "that holds some"
+                )
 
     def check_lengths(self, where: str) -> None:
         """Refuse a call in which some tensor has neither one row nor as many rows as the longest tensor."""
         size = self.size
         for name, value in (*((f"argument {k}", v) for k, v in enumerate(self.args)), *self.kwargs.items()):
-            if isinstance(value, torch.Tensor) and value.ndim and len(value) not in (1, size):
+            tensors = [x for x in tree.leaves(value) if isinstance(x, torch.Tensor)]
+            if wrong := [len(x) for x in tensors if x.ndim and len(x) not in (1, size)]:
                 raise ValueError(
                     f"{where} must have tensors of one length along the first axis, or of one row for all samples, "
-                    f"got {len(value)} in {name} and {size} in another"
+                    f"got {wrong[0]} in {name} and {size} in another"
                 )
 
 
 def calibration_calls(data, name: str = "calibration") -> list[Call]:
     """Data as calls of the model: a tensor, or an iterable of batches, each a tensor, a tuple or a dict of arguments.
 
+    An argument may be a list, a tuple or a dict of tensors: ``({"image": x},)`` is a batch for a model of one dict.
+
     Raises:
-        TypeError, ValueError: no sample, a batch without a tensor, NaN or infinity, or shapes that vary.
+        TypeError, ValueError: no sample, a batch without a tensor, one that is sparse or nested, NaN or infinity, or
+            shapes that vary.
     """
     if isinstance(data, torch.Tensor):
         data = data.split(SPLIT) if data.ndim else [data]
@@ -105,6 +119,7 @@ def calibration_calls(data, name: str = "calibration") -> list[Call]:
             call = Call((), dict(batch))
         else:
             call = Call(tuple(batch) if isinstance(batch, tuple | list) else (batch,), {})
+        call.check_kinds(f"batch {read} of {name}")
         if not call.tensors or any(t.is_floating_point() and not t.isfinite().all() for t in call.tensors):
             what = "a batch without a tensor" if not call.tensors else "NaN or infinity"
             raise ValueError(f"{name} must be batches of finite tensors, got {what} in batch {read}")

@@ -11,7 +11,7 @@ from torch import nn
 
 from hdrq import tree
 from hdrq.checks import listed
-from hdrq.prepare.flow import Flow, Values
+from hdrq.prepare.flow import OTHER, Flow, Values
 from hdrq.prepare.observe import hooks
 from hdrq.quantizers.attach import first_tensor, with_tensor
 from hdrq.quantizers.bits import BitWidths, bit_policy, bits_around
@@ -52,12 +52,13 @@ def place_quantizers(
     a block quantizes what it reads besides, for all its branches, so that a residual is quantized too, unless
 
     - a norm reads it first: it is the residual stream of a pre-norm transformer, whose outliers a few bits cannot hold;
+    - what it writes to its arguments is read elsewhere, where a quantized copy in their place would not show it;
     - a layer reads its values mixed, in a concatenation with others or averaged, and needs a quantizer for the mixture;
     - a layer that reads its values has other bits, or is kept in float.
 
     Then the layers inside quantize what they read. A layer that reads nothing but values of one quantizer, through
     operations that keep them (a chunk, a permutation, padding with zeros, max pooling, a ReLU), has no second one.
-    ``mode="block"`` leaves out the first two reasons; with ``"input"`` no block has a quantizer.
+    ``mode="block"`` knows the second and the last reason alone; with ``"input"`` no block has a quantizer.
 
     Args:
         run: ``run(model)`` runs the model, which has no quantizers yet, on samples that reach all that is quantized.
@@ -73,7 +74,7 @@ def place_quantizers(
     inner = [b for b in blocks if b not in weighted]
     placed = [b for b in inner if mode != "input" and not _runs_its_children(model, b)]
     while True:
-        reads, normalized = _run(model, run, placed, list(weighted), operands, quantize_input)
+        reads, normalized, written = _run(model, run, placed, list(weighted), operands, quantize_input)
         layers = {name: weighted[name] for name in reads if name in weighted}
         if not layers:
             raise ValueError("model must run at least one convolution or linear layer on calibration, got none")
@@ -81,6 +82,7 @@ def place_quantizers(
         widths, conflict = _activation_bits(reads, policy, placed)
         served = {name: _served(name, read, widths) for name, read in reads.items()}
         leaving = _misplaced(reads, widths, served, placed, mode) | (normalized if mode == "qdrop" else set())
+        leaving |= written.intersection(placed)
         if not leaving:
             break
         placed = [b for b in placed if b not in leaving]
@@ -96,6 +98,12 @@ def place_quantizers(
         if width is not None and not served[name]:
             inputs[name] = first_of.setdefault((width, *(r.identity for r in read)), name), width
     return Placement(policy, widths, inputs, {b: "block" if b in inputs else "layers" for b in inner})
+
+
+def _copies(own: tuple[tuple, dict], replaced: tuple[tuple, dict]) -> list:
+    """The arguments of a call that others stand for, apart from tensors."""
+    pairs = zip((*own[0], *own[1].values()), (*replaced[0], *replaced[1].values()), strict=True)
+    return [new for old, new in pairs if new is not old and not isinstance(new, torch.Tensor)]
 
 
 def _runs_its_children(model: nn.Module, name: str) -> bool:
@@ -171,13 +179,15 @@ def _run(
     layers: Sequence[str],
     operands: Sequence[str],
     quantize_input: bool,
-) -> tuple[dict[str, list[_Read]], set[str]]:
+) -> tuple[dict[str, list[_Read]], set[str], set[str]]:
     """What modules read at each of their calls, in execution order, as if blocks and operands quantized their inputs;
-    and the blocks whose input a norm reads first.
+    the blocks whose input a norm reads first; and those that write to their arguments what is read elsewhere.
     """
     reads: dict[str, list[_Read]] = {}
     flow = Flow()
     unquantized: set[tuple] = set()
+    written: set[str] = set()
+    entered: list[tuple] = []  # what the blocks that run were called with
 
     def called(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not quantize_input:
@@ -191,20 +201,36 @@ def _run(
 
     def enter(name: str, is_layer: bool) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if isinstance(module, nn.Embedding) and not any(isinstance(x, torch.Tensor) for x in args):
+                reads.setdefault(name, []).append(_Read((name,), False, OTHER))
+                return None
             x = first_tensor(args, kwargs, name)
             see(name, x)
             if is_layer or not quantizes(x):
                 return None
             quantized = x.clone()
             flow.mark(quantized, name)
+            replaced = with_tensor(args, kwargs, x, quantized)
             if name in blocks:
                 flow.enter(name, quantized)
-            return with_tensor(args, kwargs, x, quantized)
+                copies = _copies((args, kwargs), replaced)  # of containers that hold the tensor
+                entered.append((x, quantized, flow.identity(quantized), copies, tree.leaves(copies)))
+            return replaced
 
         return hook
 
-    def leave(module: nn.Module, args: tuple, output: Any) -> None:
-        flow.leave()
+    def leave(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            flow.leave()
+            if entered:
+                x, quantized, identity, copies, before = entered.pop()
+                if flow.identity(quantized) != identity:
+                    flow.stale(x, name)
+                after = tree.leaves(copies)
+                if len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True)):
+                    written.add(name)
+
+        return hook
 
     def norm(module: nn.Module, args: tuple, kwargs: dict) -> None:
         for x in (*args, *kwargs.values()):
@@ -218,10 +244,10 @@ def _run(
         hook = enter(name, name in layers)
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         if name in blocks:
-            handles.append(module.register_forward_hook(leave))
+            handles.append(module.register_forward_hook(leave(name)))
     for name, module in model.named_modules():
         if "norm" in type(module).__name__.lower() and not any(n == name or n.startswith(f"{name}.") for n in names):
             handles.append(module.register_forward_pre_hook(norm, with_kwargs=True))
     with hooks(handles), flow:
         run(model)
-    return reads, flow.normalized
+    return reads, flow.normalized, written | flow.stale_reads

@@ -37,6 +37,7 @@ class Activations:
         self.models = [models] * len(batches) if isinstance(models, nn.Module) else list(models)
         self.nodes, self.batches, self.cache = nodes, batches, cache
         self._outputs: dict[int, list[Rows]] = {}
+        self._results: dict[int, list[Layout]] = {}  # of each batch: what blocks returned besides rows is in it
         self._layouts: dict[tuple[int, int], Layout] = {}  # of blocks whose constants a model computes, by its id
 
     @torch.no_grad()
@@ -53,10 +54,11 @@ class Activations:
             _write(node.name, store, (start, stop), node.inputs.split((args, dict(kwargs))))
             raise _Stop
 
-        for model, call, (start, stop) in zip(self.models, self.batches, spans(self.batches), strict=True):
+        calls = zip(self.models, self.batches, spans(self.batches), strict=True)
+        for number, (model, call, (start, stop)) in enumerate(calls):
             block = model.get_submodule(node.name)
             handle = block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
-            with hooks([handle]), suppress(_Stop), self._finished(model, k, start, stop):
+            with hooks([handle]), suppress(_Stop), self._finished(model, k, number, start, stop):
                 call(model)
         return store
 
@@ -68,29 +70,35 @@ class Activations:
     def run(self, k: int, inputs: list[Rows]) -> list[Rows]:
         """The rows of a block's outputs, from those of its inputs; kept for the blocks that need them."""
         node, store = self.nodes[k], self._room(self.nodes[k].outputs)
+        results, layout = [], node.outputs
         for model, (start, stop) in zip(self.models, spans(self.batches), strict=True):
             args, kwargs = self.layout(k, model).build([rows.read(start, stop) for rows in inputs])
             outputs = model.get_submodule(node.name)(*args, **kwargs)
+            layout = layout.holding(outputs)
+            results.append(layout)
             _write(node.name, store, (start, stop), node.outputs.split(outputs))
-        self._outputs[k] = store
+        self._outputs[k], self._results[k] = store, results
         return store
 
     def forget(self, k: int) -> None:
         """Let go of what no block after ``k`` needs."""
         needed = frozenset().union(*(node.needs for node in self.nodes[k + 1 :]))
         self._outputs = {j: rows for j, rows in self._outputs.items() if j in needed}
+        self._results = {j: layouts for j, layouts in self._results.items() if j in needed}
 
     def _room(self, layout: Layout) -> list[Rows]:
         samples = sum(call.size for call in self.batches)
         return [self.cache.rows(samples, leaf.shape, leaf.dtype) for leaf in layout.batched]
 
     @contextmanager
-    def _finished(self, model: nn.Module, k: int, start: int, stop: int) -> Iterator[None]:
-        """Inside, the first call of each block before ``k`` returns its known outputs; zeros if ``k`` needs none."""
+    def _finished(self, model: nn.Module, k: int, number: int, start: int, stop: int) -> Iterator[None]:
+        """Inside, on a batch of this number, the first call of each block before ``k`` returns its known outputs; zeros
+        if ``k`` needs none.
+        """
         blocks = [model.get_submodule(node.name) for node in self.nodes[:k]]
         own = [block.__dict__.get("forward") for block in blocks]
         for j, block in enumerate(blocks):
-            block.forward = self._stub(j, block.forward, j in self.nodes[k].needs, start, stop)
+            block.forward = self._stub(j, block.forward, j in self.nodes[k].needs, number, start, stop)
         try:
             yield
         finally:
@@ -99,8 +107,8 @@ class Activations:
                 if forward is not None:
                     block.forward = forward
 
-    def _stub(self, j: int, forward: Callable, needed: bool, start: int, stop: int) -> Callable:
-        layout, first = self.nodes[j].outputs, True
+    def _stub(self, j: int, forward: Callable, needed: bool, number: int, start: int, stop: int) -> Callable:
+        layout, first = self._results[j][number] if needed else self.nodes[j].outputs, True
 
         def returned(*args, **kwargs):
             nonlocal first

@@ -24,6 +24,7 @@ from hdrq.recipes import Recipe
 
 Q = TypeVar("Q", bound=Quantizer)
 REACHING = 128  # samples, at least, that say which modules of a model are reached
+COMPARED = 4  # samples that show whether modules read the same where they run one by one
 SAMPLED = 2**20  # elements of what a module reads, of all samples together, that its scale is searched on
 
 
@@ -251,13 +252,16 @@ def _read_samples(
 ) -> dict[str, _Sampled]:
     """Elements of what modules read, few enough to keep for all of them.
 
-    Each sample runs by itself. A model that cannot do that, or does not reach the same modules then, is run as the
+    Each sample runs by itself. A model that cannot do that, or whose modules then read something else, is run as the
     calls are, and a warning says why.
 
     Raises:
         ValueError: the calls do not reach a module.
     """
     count = sum(call.size for call in calls)
+    why = _needs_others(model, calls[0].at(torch.arange(min(calls[0].size, COMPARED))), names)
+    if why:
+        return _sampled_whole(model, calls, names, seed, why)
     shared = None if ranks.size == 1 else _sampled_by(ranks, model, calls, names, max(1, SAMPLED // count), seed)
     if shared is not None:
         return shared
@@ -266,18 +270,43 @@ def _read_samples(
         samples = _sampled(model, alone, names, max(1, SAMPLED // count), seed)
         why = f"does not reach {checks.listed(name for name in names if name not in samples)}"
     except Exception as error:  # whatever the model raises
-        samples, why = {}, f"raises {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if samples.keys() != set(names):
-        samples = _sampled(model, calls, names, max(1, SAMPLED // len(calls)), seed)
-        warnings.warn(
-            "scales of activations depend on how calibration is cut into batches, since the model on one sample "
-            f"{why}; batches of the size that the model will be used with are the best",
-            stacklevel=8,
-        )
+        samples, why = {}, f"raises {type(error).__name__}: {checks.short_reason(error)}"
+    return samples if samples.keys() == set(names) else _sampled_whole(model, calls, names, seed, why)
+
+
+def _needs_others(model: nn.Module, call: Call, names: list[str]) -> str:
+    """Why the samples of a call cannot be run one by one, in words; "" where modules read the same then."""
+    try:
+        whole = _sampled(model, [call], names, 1, 0)
+        alone = _sampled(model, (call.at(torch.tensor([k])) for k in range(call.size)), names, 1, 0)
+    except Exception as error:  # whatever the model raises
+        return f"raises {type(error).__name__}: {checks.short_reason(error)}"
+    if alone.keys() != whole.keys():
+        return ""  # modules that not all samples reach are looked at for all of them
+    for name in whole:
+        got, want = alone[name].extremes, whole[name].extremes
+        if got is None or want is None:
+            continue
+        bound = max(1e-3, 16 * torch.finfo(want.dtype).eps) * float(want.abs().max())
+        if not float((got - want).abs().max()) <= bound:
+            return f"reads other values in {name}, so samples depend on each other, or lie along another axis"
+    return ""
+
+
+def _sampled_whole(
+    model: nn.Module, calls: Sequence[Call], names: list[str], seed: int, why: str
+) -> dict[str, _Sampled]:
+    """Elements of what modules read in the calls as they are; ``why`` no sample runs by itself."""
+    samples = _sampled(model, calls, names, max(1, SAMPLED // len(calls)), seed)
+    warnings.warn(
+        "scales of activations depend on how calibration is cut into batches, since the model on one sample "
+        f"{why}; batches of the size that the model will be used with are the best",
+        stacklevel=9,
+    )
     if missing := [name for name in names if name not in samples]:
         raise ValueError(
-            f"range_samples must be as many as reach every quantizer, got {count}, which do not reach "
-            f"{checks.listed(missing)}"
+            f"range_samples must be as many as reach every quantizer, got {sum(call.size for call in calls)}, which do "
+            f"not reach {checks.listed(missing)}"
         )
     return samples
 

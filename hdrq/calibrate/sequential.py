@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,8 @@ from hdrq.calibrate.report import BlockReport, LayerReport
 from hdrq.calibrate.settings import DEFAULT, RunSettings
 from hdrq.calibrate.trace import Node, trace
 from hdrq.checkpoint.workdir import Workdir, state_hash
-from hdrq.quantizers.layers import QuantizedLayer, quantized_layers
+from hdrq.prepare.observe import observe
+from hdrq.quantizers.layers import QuantizedLayer, input_readers, quantized_layers
 from hdrq.quantizers.modules import ActivationQuantizer
 
 PARTS = ("weights", "activations")  # "outputs" too: quantizers of what later units read, in place of those of inputs
@@ -195,12 +196,13 @@ def walk(
         ValueError: a unit that was fitted is not the same on all ranks.
     """
     ranks, samples = settings.ranks, sum(call.size for call in batches)
-    nodes = trace(full, list(names), representative(full, names, batches[0]))
+    nodes = trace(full, list(names), batches[0], representative(full, names, batches[0]))
     batches = ranks.share(batches)
     teaching = [full] * len(batches) if teachers is None else list(teachers)
     for each in dict.fromkeys(teaching):
         check_replay(each, nodes, [call for call, own in zip(batches, teaching, strict=True) if own is each])
     in_full, behind_quantized = Activations(teaching, nodes, batches, cache), Activations(model, nodes, batches, cache)
+    apart = _behind_others(model, nodes, batches[0].at(torch.tensor([0])))
     number, count = walks
     part = f": {method.fits[0]}" if count > 1 else ""
     journal = Journal.of(settings, count * len(nodes), part, losses)
@@ -209,7 +211,8 @@ def walk(
     for index, node in enumerate(nodes):
         began = time.perf_counter()
         inputs = in_full.inputs(index)
-        quantized = behind_quantized.inputs(index) if node.needs or teachers is not None else inputs
+        differs = bool(node.needs) or index in apart or teachers is not None
+        quantized = behind_quantized.inputs(index) if differs else inputs
         target = in_full.run(index, inputs)[node.outputs.main]
 
         module, reference = model.get_submodule(node.name), full.get_submodule(node.name)
@@ -238,9 +241,40 @@ def walk(
     return reports, journal.losses
 
 
+@torch.no_grad()
+def _behind_others(model: nn.Module, nodes: Sequence[Node], call: Call) -> set[int]:
+    """The units that are called behind a quantizer that is in no unit, or runs while the unit that has it does not.
+
+    An embedding of positions is no unit, and DiT's last layers call an embedding inside its first block.
+    """
+    units = {node.name: k for k, node in enumerate(nodes)}
+    readers = {*quantized_layers(model), *input_readers(model)}
+    running: list[str] = []
+    found: set[int] = set()
+    others = False
+
+    def enter(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal others
+        if name in units and others:
+            found.add(units[name])
+        others |= name in readers and name not in units and not any(_is_in(name, unit) for unit in running)
+        running.extend([name] if name in units else [])
+
+    def leave(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if name in units:
+            running.remove(name)
+
+    observe(model, call, before=enter, after=leave, names={**units, **dict.fromkeys(readers)})
+    return found
+
+
+def _is_in(name: str, unit: str) -> bool:
+    return not unit or name.startswith(f"{unit}.")
+
+
 def _entry(module: nn.Module) -> ActivationQuantizer | None:
     """The quantizer of what a unit reads."""
-    return getattr(module, "input_quantizer", None)
+    return cast(Any, module._modules.get("input_quantizer"))
 
 
 def _reader(model: nn.Module, nodes: Sequence[Node], index: int) -> ActivationQuantizer | None:

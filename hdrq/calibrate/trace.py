@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hdrq import tree
 from hdrq.calibrate.data import Call
+from hdrq.checks import short_reason
 from hdrq.prepare.ledger import storage_of
 from hdrq.prepare.observe import hooks, version_of
 
@@ -55,11 +57,11 @@ class Layout:
         return cls(spec, tuple(_leaf(name, a, b) for a, b in zip(first, values, strict=True)))
 
     def holding(self, value: Any) -> Layout:
-        """This layout with the constants of another call."""
-        values = tree.leaves(value)
-        return Layout(
-            self.spec, tuple(a if isinstance(a, Leaf) else x for a, x in zip(self.leaves, values, strict=True))
-        )
+        """This layout with the constants of another call; itself where they are the same."""
+        pairs = list(zip(self.leaves, tree.leaves(value), strict=True))
+        if all(isinstance(a, Leaf) or same(a, x) for a, x in pairs):
+            return self
+        return Layout(self.spec, tuple(a if isinstance(a, Leaf) else x for a, x in pairs))
 
     @property
     def batched(self) -> list[Leaf]:
@@ -75,10 +77,22 @@ class Layout:
         """The number of the batched leaf that a block is reconstructed by: the first of floating point."""
         return next(i for i, leaf in enumerate(self.batched) if leaf.dtype.is_floating_point)
 
+    def tensors(self, value: Any) -> list[torch.Tensor]:
+        """The batched leaves of a tree."""
+        return [x for leaf, x in zip(self.leaves, tree.leaves(value), strict=True) if isinstance(leaf, Leaf)]
+
     def split(self, value: Any) -> list[torch.Tensor]:
         """The rows of the batched leaves of a tree."""
-        values = tree.leaves(value)
-        return [leaf.rows(x) for leaf, x in zip(self.leaves, values, strict=True) if isinstance(leaf, Leaf)]
+        return [leaf.rows(x) for leaf, x in zip(self.batched, self.tensors(value), strict=True)]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are the same. Objects that cannot be compared count as the same: they hold no tensor."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+    if isinstance(a, bool | int | float | complex | str | None.__class__) or type(a) is not type(b):
+        return type(a) is type(b) and a == b
+    return True
 
 
 def _leaf(name: str, one: Any, two: Any) -> Any:
@@ -149,20 +163,21 @@ class _Taint(TorchDispatchMode):
 
 
 @torch.no_grad()
-def trace(model: nn.Module, blocks: list[str], example: Call) -> list[Node]:
-    """How blocks depend on each other, from running the model on the first sample, once and twice over.
+def trace(model: nn.Module, blocks: list[str], batch: Call, sample: int = 0) -> list[Node]:
+    """How blocks depend on each other, from running the model on a sample of a batch, once and twice over.
 
     Blocks that return the same for every sample, such as an embedding of positions, have nothing to be reconstructed
     from, and are left out.
 
     Raises:
-        ValueError: a tensor of a block that grows with the batch along no axis, or along several.
+        ValueError: the model does not run on these, or a tensor of a block grows with the batch along no axis, or
+            along several.
     """
-    one = _traced(model, blocks, example.at(torch.tensor([0])))
-    two = _traced(model, blocks, example.at(torch.tensor([0, 0])))
+    one = _traced(model, blocks, alone(batch, sample))
+    two = _traced(model, blocks, alone(batch, sample, 2))
     growing = [name for name, *pair in zip(blocks, one, two, strict=True) if _grows(name, *pair)]
     if growing != blocks:
-        return trace(model, growing, example)
+        return trace(model, growing, batch, sample)
     produced: dict[tuple[int, int], tuple[int, int]] = {}
     nodes = []
     for k, name in enumerate(blocks):
@@ -192,12 +207,34 @@ class _Visit:
 
 
 def _grows(name: str, one: _Visit, two: _Visit) -> bool:
-    """Whether anything that a block reads or returns grows with the batch."""
-    sides = (one.inputs, two.inputs), (one.outputs, two.outputs)
-    return any(Layout.of(name, *pair).batched for pair in sides)
+    """Whether anything that a block returns grows with the batch."""
+    return bool(Layout.of(name, one.outputs, two.outputs).batched)
 
 
-def _traced(model: nn.Module, blocks: list[str], call: Call) -> list[_Visit]:
+def alone(batch: Call, sample: int, count: int = 1) -> Callable[[nn.Module], Any]:
+    """A call of a model with one sample of a batch, so many times over.
+
+    Raises:
+        ValueError: when it is called, where the model does not run on that.
+    """
+    call = batch.at(torch.full((count,), sample))
+
+    def run(model: nn.Module) -> Any:
+        try:
+            return call(model)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                "model must run on a sample alone, and on one twice over, to be learned, got "
+                f"{type(error).__name__} from model({call}): {short_reason(error)}; samples must lie along the first "
+                'axis of the data and not need each other, or take recipe "rtn"'
+            ) from error
+
+    return run
+
+
+def _traced(model: nn.Module, blocks: list[str], call: Callable[[nn.Module], Any]) -> list[_Visit]:
     taint = _Taint()
     visits: dict[int, _Visit] = {}
 
@@ -233,7 +270,12 @@ def _traced(model: nn.Module, blocks: list[str], call: Call) -> list[_Visit]:
         handles += [block.register_forward_hook(leave(k))]
     with hooks(handles), taint:
         call(model)
-    if missed := [name for k, name in enumerate(blocks) if k not in visits or visits[k].outputs is None]:
+    if silent := [blocks[k] for k in visits if visits[k].outputs is None]:
+        raise ValueError(
+            f"block {silent[0]} must return what it computes, got None: what it writes to its "
+            f"arguments is not seen; {WAY_OUT}"
+        )
+    if missed := [name for k, name in enumerate(blocks) if k not in visits]:
         raise ValueError(
             f"block {missed[0]} must be called for every sample, got one that does not reach it: what reaches it is "
             f"routed by the data; {WAY_OUT}"

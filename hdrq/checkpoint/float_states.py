@@ -17,7 +17,7 @@ from torch import nn
 from hdrq.checkpoint.architecture import build, name_of
 from hdrq.checkpoint.deferred import built_on_meta, give_parameters
 from hdrq.checkpoint.library import load_file
-from hdrq.checkpoint.states import state_differences, tensors_of
+from hdrq.checkpoint.states import put_state, state_differences, tensors_of
 from hdrq.checks import listed
 from hdrq.errors import MissingExtra
 from hdrq.prepare.offload import Offload
@@ -55,7 +55,7 @@ def load_float(
     if offload_folder is None:
         made = build(model, **(model_args or {}))
         if weights is not None:
-            made.load_state_dict(_state_for(made, known, weights), strict=False)
+            put_state(made, _state_for(made, known, weights))
         return made.eval()
     if weights is None:
         raise ValueError("weights must be a file where offload_folder is given, got None")
@@ -68,7 +68,7 @@ def load_float(
         return value if value.dtype == parameter.dtype else offload.put(value.to(parameter.dtype))
 
     given = give_parameters(made, place)
-    made.load_state_dict({name: value for name, value in state.items() if name not in given}, strict=False)
+    put_state(made, {name: value for name, value in state.items() if name not in given})
     return made.eval()
 
 

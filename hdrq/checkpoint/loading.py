@@ -18,7 +18,7 @@ from hdrq.checkpoint.deferred import built_on_meta, give_parameters
 from hdrq.checkpoint.float_states import load_float
 from hdrq.checkpoint.format import TABLES, Reader, packs, scales_shape, statistics_specs
 from hdrq.checkpoint.library import SafetensorError, safe_open
-from hdrq.checkpoint.states import plain_state, state_differences
+from hdrq.checkpoint.states import plain_state, put_state, state_differences
 from hdrq.checks import listed
 from hdrq.mapped import give_back_freed_memory
 from hdrq.ops.packing import unpack
@@ -228,7 +228,7 @@ def assign(model: nn.Module, manifest: Mapping[str, Any], names, take: Callable[
     differences = state_differences(tensors, plain_state(model), dtypes=True)
     if differences:
         raise ValueError(f"checkpoint must fit the model, got {listed(differences)}")
-    model.load_state_dict(tensors, strict=False)
+    put_state(model, tensors)
     set_origin(model, {key: value for key, value in manifest.items() if key not in TABLES})
     set_statistics(model, {})
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,6 +29,13 @@ def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """A model's state dict without the extra state of modules that is no tensor: no file and no merge holds that."""
     return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def put_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load a state that has the form of a model's own: a module that reads states of older versions is told so."""
+    current: Any = OrderedDict(state)
+    current._metadata = cast(Any, model.state_dict())._metadata
+    model.load_state_dict(current, strict=False)
 
 
 def state_differences(

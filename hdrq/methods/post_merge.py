@@ -20,6 +20,7 @@ from hdrq.calibrate.report import report_of, set_report
 from hdrq.calibrate.sequential import Method, Unit
 from hdrq.calibrate.settings import RunSettings
 from hdrq.checkpoint.saving import check_storable
+from hdrq.checkpoint.states import put_state
 from hdrq.checkpoint.workdir import fingerprint, opened, state_hash
 from hdrq.checks import listed
 from hdrq.merging.float_merges import FloatMerge, merged_floats
@@ -259,7 +260,7 @@ def _merged(
     state = {name: value if offload is None else offload.put(value) for name, value in tensors}
     merged = copy_model("experts[0]", experts[0], offload)
     with torch.no_grad():
-        merged.load_state_dict(state, strict=False)
+        put_state(merged, state)
     return merged
 
 

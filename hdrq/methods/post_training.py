@@ -44,7 +44,7 @@ from hdrq.quantizers.layers import quantized_layers
 from hdrq.quantizers.provenance import set_origin, set_statistics
 from hdrq.recipes import Recipe
 from hdrq.recipes import recipe as make_recipe
-from hdrq.rng import CONTRACT
+from hdrq.rng import CONTRACT, kept_random_state
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -89,8 +89,9 @@ def quantize(
 
     Args:
         model: in evaluation mode; it is left as it was. Weights in half precision are learned in float32.
-        calibration: a tensor, or an iterable of batches: each a tensor, a tuple or a dict of the model's arguments.
-            A batch is moved to the model's device while it runs, so the whole may be larger than a GPU.
+        calibration: a tensor, or an iterable of batches: each a tensor, a tuple or a dict of the model's arguments,
+            which may be lists, tuples and dicts of tensors. Samples lie along the first axis of all tensors. A batch
+            is moved to the model's device while it runs, so the whole may be larger than a GPU.
         recipe: ``"hdrq"``, ``"qdrop"``, ``"brecq"``, ``"gptq"``, ``"awq"``, ``"rtn"`` (round to nearest), or a
             :class:`hdrq.recipes.Recipe`. GPTQ and AWQ learn nothing: weights have a scale for each output channel, or
             for each group (``group_size``), and each layer is fitted to what it reads behind the quantized prefix.
@@ -143,7 +144,7 @@ def quantize(
     GPTQ (Frantar et al., ICLR 2023); AWQ (Lin et al., MLSys 2024).
     """
     ranks = Ranks.of(process_group)
-    with ranks.together():
+    with ranks.together(), kept_random_state():
         if iterations is not None:
             knobs["iterations"] = iterations
         plan = make_recipe(recipe, preset, **knobs)

@@ -78,7 +78,7 @@ class Coverage:
 def coverage(quantized: nn.Module, full: nn.Module, run: Callable, samples: int) -> Coverage:
     """How much of ``quantized`` is; ``run(full)`` runs the same model in full precision on so many samples."""
     weights = _weights(quantized, full)
-    every = sum(p.numel() for p in full.parameters() if p.is_floating_point())
+    every = sum(p.numel() for p in full.parameters() if not checks.whole(p))
     try:
         own, total, products = _macs(quantized, full, run)
         macs, products = (own // samples, total // samples), {name: n // samples for name, n in products.items()}
@@ -138,7 +138,7 @@ def warn_of_float(quantized: nn.Module, full: nn.Module, found: Coverage, bits: 
     left = {
         name: p.numel()
         for name, p in full.named_parameters()
-        if p.ndim > 1 and id(p) not in weights and p.is_floating_point() and not any(matches(name, k) for k in kept)
+        if p.ndim > 1 and id(p) not in weights and not checks.whole(p) and not any(matches(name, k) for k in kept)
     }
     if sum(left.values()) <= (1 - FEW) * found.parameters[1]:
         return

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hdrq.checks import FLOATS, listed
 from hdrq.prepare.attention import replace_attention
@@ -19,6 +20,7 @@ from hdrq.prepare.repeatable import check_repeatable, trained
 from hdrq.quantizers.bits import matches
 from hdrq.quantizers.layers import quantized_layers, weighted_layers
 
+DISTRIBUTED = (nn.parallel.DistributedDataParallel,)  # they hold process groups, which no copy has
 REMOVE = (  # what computes a weight leaves these attributes in the layer, and this takes it away
     ("weight_mask", "torch.nn.utils.prune.remove"),
     ("weight_g", "torch.nn.utils.remove_weight_norm"),
@@ -35,6 +37,15 @@ def check_float(name: str, model: Any) -> None:
         elif type(model).__module__.startswith(("torch.jit", "torch._C", "torch.export")):
             kind, eager = f"{kind} of {type(model).__module__}", "; give the eager model that it was made from"
         raise TypeError(f"{name} must be a torch.nn.Module, got {kind}{eager}")
+    if isinstance(model, DISTRIBUTED):
+        kind = type(model).__name__
+        raise TypeError(f"{name} must be a module by itself, got {kind} around one; give {name}.module")
+    if odd := [(where, x) for where, x in _tensors(model) if is_traceable_wrapper_subclass(x)]:
+        shown = listed(f"{type(x).__name__} in {where!r}" for where, x in odd)
+        raise TypeError(
+            f"{name} must hold plain tensors, got {shown}; gather a sharded model on one device, or give a model that "
+            "is not quantized"
+        )
     if found := next(iter(quantized_layers(model)), None):
         raise ValueError(f"{name} must have plain weights, got a parametrized one (quantized already?) in {found!r}")
     if absent := [place for place, tensor in _tensors(model) if tensor.is_meta]:

@@ -89,6 +89,8 @@ class Flow(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.normalized: set[str] = set()
+        self.stale_reads: set[str] = set()
+        self._stale: dict[int, tuple[str, torch.Tensor]] = {}
         self._values: dict[int, Values] = {}
         self._writes: Counter[int] = Counter()
         self._known: dict[int, StorageWeakRef] = {}  # while it is referred to, no other memory takes its number
@@ -118,6 +120,10 @@ class Flow(TorchDispatchMode):
         """It has returned."""
         self._module, self._before, self._behind = None, set(), set()
 
+    def stale(self, x: torch.Tensor, module: str) -> None:
+        """A module wrote to a copy of ``x``: if anything reads ``x`` from now on, ``stale_reads`` has the module."""
+        self._stale[storage_of(x)] = module, x
+
     def norm(self, x: torch.Tensor) -> None:
         """A norm reads ``x``."""
         if self._module is not None and storage_of(x) in self._before:
@@ -128,6 +134,7 @@ class Flow(TorchDispatchMode):
         read = _tensors((args, kwargs))
         result = func(*args, **kwargs)
         name = func._schema.name.rpartition("::")[2].rstrip("_")
+        self.stale_reads |= {self._stale[n][0] for x in read if (n := storage_of(x)) in self._stale}
         values = _result(name, args, [self.values(x) for x in read[name == "copy" :] if x.is_floating_point()])
         known = {storage_of(x) for x in read}
         written = _written(func, args, kwargs)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hdrq import checks
 from hdrq.prepare.ledger import storage_of, storages
@@ -44,11 +46,13 @@ class _Reads(TorchDispatchMode):
         super().__init__()
         self.by_any: set[int] = set()
         self.by_products: set[int] = set()
+        self.parameters: dict[int, nn.Parameter] = {}  # that operations read, the model's or not
         self.inputs: list[frozenset[int]] = []  # of the layers that are running
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         read = storages((args, kwargs))
         self.by_any |= read
+        self.parameters |= {storage_of(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, nn.Parameter)}
         if func.overloadpacket.__name__ in PRODUCTS:
             self.by_products |= read - (self.inputs[-1] if self.inputs else frozenset())
         return func(*args, **(kwargs or {}))
@@ -63,7 +67,7 @@ def refuse_uncalled(
 
     Attentions of BEiT and EVA hand the weight of their ``qkv`` to a function; a subclass of ``nn.MultiheadAttention``
     has projections that are no layers; fused experts, recurrent layers, ``nn.Bilinear`` and ``nn.EmbeddingBag`` hold
-    bare parameters.
+    bare parameters; layers in a plain list are no modules of the model.
 
     Args:
         original: the model that ``model`` is a copy of, which must not run itself.
@@ -88,18 +92,56 @@ def refuse_uncalled(
     silent += [
         name
         for name, p in model.named_parameters()
-        if p.ndim > 1 and p.is_floating_point() and storage_of(p) in reads.by_products - quantized
+        if p.ndim > 1 and not checks.whole(p) and storage_of(p) in reads.by_products - quantized
     ]
+    silent += _unregistered(model, reads)
     inside = [n for n in silent if any(n.startswith(f"{other}.") for other in silent)]
     patterns = bits if isinstance(bits, Mapping) else {}
     chosen = {n: next((t for p, t in patterns.items() if matches(n, p)), None) for n in silent if n not in inside}
     if wrong := [name for name, text in chosen.items() if text != "float"]:
         raise ValueError(
             f"model must call its layers to quantize them, got weights that are read without a call: "
-            f"{checks.listed(map(repr, wrong))}; call nn.Linear, register the class that holds it "
+            f"{checks.listed(map(repr, wrong))}; call nn.Linear, hold modules in nn.ModuleList and not in a list, "
+            "register the class that holds it "
             f"(hdrq.quantizers.layers.register_layer), or keep it in full precision with "
             f'bits={{"{wrong[0]}": "float", …}}'
         )
+
+
+def _unregistered(model: nn.Module, reads: _Reads) -> list[str]:
+    """Where matrices lie that products read and that are parameters of no module of the model, as of layers in a list.
+
+    Raises:
+        ValueError: one lies in no attribute of the model.
+    """
+    own = {storage_of(p) for p in model.parameters()}
+    foreign = {n: p for n, p in reads.parameters.items() if n in reads.by_products - own and p.ndim > 1}
+    places = {storage_of(x): place for place, x in _attributes(model)} if foreign else {}
+    if lost := [p for n, p in foreign.items() if n not in places]:
+        raise ValueError(
+            f"model must hold the weights that it computes with, got a parameter of {tuple(lost[0].shape)} in none of "
+            "its attributes; make the module that has it one of the model's"
+        )
+    return [places[n] for n in foreign]
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors in attributes of a model's modules, and of modules that lie there in lists and dicts, with their names.
+
+    What the model's own modules have registered is not among them.
+    """
+    seen = {id(module) for module in model.modules()}
+    waiting: list[tuple[str, Any]] = [(name, vars(module)) for name, module in model.named_modules()]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            value = dict(value.named_parameters()) if isinstance(value, nn.Module) else value
+            items: Iterable = value.items() if isinstance(value, Mapping) else ()
+            items = enumerate(value) if isinstance(value, list | tuple) else items
+            waiting += [(f"{name}.{key}" if name else str(key), inside) for key, inside in items]
 
 
 def _refuse_original(original: nn.Module | None, model: nn.Module, reads: _Reads) -> None:
@@ -119,6 +161,11 @@ def _refuse_original(original: nn.Module | None, model: nn.Module, reads: _Reads
 def _watch(name: str, module: nn.Module, is_layer: bool, called: dict[str, nn.Module], reads: _Reads) -> list:
     def enter(module, args, kwargs):
         called.setdefault(name, module)
+        if any(is_functorch_wrapped_tensor(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)):
+            raise ValueError(
+                f"model must not call its modules inside torch.vmap or torch.func, where noise has no index and values "
+                f"cannot be looked at, got a call of {name or 'the model'!r}; write the batch as an axis"
+            )
         if is_layer:
             reads.inputs.append(storages((args, kwargs)))
 

@@ -83,7 +83,8 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {
         name: QuantizedLayer(name, module)
         for name, module in model.named_modules()
-        if parametrize.is_parametrized(module, "weight")
+        if "parametrizations" in module._modules  # its own: a wrapper may pass on what is asked of it
+        and parametrize.is_parametrized(module, "weight")
         and isinstance(module.parametrizations.weight[0], WeightQuantizer)
     }
 
@@ -99,7 +100,7 @@ def input_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 def input_readers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     """Every module whose input is quantized, by name, with its quantizer: modules that read one tensor share one."""
     modules: Iterable[tuple[str, Any]] = model.named_modules()
-    return {n: m.input_quantizer for n, m in modules if hasattr(m, "input_quantizer")}
+    return {n: m.input_quantizer for n, m in modules if "input_quantizer" in m._modules}
 
 
 def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:

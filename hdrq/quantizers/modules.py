@@ -273,9 +273,13 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @contextmanager
 def substituted(quantizers: Sequence[WeightQuantizer], weights: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Inside the block, each quantizer returns the quantized weight that is given for it."""
+    """Inside the block, each quantizer returns the quantized weight that is given for it.
+
+    A weight is cast to a half type here, once for all that read it. ``parametrize.cached`` would do so too, for all
+    threads of the process, of which another may be learning another model.
+    """
     for quantizer, weight in zip(quantizers, weights, strict=True):
-        quantizer.substitute = weight
+        quantizer.substitute = weight if quantizer.dtype is None else weight.to(quantizer.dtype)
     try:
         yield
     finally:

@@ -55,6 +55,41 @@ def test_a_call_is_moved_to_the_model_and_kept_where_it_was():
     assert {t.device.type for t in call.tensors} == {"cpu"}
 
 
+def test_arguments_may_hold_tensors_inside():
+    batch = {"x": torch.randn(8, 2), "more": [torch.randn(8, 3), "text"], "one": torch.ones(1)}
+    (call,) = calibration_calls([(batch, 3)])
+    part = call.at(torch.tensor([1, 5]))
+    assert (call.size, part.size, str(part)) == (8, 2, "dict of (2, 2) float32, (2, 3) float32, (1,) float32, int")
+    assert torch.equal(part.args[0]["more"][0], batch["more"][0][[1, 5]]) and part.args[0]["more"][1] == "text"
+    with pytest.raises(ValueError, match="got 3 in argument 0 and 8 in another"):
+        calibration_calls([([torch.randn(8, 2), torch.ones(3)],)])
+
+
+def test_a_forward_may_write_to_what_it_is_called_with():
+    class Writing(nn.Linear):
+        def forward(self, batch):
+            batch["x"].sub_(1)
+            batch["y"] = super().forward(batch.pop("x"))
+            return batch["y"]
+
+    x = torch.randn(8, 2)
+    before, (call,) = x.clone(), calibration_calls([({"x": x},)])
+    model = Writing(2, 3)
+    assert torch.equal(call(model), call(model)) and torch.equal(x, before)
+
+
+def test_tensors_of_other_kinds_are_refused():
+    holder = type("Holder", (), {"__init__": lambda self, x: setattr(self, "x", x)})
+    for value, message in (
+        (torch.eye(4).to_sparse(), "must have dense tensors, got one of layout sparse_coo"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "must have dense tensors, got a nested one"),
+        (holder(torch.ones(4)), "must have tensors in lists, .* got a Holder that holds some"),
+    ):
+        with pytest.raises(TypeError, match=f"batch 0 of calibration {message}"):
+            calibration_calls([(torch.ones(4, 2), value)])
+    assert calibration_calls([(torch.ones(4, 2), holder("text"))])[0].size == 4
+
+
 def test_an_error_of_the_first_run_names_the_data():
     run = run_all([Call((torch.randn(4, 5),), {})], "model must run on calibration")
     with pytest.raises(

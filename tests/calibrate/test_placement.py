@@ -254,3 +254,36 @@ def test_a_block_has_the_bits_of_what_reads_its_values_and_hands_them_on():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), blocks, nn.Flatten(), nn.Linear(512, 3)).eval()
     quantized = hdrq.quantize(model, data(8, 3, 8, 8), "rtn", bits={"*": "W8A4"})
     assert list(input_quantizers(quantized)) == ["0", "1.0"]
+
+
+@pytest.mark.parametrize("mode", ["qdrop", "block"])
+def test_a_block_that_writes_to_its_arguments_has_no_quantizer(mode):
+    """A quantized copy in their place would take the writes, and whoever reads the arguments later would miss them."""
+
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x, seen):
+            x.relu_()
+            seen.append(self.b(self.a(x)))
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Writing(), Writing()])
+
+        def forward(self, x):
+            seen = [x]
+            for block in self.blocks:
+                block(x := seen[-1] * 1, seen)
+                seen.append(seen[-1] + x)
+            return sum(seen[1:])
+
+    torch.manual_seed(0)
+    model, x = Network().eval(), data(16, 6)
+    quantized = hdrq.quantize(model, x, "rtn", bits={"*": "W8A8"}, activation_placement=mode)
+    assert set(report_of(quantized).placement.values()) == {"layers"}
+    with torch.no_grad():
+        assert (quantized(x) - model(x)).norm() < 0.03 * model(x).norm()

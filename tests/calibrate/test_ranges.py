@@ -1,5 +1,7 @@
 """Ranges of activations: all channels count, batches do not, and weights are not rounded yet."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,3 +91,22 @@ def test_a_model_that_reaches_less_with_one_sample_is_measured_on_batches():
 
     with pytest.warns(UserWarning, match="since the model on one sample does not reach first; batches"):
         assert set(scales(Mixing().eval(), data(16, 6))) == {"first", "second"}
+
+
+def test_samples_that_need_each_other_are_measured_on_batches():
+    """As where they lie along another axis: each row of such data is a time, not a sample."""
+
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.second(self.first(x - x.mean(0)))
+
+    torch.manual_seed(0)
+    x, model = data(16, 6) + 5, Centred().eval()
+    with pytest.warns(UserWarning, match="on one sample reads other values in first, so samples depend on each other"):
+        found = scales(model, x)
+    plain = nn.Sequential(OrderedDict(first=model.first, second=model.second)).eval()
+    assert found == scales(plain, x - x.mean(0))

@@ -13,6 +13,7 @@ import hdrq
 from hdrq.checkpoint.float_states import load_float
 from hdrq.checkpoint.format import Reader, _hash, _text_hash
 from hdrq.merging.files import merge_files
+from hdrq.quantizers.layers import input_readers, quantized_layers
 
 
 def rewrite(path, tensors=None, **manifest):
@@ -315,3 +316,27 @@ def test_a_state_in_full_precision_must_have_the_tensors_of_the_architecture(tmp
     with pytest.raises(ValueError) as refusal:
         load_float("checkpoint.example:net", file)
     assert str(refusal.value) == wrong + "6.bias missing; 7.bias unexpected"
+
+
+def test_a_wrapper_that_passes_on_what_is_asked_of_it_is_no_layer(tmp_path):
+    """peft's modules_to_save and compilers' modules give their inner module's attributes as theirs."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self._modules["inner"], name)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model, x = nn.Sequential(Wrapper(nn.Linear(4, 4)), nn.Linear(4, 2)).eval(), torch.randn(8, 4)
+    made = hdrq.quantize(model, x, "rtn")
+    assert list(quantized_layers(made)) == list(input_readers(made)) == ["0.inner", "1"]
+    hdrq.save(made, tmp_path / "q.safetensors")
+    assert torch.equal(hdrq.load(tmp_path / "q.safetensors", model)(x), made(x))

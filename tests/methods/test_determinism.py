@@ -2,10 +2,12 @@
 
 import importlib
 import pkgutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from helpers import DEVICE, assert_same_bits, backend_params, device_of, sample
+from torch import nn
 
 import hdrq
 from hdrq.backends.dispatch import implementation
@@ -121,3 +123,13 @@ def _recorded(launch, blocks):
         launch(kernel, *args, block=block, **constants)
 
     return recording
+
+
+def test_two_threads_may_learn_at_once():
+    """Each as if it were alone: what a step keeps is its model's, not the process's."""
+    x, options = torch.randn(16, 6), {"distance": 0, "iterations": 30, "progress": False}
+    models = [nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).eval() for _ in range(2)]
+    with ThreadPoolExecutor(2) as workers:
+        together = list(workers.map(lambda model: hdrq.quantize(model, x, "hdrq", **options), models))
+    for model, other in zip(models, together, strict=True):
+        assert torch.equal(hdrq.quantize(model, x, "hdrq", **options)(x), other(x))

@@ -126,6 +126,39 @@ def test_a_weight_that_is_not_there_is_named():
         check_float("model", nn.Sequential(nn.LazyLinear(3)).eval())
 
 
+class Sharded(torch.Tensor):
+    """A tensor made of another, as DTensor is and as quantized weights of other libraries are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, *_):
+        return cls(parts["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return cls(func(args[0].inner, *args[1:], **(kwargs or {})))
+
+
+def test_distributed_models_are_named():
+    model = three()
+    model[2].weight = nn.Parameter(Sharded(model[2].weight.data))
+    with pytest.raises(TypeError, match=r"must hold plain tensors, got Sharded in '2\.weight'; gather"):
+        check_float("model", model)
+    parallel = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(parallel)
+    with pytest.raises(TypeError, match=r"got DistributedDataParallel around one; give model\.module"):
+        check_float("model", parallel)
+
+
 def test_models_that_are_not_eager_are_refused_by_their_kind():
     model = three()
     program = torch.export.export(model, (X,))

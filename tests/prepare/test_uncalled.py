@@ -9,6 +9,7 @@ from networks import Block, data
 from torch import nn
 
 import hdrq
+from hdrq.calibrate.report import report_of
 from hdrq.quantizers import layers
 from hdrq.quantizers.layers import quantized_layers, register_layer
 
@@ -156,3 +157,37 @@ def test_a_weight_that_is_handed_to_a_function_is_refused():
             with pytest.raises(ValueError, match=f"must call its layers .* read without a call: '{name}'; call"):
                 hdrq.quantize(model, x, "rtn", bits=bits)
         hdrq.quantize(model, x, "rtn", bits={name: "float", "*": "W4A4"})
+
+
+class Listed(nn.Module):
+    """Layers in a list, which are no modules of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept, self.head = {"layers": [nn.Linear(6, 6), Block()], "text": "x"}, nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.kept["layers"][0](x))
+
+
+def test_layers_that_no_module_registers_are_refused():
+    with pytest.raises(ValueError, match=r"without a call: 'kept\.layers\.0\.weight'; .* nn\.ModuleList"):
+        hdrq.quantize(Listed().eval(), X, "rtn")
+    hdrq.quantize(Listed().eval(), X, "rtn", bits={"kept": "float", "*": "W4A4"})
+    outside = nn.Linear(6, 6)
+    with pytest.raises(ValueError, match=r"got a parameter of \(6, 6\) in none of its attributes"):
+        hdrq.quantize(Held(nn.Linear(6, 12), lambda layer, x: layer(outside(x))).eval(), X, "rtn")
+
+
+def test_a_complex_matrix_is_refused_and_counted():
+    model = Bare((6, 12), lambda x, w: (x.to(w.dtype) @ w).real)
+    model.big = nn.Parameter(torch.randn(6, 12, dtype=torch.cfloat))
+    with pytest.raises(ValueError, match="without a call: 'big'"):
+        hdrq.quantize(model.eval(), X, "rtn")
+    kept = hdrq.quantize(model, X, "rtn", bits={"big": "float", "*": "W4A4"})
+    assert report_of(kept).coverage.parameters == (36, 36 + 3 + 72)
+
+
+def test_modules_under_vmap_are_refused():
+    with pytest.raises(ValueError, match=r"must not call its modules inside torch\.vmap .* got a call of 'big'"):
+        hdrq.quantize(Held(nn.Linear(6, 12), lambda layer, x: torch.vmap(layer)(x)).eval(), X, "rtn")

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from hdrq import checks, ops
 from hdrq.calibrate.cache import batches
@@ -27,6 +26,8 @@ from hdrq.prepare.observe import observe
 from hdrq.quantizers.modules import Quantizer, substituted
 from hdrq.recipes import Recipe
 from hdrq.rng import rng_state
+
+FAULTS_OF_MACHINES = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 
 class Best(NamedTuple):
@@ -104,7 +105,7 @@ class Learner:
 
         Raises:
             DivergenceError: a loss is not finite.
-            ValueError: no weight has a gradient of the reconstruction loss.
+            ValueError: no weight has a gradient of the reconstruction loss, or the unit cannot be differentiated.
         """
         good, state, run = start, dict[str, torch.Tensor](), self.step
         self.parameters.copy_to(state)
@@ -115,7 +116,7 @@ class Learner:
                 self._set_modes()
                 run = self._graphed()
             self.row.copy_(self.schedule[i])
-            error, loss = run(batch)
+            error, loss = run(batch) if i > start else self._first(run, batch)
             done = i + 1
             due = every > 0 and done % every == 0 and done < iterations
             noted, judged = done % LOG_EVERY == 0 or done == iterations, done in judgements
@@ -132,6 +133,19 @@ class Learner:
             if due:
                 save(done)
 
+    def _first(self, run: Callable, batch: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first step, which shows whether autograd can follow the unit."""
+        try:
+            return run(batch)
+        except FAULTS_OF_MACHINES:
+            raise
+        except RuntimeError as error:
+            raise ValueError(
+                f"block {self.unit.name or 'model'} must be differentiable to be learned, got {type(error).__name__}: "
+                f'{checks.short_reason(error)}; keep its layers in full precision with "float", or take a recipe that '
+                'differentiates nothing: "gptq", "awq" or "rtn"'
+            ) from error
+
     def step(self, batch: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward, backward, optimizer, the next noise; nothing is read on the host.
 
@@ -141,7 +155,7 @@ class Learner:
         self.parameters.optimizer.zero_grad()
         weights, regularizer = self._quantize_weights()
         leaves = [weight.detach().requires_grad_() for weight in weights]
-        with substituted(self.quantizers, leaves), parametrize.cached():
+        with substituted(self.quantizers, leaves):
             error = self._reconstruction_loss(batch)
             if error.requires_grad:
                 error.backward()
