@@ -10,10 +10,20 @@ from __future__ import annotations
 from typing import Any
 
 from hdrq.compat import functional
+from hdrq.compat.clamping import closed_clamp
 from hdrq.compat.modules import LSQ, NoiseQuantize
 from hdrq.compat.patching import Patch, patch
 
-__all__ = ["LSQ", "FakeQuantize", "LearnableFakeQuantize", "NoiseQuantize", "Patch", "functional", "patch"]
+__all__ = [
+    "LSQ",
+    "FakeQuantize",
+    "LearnableFakeQuantize",
+    "NoiseQuantize",
+    "Patch",
+    "closed_clamp",
+    "functional",
+    "patch",
+]
 
 
 def __getattr__(name: str) -> Any:

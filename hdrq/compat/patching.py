@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 
 from hdrq import checks
 from hdrq.compat import classes
+from hdrq.compat.clamping import stops_at_bounds
 from hdrq.compat.classes import Form, Verdict
 from hdrq.compat.conventions import NAMES, NOISY, Convention, Noise, Unlike, refuse_to_draw_again, roles_of
 from hdrq.compat.source import fused
@@ -35,6 +36,10 @@ FORM = ("x", "scale", "quant_min", "quant_max", "zero_point", "ch_axis", "grad_f
 DEFAULTS = {"zero_point": None, "ch_axis": None, "grad_factor": 1.0}
 UNSEEN = "a tensor has no values, or a class of its own"  # the original is called, and nothing counted
 FACTS_OF_X, FACTS = (attrgetter("dtype", "requires_grad", "device", last) for last in ("ndim", "shape"))
+BOUNDS = (
+    "what is replaced passes gradients of codes at the ends of their range, as torch before 2.14 does; this torch's "
+    "clamp stops them in what is left, unless hdrq.compat.closed_clamp() is around it"
+)
 PLAIN = {torch.Tensor, nn.Parameter}
 VERDICTS = 64  # of one class, beyond which calls under new conditions are left: something counts in its objects
 
@@ -89,6 +94,8 @@ class Patch:
         """A line for each function: what it is now and how often it was called, or why it was left; and one for each
         place where the package computes a term that we have fused, with the name of ours."""
         lines = [f"{self.package}: {len(self.replaced)} replaced, {len(self.left)} left"]
+        if stops_at_bounds():
+            lines.append(f"  {BOUNDS}")
         lines += [f"  {r}" for r in (*self.replaced, *self.classes)]
         lines += [f"  left {name}: {why}" for name, why in self.left.items()]
         lines += [f"  {place}" for name, module in _modules(self.package) for place in _fused_in(name, module)]
@@ -134,7 +141,8 @@ def patch(package: str | ModuleType, *, seed: int = 0) -> Patch:
 
     A function, or an ``autograd.Function``, is replaced where its name speaks of quantization or LSQ, all its
     arguments are known by name (``x, scale, zero_point, quant_min, quant_max, ch_axis, grad_factor`` and the like), and
-    it computes on small numbers what one of our conventions computes: values bit for bit, gradients within round-off.
+    it computes on small numbers what one of our conventions computes: values bit for bit, gradients within round-off,
+    and those of ``torch.clamp`` on its bounds as torch before 2.14 has them (:func:`hdrq.compat.closed_clamp`).
     Functions of noise must clip and differentiate as the released HDRQ's, and have its distribution. A function is
     replaced in every module that holds it, until :meth:`Patch.undo` or the end of a ``with`` block.
 

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from hdrq.backends.eager import per_element, sum_but
 from hdrq.compat import functional
+from hdrq.compat.clamping import closed_clamp
 from hdrq.compat.conventions import CONVENTIONS, Convention, Noise, Unlike
 
 ROUND_OFF = 2e-6  # of a sum that a gradient is, relative to the sum of magnitudes: theirs are summed in float32
@@ -35,8 +36,8 @@ def outcome(
 ) -> Outcome:
     """What ``function(**arguments)`` gives for copies of its tensors, which learn as the given ones do.
 
-    torch's random state is as it was. Gradients are taken of ``parameters`` as well, which are used as they are; none
-    are where they are switched off.
+    torch's random state is as it was, and its clamp passes gradients on its bounds. Gradients are taken of
+    ``parameters`` as well, which are used as they are; none are where they are switched off.
 
     Raises:
         Unlike: it fails, or writes to an argument.
@@ -49,7 +50,7 @@ def outcome(
     leaves = {role: t for role, t in (tensors | (parameters or {})).items() if t.requires_grad}
     before = {role: t.detach().clone() for role, t in tensors.items()}
     devices = {t.device.index for t in tensors.values() if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), saved_tensors_hooks(_as_is, _as_is):
+    with torch.random.fork_rng(devices=list(devices)), saved_tensors_hooks(_as_is, _as_is), closed_clamp():
         try:
             y = function(**given)
             upstream = 1.5 + torch.sin(torch.arange(1, y.numel() + 1, dtype=torch.float32, device=y.device))

@@ -112,10 +112,16 @@ def watched() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        or (torch._C._len_torch_function_stack() > 0 and _functions_watched())
         or peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )
+
+
+def _functions_watched() -> bool:
+    """Whether a mode for functions looks at ops; one of ours says that it does not."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(getattr(mode, "looks_at_ops", True) for mode in modes)
 
 
 def register(

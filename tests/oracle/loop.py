@@ -62,13 +62,19 @@ def noise_quantized(x, s, low, high, n):
     return torch.where(x <= low * s, low * s, y)
 
 
+def clamped(x, low, high):
+    """Passes gradients on its bounds, as torch's clamp does before 2.14 alone."""
+    x = torch.where(x < low, low, x)
+    return torch.where(x > high, high, x)
+
+
 def fake_quantized(x, s, low, high):
     v = x / s
-    return (v + (v.round() - v).detach()).clamp(low, high) * s  # the clamp passes gradients on its bounds
+    return clamped(v + (v.round() - v).detach(), low, high) * s
 
 
 def soft_rounding(alpha):
-    return (1.2 * alpha.sigmoid() - 0.1).clamp(0, 1)
+    return clamped(1.2 * alpha.sigmoid() - 0.1, 0.0, 1.0)
 
 
 def loop(block, weights, scales, inputs, rates: Rates, batches, draw):
@@ -121,7 +127,7 @@ def loop(block, weights, scales, inputs, rates: Rates, batches, draw):
         for k, (w, _, low, high, source) in enumerate(weights):
             if rounding:
                 h = soft_rounding(alphas[k])
-                quantized.append(((w / steps[k]).floor() + h).clamp(low, high) * steps[k])
+                quantized.append(clamped((w / steps[k]).floor() + h, low, high) * steps[k])
                 warm = 0.2 * rates.steps
                 beta = 20 - 18 * max(i - warm, 0) / (rates.steps - warm)
                 extra = extra + (i >= warm) * 0.01 * (1 - (2 * h - 1).abs() ** beta).sum()
