@@ -88,7 +88,7 @@ def quantize(
         alone = {"--save-config": save_config is not None, "--ablate": ablate}
         _several(config, options, jobs, as_json, [name for name, given in alone.items() if given])
         return
-    if jobs > 1:
+    if not config:
         left_out(context, "for one model, which has one process; give a YAML file for each of several", "jobs")
     plan = job.Run.of({**(job.read_settings(config[0]) if config else {}), **options})
     if save_config is not None:

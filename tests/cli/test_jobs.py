@@ -45,6 +45,12 @@ def configs(place):
     return write
 
 
+def test_one_file_may_be_all_that_a_pattern_finds(configs, place):
+    (file,) = configs(alone={"model": "tinynet:tiny"})
+    result = call(file, "--jobs", "4")
+    assert result.exit_code == 0 and (place / "alone.safetensors").is_file(), result.output
+
+
 def test_a_run_that_fails_and_one_that_is_killed_stop_no_other(configs, place, monkeypatch, capfd):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     files = configs(**{name: {"model_args": {"name": name}} for name in ("killed", "fails", "good")})
