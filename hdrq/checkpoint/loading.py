@@ -69,7 +69,7 @@ def load(
         ValueError: no architecture, not a checkpoint of hdrq, a damaged one, or one that does not fit the architecture.
         OSError: the disk of ``offload_folder`` is full.
     """
-    offload = None if offload_folder is None else Offload(offload_folder)
+    offload = Offload.of(offload_folder, {"model": model} if isinstance(model, nn.Module) else {})
     with Reader(path) as file:
         result = _architecture(model, model_args, file.manifest, trust_architecture, offload)
         placed = list(result.parameters())

@@ -19,11 +19,8 @@ def add_to_file(
     as_json: bool,
 ) -> None:
     """Add changes to the one model in ``files``, as the options of ``hdrq merge`` say, and print what is kept."""
-    from hdrq import checks
-    from hdrq.calibrate.images import load_data
     from hdrq.checkpoint.files import write_atomically
-    from hdrq.checkpoint.loading import manifest_of
-    from hdrq.evaluate.files import as_calibrated
+    from hdrq.evaluate.files import load_as_calibrated
     from hdrq.merging.adding import add_file
     from hdrq.merging.changes import listed_changes
     from hdrq.report.tables import added_table
@@ -33,11 +30,7 @@ def add_to_file(
     minus, scale, alpha, data = (settings.pop(name) for name in ("minus", "scale", "alpha", "data"))
     changes = listed_changes(add, minus, scale, alpha)
     resize, crop, samples = (settings.pop(name) for name in ("resize", "crop", "samples"))
-    calibration = None
-    if data is not None:
-        checks.integer("samples", samples, 1, 2**31)
-        prepared = as_calibrated({str(files[0]): manifest_of(files[0])}, {"resize": resize, "crop": crop})
-        calibration = load_data(data, limit=samples, **prepared)
+    calibration = None if data is None else load_as_calibrated(files[0], data, samples, resize, crop)
     with progress_bar("adding") as show:
         found = add_file(files[0], changes, out, calibration=calibration, progress=show, **settings)
     text = json.dumps(found.as_dict(), indent=2)

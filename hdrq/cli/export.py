@@ -43,9 +43,8 @@ def export(
     """Write a quantized model for another runtime; status 1 if --check finds a quantized layer computed in float."""
     from hdrq import checks
     from hdrq import export as exporting
-    from hdrq.calibrate.images import load_data
-    from hdrq.checkpoint.loading import load, manifest_of
-    from hdrq.evaluate.files import as_calibrated
+    from hdrq.checkpoint.loading import load
+    from hdrq.evaluate.files import load_as_calibrated
 
     if like is not None:
         left_out(context, "with --like", "model", "to", "activations", *OF_GRAPHS)
@@ -68,9 +67,7 @@ def export(
     runtime = runtime or {"onnx": "openvino", "pt2": "inductor"}[to]
     if (to == "pt2") != (runtime == "inductor"):
         raise ValueError(f'runtime must be "inductor" for pt2, and only there, got {runtime!r} for {to}')
-    checks.integer("samples", samples, 1, 2**31)
-    prepared = as_calibrated({str(file): manifest_of(file)}, {"resize": resize, "crop": crop})
-    inputs = load_data(data, limit=samples, **prepared)
+    inputs = load_as_calibrated(file, data, samples, resize, crop)
     quantized = load(file, model)
     if to == "pt2":
         written = exporting.to_pt2(quantized, inputs, out, allow_float=allow_float)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hdrq import checks
-from hdrq.calibrate.images import class_names, load_labelled
+from hdrq.calibrate.images import class_names, load_data, load_labelled
 from hdrq.calibrate.labelmaps import LAYOUTS, list_label_maps, load_label_maps
 from hdrq.checkpoint.loading import float_dtype, load_either, manifest_of
 from hdrq.evaluate.metrics import IoURow, Row, accuracy_of
@@ -49,7 +49,7 @@ def evaluate_files(
     """
     classes = class_names(data[0])
     manifests = {os.fspath(file): manifest_of(file) for file in files}
-    preparation = as_calibrated(manifests, preparation)
+    preparation = _as_calibrated(manifests, preparation)
     model_args = _arguments(manifests, model) if model_args is None else model_args
 
     def measured(network: nn.Module, path: str | os.PathLike) -> float:
@@ -60,7 +60,22 @@ def evaluate_files(
     return [Row(*each) for each in _each(files, data, *how, measured, "resize and crop make")]
 
 
-def as_calibrated(manifests: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+def load_as_calibrated(
+    file: str | os.PathLike, data: str | os.PathLike, samples: int | None, resize: int | None, crop: int | None
+) -> Tensor:
+    """Data for a quantized model, at most so many samples, images made as those that the file was calibrated on.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as for :func:`hdrq.calibrate.images.load_data`; ``samples`` is not
+            positive.
+    """
+    if samples is not None:
+        checks.integer("samples", samples, 1, 2**31)
+    prepared = _as_calibrated({os.fspath(file): manifest_of(file)}, {"resize": resize, "crop": crop})
+    return load_data(data, limit=samples, **prepared)
+
+
+def _as_calibrated(manifests: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
     """What images are made by: what is given, else what all files say of their calibration."""
     chosen = {name: value for name, value in given.items() if value is not None}
     runs = [(file, run) for file, manifest in manifests.items() for run in _runs(manifest)]

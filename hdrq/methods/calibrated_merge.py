@@ -318,21 +318,18 @@ def merge_calibrated_files(
     Raises:
         FileNotFoundError, TypeError, ValueError, OSError: "X must be …, got …".
     """
-    from hdrq.calibrate.images import load_data  # needs Pillow, as does the next
-    from hdrq.evaluate.files import as_calibrated
+    from hdrq.evaluate.files import load_as_calibrated  # needs Pillow
 
     output_path(out)
     if len(data) != len(paths):
         raise ValueError(f"calibrate must be given as often as there are models, {len(paths)} times, got {len(data)}")
-    if samples is not None:
-        checks.integer("samples", samples, 1, 2**31)
-    manifests = [manifest_of(path) for path in paths]
     make = build if offload_folder is None else built_on_meta
-    dtype = float_dtype(make(model, **arguments_for(model, manifests[0])) if isinstance(model, str) else model)
-    calibration = []
-    for path, manifest, own in zip(paths, manifests, data, strict=True):
-        prepared = as_calibrated({os.fspath(path): manifest}, {"resize": resize, "crop": crop})
-        calibration.append(load_data(own, limit=samples, **prepared).to(dtype))
+    if isinstance(model, str):
+        dtype = float_dtype(make(model, **arguments_for(model, manifest_of(paths[0]))))
+    else:
+        dtype = float_dtype(model)
+    both = zip(paths, data, strict=True)
+    calibration = [load_as_calibrated(path, own, samples, resize, crop).to(dtype) for path, own in both]
     options |= {"architecture": model, "checkpoint_every": checkpoint_every, "offload_folder": offload_folder}
     merged = merge_calibrated(paths, calibration, **options)
     save_or_keep(merged, out)

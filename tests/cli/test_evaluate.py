@@ -80,7 +80,7 @@ def test_files_of_one_name_are_told_apart(place):
 def test_data_of_a_calibrated_merge_are_made_as_each_file_was_calibrated(place, monkeypatch):
     made = []
     monkeypatch.setattr(
-        "hdrq.calibrate.images.load_data", lambda path, **how: made.append(how) or torch.zeros(9, 3, 16, 16)
+        "hdrq.evaluate.files.load_data", lambda path, **how: made.append(how) or torch.zeros(9, 3, 16, 16)
     )
     for out, mean in (("a", "[0, 0, 0]"), ("b", "[0.5, 0.5, 0.5]")):
         given = {**OPTIONS, "recipe": "rtn", "iterations": "0", "out": f"{out}.safetensors"}
