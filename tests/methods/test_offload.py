@@ -171,3 +171,8 @@ def test_a_quantized_model_is_read_into_files(tmp_path, saved, architecture):
             parameter.fill_(7)
     assert same(state(hdrq.load(saved, Net)), state(usual))
     assert before is None or same(state(architecture), before)
+
+
+def test_an_architecture_elsewhere_is_refused(tmp_path, saved):
+    with pytest.raises(ValueError, match="model must be on the CPU where weights are offloaded, got meta"):
+        hdrq.load(saved, Net().eval().to("meta"), offload_folder=tmp_path / "offload")
